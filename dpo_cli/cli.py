@@ -1,0 +1,259 @@
+"""The commands: parse, call, print one line when something is wrong, and exit with a code scripts can rely on.
+
+torch is imported only once the command line is known to be right, so that --help and a typo answer at once.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from dpo_cli.errors import ConfigError, DpoError, OutOfMemoryError, StorageError
+
+TRAIN_HELP = """\
+dpo-train: preference-tune a language model with Direct Preference Optimization.
+
+    dpo-train [group=choice ...] [key=value ...]      -m/--multirun sweeps comma-separated values
+
+Groups and their choices (* is the default)
+{groups}
+
+Dials, with their defaults
+  beta=0.1             pull toward the reference: higher stays closer
+  optimizer.lr=5e-5    learning rate: the dial that ruins models when too high
+  epochs=1             passes over the data; max_steps=N stops earlier
+  batch_size=8         pairs per optimizer step
+  data.train=PATH      .jsonl(.gz), .json, .parquet, .csv, or a hub data set
+  data.eval=PATH       held-out pairs; without it a share of data.train is held out
+  data.max_length=512  tokens, prompt + response
+  lora.r=16            rank of the adapters; lora=off trains every weight
+  model.name_or_path=X your own SFT model: a folder or a hub id
+  save_every=0         steps between checkpoints; resume=auto output_dir=RUN goes on
+
+Examples
+  dpo-train                                        the embedded model on the shipped pairs: minutes on a laptop
+  dpo-train model=qwen data=hh beta=0.1            Qwen2.5-0.5B on Anthropic's dialogues
+  dpo-train data=jsonl data.train=pairs.jsonl      your own pairs: prompt, chosen, rejected
+  dpo-train -m beta=0.05,0.1,0.3                   a sweep, one run after the other
+  dpo-train output_dir=outputs/a resume=auto       go on where a stopped run left off
+
+Results go to outputs/<model>-<data>/<date_time>/: metrics.jsonl, checkpoints/, final/ (the adapter).
+Every key with what turning it does: the YAML files in {conf}
+Exit codes: 0 done, 2 command line, 3 data, 4 checkpoint or model, 5 diverged, 6 memory, 7 storage,
+75 stopped by a signal with a checkpoint saved, 130 Ctrl-C.
+"""
+
+EVAL_HELP = """\
+dpo-eval: score a finished run, checkpoint, adapter or model on preference pairs, without training.
+
+    dpo-eval checkpoint=PATH [data=choice] [key=value ...]
+
+  checkpoint=PATH      a run directory, checkpoints/step-*, final/, a PEFT adapter directory, or a model
+  data=CHOICE          pairs other than those the run held out: {data}
+  data.eval=PATH       your own file of pairs
+  samples=0            prompts for which answers of policy and reference are shown side by side
+  max_new_tokens=128   length limit of those answers
+  reference=PATH       the SFT model, where the checkpoint is a whole model
+  micro_batch_size=auto, device=auto, name=NAME, output_dir=DIR
+
+Examples
+  dpo-eval checkpoint=outputs/smollm2-sample/2026-01-31_12-00-00 samples=3
+  dpo-eval checkpoint=my-adapter data=jsonl data.eval=pairs.jsonl
+  dpo-eval checkpoint=merged-model reference=sft-model data=hh
+
+Writes report.json (means and 95% intervals) and pairs.jsonl (a line a pair) to <run>/eval/<name>/.
+Exit codes: 0 done, 2 command line, 3 data, 4 checkpoint or model, 6 memory, 7 storage, 130 Ctrl-C.
+"""
+
+
+def train() -> NoReturn:
+    """The command dpo-train."""
+    _run(_train)
+
+
+def evaluate() -> NoReturn:
+    """The command dpo-eval."""
+    _run(_evaluate)
+
+
+def _run(command: Callable[[list[str]], int]) -> NoReturn:
+    code = 1
+    try:
+        code = command(sys.argv[1:])
+    except DpoError as error:
+        _print_error(str(error))
+        code = error.exit_code
+    except KeyboardInterrupt:
+        _print_error("stopped by Ctrl-C")
+        code = 130
+    except MemoryError as error:
+        _print_error(f"out of memory: {error}")
+        code = OutOfMemoryError.exit_code
+    except BrokenPipeError:
+        code = 0
+    from dpo_cli.console.reporter import silence_closed_stdout
+
+    silence_closed_stdout()
+    sys.exit(code)
+
+
+def _print_error(text: str) -> None:
+    from dpo_cli.console.text import safe_text
+
+    try:
+        sys.stderr.write(f"error: {safe_text(text)}\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass
+
+
+def _wants_help(words: list[str]) -> bool:
+    return any(word in ("-h", "--help", "help") for word in words)
+
+
+def _without_flag(words: list[str], *flags: str) -> tuple[list[str], bool]:
+    return [word for word in words if word not in flags], any(word in flags for word in words)
+
+
+def _train(words: list[str]) -> int:
+    from dpo_cli.composition import composed, parse_overrides, sweep
+    from dpo_cli.config import RunConfig, run_config
+
+    if _wants_help(words):
+        print(train_help())
+        return 0
+    words, many = _without_flag(words, "-m", "--multirun")
+    words, show = _without_flag(words, "--config")
+    _refuse_flags(words, "dpo-train")
+    overrides = parse_overrides(words)
+    if many:
+        return _sweep(sweep(overrides))
+    for override in overrides:
+        if override.is_sweep_override():
+            raise ConfigError(f"'{override.input_line}': several values need -m: dpo-train -m {override.input_line}")
+    choice = composed("train", overrides, RunConfig)
+    config = run_config(choice.container)
+    if show:
+        import yaml
+
+        from dpo_cli.config import to_container
+
+        print(yaml.safe_dump(to_container(config), sort_keys=False), end="")
+        return 0
+    _check_files_early(config.data.train, config.data.eval)
+    _quiet_libraries()
+    from dpo_cli.console.reporter import Reporter
+    from dpo_cli.training.runner import train as run_training
+
+    reporter = Reporter()
+    try:
+        with _memory_errors():
+            run_training(config, reporter, job=f"{choice.choices['model']}-{choice.choices['data']}")
+    finally:
+        reporter.close()
+    return 0
+
+
+def _evaluate(words: list[str]) -> int:
+    from dpo_cli.composition import check_overrides, composed, groups, parse_overrides
+    from dpo_cli.config import EvalConfig, EvalSchema, eval_config
+
+    if _wants_help(words):
+        print(EVAL_HELP.format(data=", ".join(groups()["data"])))
+        return 0
+    _refuse_flags(words, "dpo-eval")
+    overrides = parse_overrides(words)
+    has_group = any(override.key_or_group == "data" for override in overrides)
+    # Without a data group, data.* changes what the run itself was trained with.
+    of_run = [] if has_group else [o for o in overrides if o.key_or_group.startswith("data.")]
+    check_overrides(overrides, EvalSchema)
+    rest = [override for override in overrides if override not in of_run]
+    container = {"data": None, **composed("eval", rest, EvalSchema).container}
+    config: EvalConfig = eval_config(container)
+    _quiet_libraries()
+    from dpo_cli.console.reporter import Reporter
+    from dpo_cli.pipeline.evaluate import evaluate as run_evaluation
+
+    reporter = Reporter()
+    try:
+        with _memory_errors():
+            run_evaluation(config, [o.input_line or "" for o in of_run], reporter)
+    finally:
+        reporter.close()
+    return 0
+
+
+def _refuse_flags(words: list[str], command: str) -> None:
+    for word in words:
+        if word.startswith("-"):
+            raise ConfigError(f"'{word}': no such flag; values are given as key=value, see {command} --help")
+
+
+def _check_files_early(*sources: str | None) -> None:
+    from dpo_cli.data.files import local_path
+
+    for source in sources:
+        if source is not None:
+            local_path(source)
+
+
+def _sweep(jobs: list[list[str]]) -> int:
+    """One run after the other, each a process of its own: its memory goes back, its failure stays its own."""
+    worst = 0
+    for number, words in enumerate(jobs, start=1):
+        print(f"run {number}/{len(jobs)}: dpo-train {' '.join(words)}", flush=True)
+        command = [sys.executable, "-c", "from dpo_cli.cli import train; train()", *words]
+        code = subprocess.run(command, check=False).returncode
+        if code in (75, 130):
+            return code
+        worst = worst or code
+    return worst
+
+
+def _quiet_libraries() -> None:
+    """No progress bars and advice of libraries between our lines; their errors become ours."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+class _memory_errors:  # noqa: N801 - reads as a statement
+    """The device's own out-of-memory error, as ours with what usually helps."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        import torch
+
+        words = str(error).lower()
+        if isinstance(error, torch.OutOfMemoryError) or (
+            isinstance(error, RuntimeError) and "memory" in words and "alloc" in words
+        ):
+            raise OutOfMemoryError(
+                "out of memory. What helps, in this order: micro_batch_size=1, engine.gradient_checkpointing=true, "
+                "reference=adapter_off, a smaller data.max_length"
+            ) from None
+        if isinstance(error, OSError) and error.errno == 28:
+            raise StorageError(f"no space left on device ({error.filename or 'while writing'})") from None
+
+
+def train_help() -> str:
+    """The page that dpo-train --help prints."""
+    from dpo_cli.composition import conf_dir, groups
+
+    defaults = {"model": "smollm2", "data": "sample", "optimizer": "adamw", "loss": "sigmoid", "lora": "all_linear",
+                "reference": "frozen", "engine": "single"}  # fmt: skip
+    lines = []
+    for group, choices in groups().items():
+        marked = [f"{choice}*" if defaults.get(group) == choice else choice for choice in choices]
+        lines.append(f"  {group:<11}{'  '.join(marked)}")
+    return TRAIN_HELP.format(groups="\n".join(lines), conf=conf_dir())

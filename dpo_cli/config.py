@@ -1,0 +1,430 @@
+"""The schema behind conf/: what every dial means, and what it may be.
+
+YAML holds the values, these dataclasses hold the meaning. The numbers live in conf/, once; here are types and
+rules, so each field is MISSING until a config is composed. `run_config` and `eval_config` turn a plain container
+(composed by Hydra, or read from a checkpoint with a safe YAML loader) into the dataclass or say in one line what
+does not fit. Nothing here imports torch, so that a typo is answered at once.
+"""
+
+import difflib
+import math
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, get_args, get_type_hints
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_cli.errors import CheckpointError, ConfigError
+
+OBJECTIVES = ("dpo",)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TEMPLATES = ("chat", "plain")
+FORMAT_NAMES = ("auto", "hh", "standard", "messages")
+OPTIMIZER_NAMES = ("adamw", "rmsprop", "sgd")
+SCHEDULE_NAMES = ("constant", "linear", "cosine")
+LOSS_NAMES = ("sigmoid",)
+REFERENCE_NAMES = ("frozen", "adapter_off")
+ENGINE_NAMES = ("single",)
+
+
+def did_you_mean(word: str, choices: List[str]) -> str:
+    """`; did you mean 'x'?` for the choice closest to a word, or nothing."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _require(holds: bool, key: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key}={_show(value)}: {rule}")
+
+
+def _one_of(key: str, value: str, choices: "tuple[str, ...]") -> None:
+    _require(value in choices, key, value, f"choose one of {', '.join(choices)}{did_you_mean(value, [*choices])}")
+
+
+def _at_least(key: str, value: Any, least: float) -> None:
+    _require(value is None or value >= least, key, value, f"must be at least {least:g}")
+
+
+def _finite(key: str, value: float) -> None:
+    _require(math.isfinite(value), key, value, "must be a finite number")
+
+
+@dataclass
+class ModelConfig:
+    """The SFT model: the start of the policy, and the reference."""
+
+    name_or_path: str = MISSING
+    revision: Optional[str] = MISSING
+    dtype: str = MISSING
+    adapter: Optional[str] = MISSING
+    trust_remote_code: bool = MISSING
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name_or_path.strip()), "model.name_or_path", self.name_or_path, "name a model")
+        _one_of("model.dtype", self.dtype, DTYPES)
+
+
+@dataclass
+class DataConfig:
+    """Preference pairs: where they are, how rows become pairs, how pairs become tokens."""
+
+    train: Optional[str] = MISSING
+    eval: Optional[str] = MISSING
+    subset: Optional[str] = MISSING
+    train_split: str = MISSING
+    eval_split: Optional[str] = MISSING
+    eval_fraction: float = MISSING
+    format: str = MISSING
+    columns: Dict[str, str] = MISSING
+    template: Optional[str] = MISSING
+    max_length: int = MISSING
+    max_prompt_length: Optional[int] = MISSING
+    limit: Optional[int] = MISSING
+    eval_limit: Optional[int] = MISSING
+    shuffle: bool = MISSING
+    on_bad_row: str = MISSING
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.eval_fraction < 1,
+            "data.eval_fraction",
+            self.eval_fraction,
+            "must be in [0, 1), 0.1 is usual",
+        )
+        _one_of("data.format", self.format, FORMAT_NAMES)
+        for name in self.columns:
+            known = ["prompt", "chosen", "rejected"]
+            _require(name in known, f"data.columns.{name}", self.columns[name], f"columns are {', '.join(known)}")
+        if self.template is not None:
+            _one_of("data.template", self.template, TEMPLATES)
+        _at_least("data.max_length", self.max_length, 2)
+        _at_least("data.max_prompt_length", self.max_prompt_length, 1)
+        _require(
+            self.max_prompt_length is None or self.max_prompt_length < self.max_length,
+            "data.max_prompt_length",
+            self.max_prompt_length,
+            f"must be below data.max_length={self.max_length}, or no response fits",
+        )
+        _at_least("data.limit", self.limit, 1)
+        _at_least("data.eval_limit", self.eval_limit, 1)
+        _one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
+
+
+@dataclass
+class OptimizerConfig:
+    """How the trainable weights move."""
+
+    name: str = MISSING
+    lr: float = MISSING
+    weight_decay: float = MISSING
+    betas: List[float] = MISSING
+    eps: float = MISSING
+    schedule: str = MISSING
+    warmup_steps: int = MISSING
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.name", self.name, OPTIMIZER_NAMES)
+        _finite("optimizer.lr", self.lr)
+        _require(self.lr > 0, "optimizer.lr", self.lr, "must be above 0; 5e-5 is usual with LoRA")
+        _at_least("optimizer.weight_decay", self.weight_decay, 0)
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "optimizer.betas",
+            self.betas,
+            "must be two numbers in [0, 1), for instance [0.9,0.999]",
+        )
+        _require(self.eps > 0, "optimizer.eps", self.eps, "must be above 0")
+        _one_of("optimizer.schedule", self.schedule, SCHEDULE_NAMES)
+        _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+
+
+@dataclass
+class LossConfig:
+    """Which function of the log-ratios is minimised, and its dials."""
+
+    name: str = MISSING
+    label_smoothing: float = MISSING
+
+    def __post_init__(self) -> None:
+        _one_of("loss.name", self.name, LOSS_NAMES)
+        _require(
+            0 <= self.label_smoothing < 0.5,
+            "loss.label_smoothing",
+            self.label_smoothing,
+            "must be in [0, 0.5): the share of labels taken to be wrong",
+        )
+
+
+@dataclass
+class LoraConfig:
+    """The adapters: PEFT's names."""
+
+    enabled: bool = MISSING
+    r: int = MISSING
+    alpha: float = MISSING
+    dropout: float = MISSING
+    target_modules: Any = MISSING  # "all-linear" or a list of module names: OmegaConf has no such union
+
+    def __post_init__(self) -> None:
+        _at_least("lora.r", self.r, 1)
+        _finite("lora.alpha", self.alpha)
+        _require(self.alpha > 0, "lora.alpha", self.alpha, "must be above 0; twice lora.r is usual")
+        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "must be in [0, 1)")
+        names = self.target_modules
+        as_list = isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
+        _require(
+            names == "all-linear" or as_list,
+            "lora.target_modules",
+            names,
+            "must be all-linear or a list of module names, for instance [q_proj,v_proj]",
+        )
+
+
+@dataclass
+class ReferenceConfig:
+    """Which weights the policy is held to."""
+
+    name: str = MISSING
+
+    def __post_init__(self) -> None:
+        _one_of("reference.name", self.name, REFERENCE_NAMES)
+
+
+@dataclass
+class EngineConfig:
+    """What the run is computed on, and how thriftily."""
+
+    name: str = MISSING
+    gradient_checkpointing: bool = MISSING
+
+    def __post_init__(self) -> None:
+        _one_of("engine.name", self.name, ENGINE_NAMES)
+
+
+def _check_micro_batch_size(value: Any) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    _require(value == "auto" or (whole and value >= 1), "micro_batch_size", value, "must be auto or at least 1")
+
+
+@dataclass
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    optimizer: OptimizerConfig = MISSING
+    loss: LossConfig = MISSING
+    lora: LoraConfig = MISSING
+    reference: ReferenceConfig = MISSING
+    engine: EngineConfig = MISSING
+    objective: str = MISSING
+    beta: float = MISSING
+    seed: int = MISSING
+    batch_size: int = MISSING
+    micro_batch_size: Any = MISSING
+    epochs: int = MISSING
+    max_steps: Optional[int] = MISSING
+    log_every: int = MISSING
+    eval_every: int = MISSING
+    save_every: int = MISSING
+    keep_checkpoints: int = MISSING
+    max_grad_norm: float = MISSING
+    device: str = MISSING
+    output_dir: Optional[str] = MISSING
+    resume: Optional[str] = MISSING
+
+    def __post_init__(self) -> None:
+        _one_of("objective", self.objective, OBJECTIVES)
+        _finite("beta", self.beta)
+        _require(
+            self.beta > 0,
+            "beta",
+            self.beta,
+            "must be above 0; 0.1 is usual, higher stays closer to the reference",
+        )
+        _at_least("seed", self.seed, 0)
+        _at_least("batch_size", self.batch_size, 1)
+        _check_micro_batch_size(self.micro_batch_size)
+        _at_least("epochs", self.epochs, 1)
+        _at_least("max_steps", self.max_steps, 1)
+        for key in ("log_every", "eval_every", "save_every"):
+            _at_least(key, getattr(self, key), 0)
+        _at_least("keep_checkpoints", self.keep_checkpoints, 1)
+        _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "must be above 0; 1.0 is usual")
+        _require(
+            self.data.train is not None,
+            "data.train",
+            None,
+            "name a file (.jsonl, .json, .parquet, .csv) or a hub data set, for instance data.train=pairs.jsonl",
+        )
+        _require(
+            self.lora.enabled or self.reference.name == "frozen",
+            "reference",
+            self.reference.name,
+            "needs an adapter to switch off; with lora=off choose reference=frozen",
+        )
+
+
+@dataclass
+class EvalConfig:
+    """One evaluation of a finished run, checkpoint, adapter or model."""
+
+    checkpoint: Optional[str] = MISSING
+    data: Any = MISSING  # null: what the run held out; else the content of a DataConfig
+    reference: Optional[str] = MISSING
+    name: Optional[str] = MISSING
+    samples: int = MISSING
+    max_new_tokens: int = MISSING
+    micro_batch_size: Any = MISSING
+    device: str = MISSING
+    output_dir: Optional[str] = MISSING
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.checkpoint),
+            "checkpoint",
+            self.checkpoint,
+            "name a run directory, a checkpoint, an adapter or a model, for instance checkpoint=outputs/...",
+        )
+        _at_least("samples", self.samples, 0)
+        _at_least("max_new_tokens", self.max_new_tokens, 1)
+        _check_micro_batch_size(self.micro_batch_size)
+        allowed = self.name is None or (bool(self.name) and not set(self.name) & set("/\\\0") and self.name[0] != ".")
+        _require(allowed, "name", self.name, "must be a plain folder name")
+
+
+@dataclass
+class EvalSchema(EvalConfig):
+    """The keys dpo-eval knows: those of EvalConfig, and a data group's where one is chosen."""
+
+    data: DataConfig = MISSING
+
+
+def schema_keys(schema: type, prefix: str = "") -> List[str]:
+    """Every key of a schema as a dotted path, groups included."""
+    keys: List[str] = []
+    hints = get_type_hints(schema)
+    for field in fields(schema):
+        keys.append(prefix + field.name)
+        if is_dataclass(hints[field.name]):
+            keys += schema_keys(hints[field.name], f"{prefix}{field.name}.")
+    return keys
+
+
+def suggest_key(key: str, schema: type) -> str:
+    """`; did you mean 'optimizer.lr'?` for a key that the schema lacks: by its last word, then by likeness."""
+    keys = schema_keys(schema)
+    leaf = key.rsplit(".", 1)[-1]
+    by_leaf = [known for known in keys if known.rsplit(".", 1)[-1] == leaf]
+    if by_leaf:
+        return f"; did you mean '{by_leaf[0]}'?"
+    found = did_you_mean(key, keys)
+    if found:
+        return found
+    leaves = {known.rsplit(".", 1)[-1]: known for known in keys}
+    close = difflib.get_close_matches(leaf, [*leaves], n=1, cutoff=0.6)
+    return f"; did you mean '{leaves[close[0]]}'?" if close else ""
+
+
+def unknown_keys(container: Dict[str, Any], schema: type, prefix: str = "") -> List[str]:
+    """The dotted paths in a container that the schema does not have."""
+    hints = get_type_hints(schema)
+    found: List[str] = []
+    for key, value in container.items():
+        if key not in hints:
+            found.append(f"{prefix}{key}")
+        elif is_dataclass(hints[key]) and isinstance(value, dict):
+            found += unknown_keys(value, hints[key], f"{prefix}{key}.")
+    return found
+
+
+def _type_in_words(key: str, schema: type) -> str:
+    hint: Any = schema
+    for part in key.split("."):
+        hint = get_type_hints(hint).get(part) if is_dataclass(hint) else None
+    optional = type(None) in get_args(hint)
+    base = next((arg for arg in get_args(hint) if arg is not type(None)), hint) if optional else hint
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+    name = words.get(base, "a list" if "List" in str(base) else "a group of keys")
+    return f"{name} or null" if optional else name
+
+
+def _from_container(container: Dict[str, Any], schema: type) -> Any:
+    unknown = unknown_keys(container, schema)
+    if unknown:
+        raise ConfigError(f"unknown key '{unknown[0]}'{suggest_key(unknown[0], schema)}")
+    try:
+        # The plain container onto a fresh schema: a merge of two configs would let unknown keys through.
+        merged = OmegaConf.merge(OmegaConf.structured(schema), container)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{missing[0]} has no value; give it one on the command line or in its YAML file")
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = str(error.full_key or "")
+        value: Any = container
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else value
+        raise ConfigError(f"{key}={_show(value)}: must be {_type_in_words(key, schema)}") from None
+
+
+def run_config(container: Dict[str, Any]) -> RunConfig:
+    """A plain container as a checked `RunConfig`; ConfigError names the first thing that does not fit."""
+    config: RunConfig = _from_container(container, RunConfig)
+    return config
+
+
+def eval_config(container: Dict[str, Any]) -> EvalConfig:
+    """A plain container as a checked `EvalConfig`."""
+    config: EvalConfig = _from_container(container, EvalConfig)
+    return config
+
+
+def data_config(container: Dict[str, Any]) -> DataConfig:
+    """The data part alone, for an evaluation on other data."""
+    config: DataConfig = _from_container({"data": container}, _DataOnly).data
+    return config
+
+
+@dataclass
+class _DataOnly:
+    data: DataConfig = MISSING
+
+
+def to_container(config: Any) -> Dict[str, Any]:
+    """The config as plain dicts, lists and scalars, ready for YAML or JSON."""
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """Write config.yaml: data only, no interpolation, no target."""
+    path.write_text(yaml.safe_dump(to_container(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def read_config(path: Path) -> RunConfig:
+    """The config of an earlier run, read as data: a stranger's file executes and resolves nothing.
+
+    CheckpointError where the file is missing, is not such a config, or carries an interpolation.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        container = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; a run directory holds a config.yaml") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path}: cannot be read as YAML ({type(error).__name__})") from None
+    if not isinstance(container, dict):
+        raise CheckpointError(f"{path}: is not the config of a run")
+    if "${" in text:
+        raise CheckpointError(f"{path}: holds an interpolation (${{...}}); a run's config is data only")
+    try:
+        return run_config(container)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None

@@ -1,0 +1,300 @@
+"""The live console: a view of metrics.jsonl, never load-bearing.
+
+On a terminal it is a table that grows in place with a sparkline and a progress bar; anywhere else one plain line
+a record. Whatever becomes of the terminal, pipe or disk behind it, the run goes on.
+"""
+
+import os
+import sys
+import time
+from collections import deque
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from dpo_cli.console.text import safe_text, significant
+
+ROWS_SHOWN = 10
+SPARKS = "▁▂▃▄▅▆▇█"
+ASCII_SPARKS = "_.-=+*#@"
+
+# What a record shows: heading and key, with digits. The order of the columns.
+COLUMNS = (
+    ("loss", "loss", 3),
+    ("margin", "rewards/margins", 3),
+    ("accuracy", "rewards/accuracies", 3),
+    ("chosen", "rewards/chosen", 3),
+    ("rejected", "rewards/rejected", 3),
+    ("lr", "lr", 2),
+    ("pairs/s", "pairs_per_second", 3),
+    ("GiB", "peak_memory_gib", 3),
+)
+
+
+class _Unbreakable:
+    """A stream that falls silent instead of raising: a closed pipe or a full disk must not stop training."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+        self.alive = True
+
+    def write(self, text: str) -> int:
+        if self.alive:
+            try:
+                self._stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+            except (OSError, ValueError):
+                self.alive = False
+        return len(text)
+
+    def flush(self) -> None:
+        if self.alive:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError):
+                self.alive = False
+
+    def isatty(self) -> bool:
+        try:
+            return self.alive and self._stream.isatty()
+        except (OSError, ValueError):
+            return False
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+def silence_closed_stdout() -> None:
+    """Point a broken standard output at nothing, so that Python's own last flush does not fail."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def sparkline(values: list[float], width: int, marks: str = SPARKS) -> str:
+    """The values as a row of bars, lowest to highest, averaged into at most `width` of them."""
+    finite = [value for value in values if value == value and abs(value) != float("inf")]
+    if not finite:
+        return ""
+    buckets = min(width, len(finite))
+    edges = [len(finite) * place // buckets for place in range(buckets + 1)]
+    means = [sum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    span = high - low or 1.0
+    return "".join(marks[min(len(marks) - 1, int((mean - low) / span * len(marks)))] for mean in means)
+
+
+class Reporter:
+    """Everything a command shows; the same in plain text goes to train.log once a run directory is there."""
+
+    def __init__(self, stream: TextIO | None = None, error_stream: TextIO | None = None) -> None:
+        self._stream = _Unbreakable(stream or sys.stdout)
+        self._error_stream = _Unbreakable(error_stream or sys.stderr)
+        self.console = Console(
+            file=self._stream,  # type: ignore[arg-type]
+            highlight=False,
+            markup=False,
+            emoji=False,
+            soft_wrap=not self._stream.isatty(),
+            # A dumb terminal has no cursor to move; rich decides by TERM as well.
+            force_terminal=None if self._stream.isatty() else False,
+        )
+        self._log: Any = None
+        self._live: Live | None = None
+        self._progress: Progress | None = None
+        self._rows: deque[dict[str, Any]] = deque(maxlen=ROWS_SHOWN)
+        self._margins: list[float] = []
+        self._total = 0
+        self._unit = "step"
+        self._last_plain = 0.0
+
+    def open_log(self, path: Path) -> None:
+        """From here on write every line to `path` too."""
+        self._log = _Unbreakable(path.open("a", encoding="utf-8", errors="backslashreplace"))
+
+    def close(self) -> None:
+        """End the live view, leaving its last state on screen."""
+        self.stop()
+        if self._log is not None:
+            self._log.flush()
+            self._log._stream.close()
+            self._log = None
+
+    # Lines
+
+    def say(self, text: str = "", style: str | None = None) -> None:
+        """One line of the program's own words; foreign text in it must have passed `safe_text`."""
+        self._write_log(text)
+        self.console.print(Text(text, style=style or ""))
+
+    def warn(self, text: str) -> None:
+        """A warning: yellow, on standard output and in the log, so that it is not lost."""
+        self.say(f"warning: {text}", style="yellow")
+
+    def error(self, text: str) -> None:
+        """The one line a failed command ends with, on standard error."""
+        self._write_log(text)
+        self._error_stream.write(text + "\n")
+        self._error_stream.flush()
+
+    def facts(self, rows: list[tuple[str, str]]) -> None:
+        """Labelled lines, aligned; a label may repeat as an empty one."""
+        width = max(len(label) for label, _ in rows)
+        for label, text in rows:
+            self._write_log(f"{label:<{width}}  {text}")
+        if not self.console.is_terminal:
+            for label, text in rows:
+                self.console.print(Text(f"{label:<{width}}  {text}"))
+            return
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for label, text in rows:
+            grid.add_row(Text(label), Text(text))
+        self.console.print(grid)
+
+    def pair(self, prompt: str, chosen: str, rejected: str, end: str) -> None:
+        """One decoded pair with its boundaries: where the prompt ends, and the token that closes each response."""
+        shown = Text()
+        shown.append(safe_text(prompt), style="dim")
+        for label, text in (("chosen", chosen), ("rejected", rejected)):
+            shown.append(f"\n{label:>8} | ", style="bold")
+            body, closed = (text.removesuffix(end), end) if end and text.endswith(end) else (text, "")
+            shown.append(safe_text(body))
+            shown.append(safe_text(closed), style="bold cyan")
+            if not closed:
+                shown.append(" (cut)", style="yellow")
+        self._write_log(shown.plain)
+        self.console.print(shown)
+
+    def grid(self, headings: list[str], rows: list[list[str]], left: int = 1) -> None:
+        """A small table: the first `left` columns are words, the others numbers."""
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for place, heading in enumerate(headings):
+            table.add_column(Text(heading), justify="left" if place < left else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        self.console.print(table)
+        for row in [headings, *rows]:
+            self._write_log("  ".join(row))
+
+    def side_by_side(self, headings: list[str], rows: list[list[str]]) -> None:
+        """Long texts beside each other, a row each; below each other where there is no terminal."""
+        for row in rows:
+            self._write_log("\n".join(f"{heading}: {cell}" for heading, cell in zip(headings, row, strict=True)))
+        if not self.console.is_terminal:
+            for row in rows:
+                for heading, cell in zip(headings, row, strict=True):
+                    self.console.print(Text(f"{heading}: {cell}"))
+                self.console.print()
+            return
+        table = Table(header_style="dim", show_lines=True, expand=True)
+        for place, heading in enumerate(headings):
+            table.add_column(Text(heading), ratio=2 if place else 1, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        self.console.print(table)
+
+    # Progress
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """Begin a progress view of `total` units (`step`, `pair`), `done` of which are done."""
+        self.stop()
+        self._unit, self._total = what, total
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            expand=True,
+        )
+        self._progress.add_task(what, total=total, completed=done)
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
+            self._live = Live(self._frame(), console=self.console, refresh_per_second=4, transient=False)
+            self._live.start()
+
+    def advance(self, units: int = 1) -> None:
+        """`units` more are done."""
+        if self._progress is not None:
+            self._progress.advance(self._progress.task_ids[0], units)
+            self._refresh()
+            # Evaluations log no record: off a terminal a line every half minute says that they go on.
+            if self._live is None and self._unit != "step" and time.monotonic() - self._last_plain > 30:
+                self._last_plain = time.monotonic()
+                self.say(f"{self._unit} {self._progress.tasks[0].completed:.0f}/{self._total}")
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Show one line of metrics.jsonl."""
+        self._rows.append(record)
+        if record["split"] == "train" and record["step"] > 0:
+            self._margins.append(record["rewards/margins"])
+        line = self._plain_line(record)
+        self._write_log(line)
+        if self._live is None:
+            self.console.print(Text(line))
+        self._refresh()
+
+    def stop(self) -> None:
+        """End the progress view."""
+        if self._live is not None:
+            self._live.update(self._frame())
+            self._live.stop()
+            self._live = None
+        self._progress = None
+        self._rows.clear()
+        self._margins = []
+
+    def _plain_line(self, record: dict[str, Any]) -> str:
+        split = "eval " if record["split"] == "eval" else ""
+        cells = [f"{heading} {significant(record[key], digits)}" for heading, key, digits in COLUMNS if key in record]
+        return f"{split}step {record['step']}/{self._total}  " + "  ".join(cells)
+
+    def _frame(self) -> RenderableType:
+        parts: list[RenderableType] = []
+        if self._rows:
+            table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
+            table.add_column("step", justify="right")
+            for heading, _, _ in COLUMNS:
+                table.add_column(heading, justify="right", no_wrap=True)
+            for row in self._rows:
+                cells = [significant(row[key], digits) if key in row else "" for _, key, digits in COLUMNS]
+                held_out = row["split"] == "eval"
+                table.add_row(
+                    f"eval {row['step']}" if held_out else str(row["step"]),
+                    *cells,
+                    style="cyan" if held_out else "",
+                )
+            parts.append(table)
+        if len(self._margins) > 1:
+            marks = ASCII_SPARKS if self.console.options.ascii_only else SPARKS
+            line = sparkline(self._margins, width=max(8, self.console.width - 24), marks=marks)
+            parts.append(Text(f"margin {line} {significant(self._margins[-1])}", no_wrap=True, overflow="crop"))
+        if self._progress is not None:
+            parts.append(self._progress)
+        return Group(*parts)
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(self._frame())
+
+    def _write_log(self, text: str) -> None:
+        if self._log is not None:
+            self._log.write(text + "\n")
+            self._log.flush()

@@ -1,0 +1,69 @@
+"""The one door for text of others: data, model output, names and messages of libraries pass here to a screen.
+
+Whatever could move the cursor, set the clipboard, reorder the line or fake a style is shown as an escape.
+"""
+
+import re
+import unicodedata
+
+# Cc: C0 and C1 controls. Cf: bidi marks, zero-width characters. Cs: lone surrogates. Co, Cn: unassigned glyphs.
+_UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+_SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})")
+
+
+def _escape(character: str) -> str:
+    if character in _NAMED:
+        return _NAMED[character]
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def safe_text(text: object, limit: int | None = None, keep_newlines: bool = False) -> str:
+    """The text on one line with every control, bidi and invisible character escaped, tokens of the hub redacted.
+
+    Cut to `limit` characters with an ellipsis; with `keep_newlines` line breaks stay line breaks.
+    """
+    raw = _SECRET.sub("[redacted]", str(text))
+    if limit is not None and len(raw) > limit:
+        raw = raw[: max(0, limit - 3)] + "..."
+    if raw.isascii() and raw.isprintable():
+        return raw
+    shown = []
+    for character in raw:
+        plain = character == "\n" and keep_newlines
+        unsafe = unicodedata.category(character) in _UNSAFE_CATEGORIES
+        shown.append(character if plain or not unsafe else _escape(character))
+    return "".join(shown)
+
+
+def count(number: int) -> str:
+    """A count with thousands separated: 42,537."""
+    return f"{number:,}"
+
+
+def plural(number: int, noun: str) -> str:
+    """`1 pair`, `2 pairs`, with thousands separated."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number in `digits` significant digits without an exponent where it stays short: 0.0312, 5e-07."""
+    if value != value or value in (float("inf"), float("-inf")):
+        return str(value)
+    if value == 0:
+        return "0"
+    if 1e-4 <= abs(value) < 1e6:
+        text = f"{value:.{digits}g}"
+        return f"{float(text):.0f}" if "e" in text else text
+    return f"{value:.{digits}g}"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,218 @@
+"""Row formats: each a pure function from one row of a file to a `PreferencePair`.
+
+A pair is kept in two readings, so that either template finds what it needs: the prompt as messages, which a chat
+template renders, and the prompt as plain text, which `data.template=plain` trains on as it is.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ROLES = ("system", "user", "assistant")
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+# Notes: what was done to a row that its author may not expect. Counted and printed.
+DIVERGES_EARLY = "part before the last turn: the later turns stay in the responses"
+PROMPT_REPEATED = "repeat the prompt in their responses: it is taken once"
+
+
+class BadRowError(ValueError):
+    """A row that is no preference pair; the message says what was expected and what was found."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A prompt with the response somebody preferred and the one they did not."""
+
+    messages: tuple[Message, ...]  # the prompt as a conversation
+    prompt_text: str  # the prompt as plain text
+    chosen: str
+    rejected: str
+    notes: tuple[str, ...] = ()
+
+
+Row = Mapping[str, Any]
+
+
+def _kind(value: object) -> str:
+    names = {type(None): "null", str: "text", list: "a list", dict: "an object", bool: "true or false"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def _field(row: Row, name: str) -> Any:
+    if name in row:
+        return row[name]
+    close = difflib.get_close_matches(name, [str(key) for key in row], n=1, cutoff=0.6)
+    hint = f"; did you mean data.columns.{name}={close[0]}?" if close else ""
+    has = ", ".join(str(key) for key in row) or "nothing"
+    raise BadRowError(f"no '{name}' key. A row needs prompt, chosen and rejected; it has {has}{hint}")
+
+
+def _text(row: Row, name: str) -> str:
+    value = _field(row, name)
+    if not isinstance(value, str):
+        raise BadRowError(f"'{name}' must be text, it is {_kind(value)}")
+    return _valid(value, name)
+
+
+def _valid(text: str, name: str) -> str:
+    # A JSON escape such as \ud800 makes text that no tokenizer can read.
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise BadRowError(f"'{name}' holds half a surrogate pair (\\ud800 to \\udfff), which is not text")
+    return text
+
+
+def _messages(value: object, name: str) -> tuple[Message, ...]:
+    if not isinstance(value, list | tuple):
+        raise BadRowError(f"'{name}' must be a list of messages, it is {_kind(value)}")
+    turns = []
+    for position, turn in enumerate(value):
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+            raise BadRowError(f"'{name}' message {position} must be an object with role and content")
+        if turn["role"] not in ROLES:
+            raise BadRowError(f"'{name}' message {position} has role '{turn['role']}'; roles are {', '.join(ROLES)}")
+        if not isinstance(turn.get("content"), str):
+            raise BadRowError(f"'{name}' message {position}: content must be text, it is {_kind(turn.get('content'))}")
+        turns.append(Message(turn["role"], _valid(turn["content"], name)))
+    return tuple(turns)
+
+
+def dialogue_messages(text: str) -> tuple[Message, ...]:
+    """A prompt in HH form (`Human:` and `Assistant:` turns, open at the end) as messages.
+
+    Two turns of the same speaker in a row are joined: most chat templates insist that speakers alternate.
+    """
+    parts = re.split(r"\n\n(Human|Assistant):", text)
+    turns: list[Message] = []
+    for speaker, content in zip(parts[1::2], parts[2::2], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        if turns and turns[-1].role == role:
+            turns[-1] = Message(role, f"{turns[-1].content}\n\n{content.strip()}")
+        else:
+            turns.append(Message(role, content.strip()))
+    if turns and turns[-1].role == "assistant":  # the open turn, which the response fills
+        turns.pop()
+    return tuple(turns)
+
+
+def dialogue_text(messages: tuple[Message, ...]) -> str:
+    """Messages as a prompt in HH form; a system message comes first, as plain text."""
+    shown = [message.content if message.role == "system" else _turn(message) for message in messages]
+    return "".join(shown) + ASSISTANT
+
+
+def _turn(message: Message) -> str:
+    return f"{HUMAN if message.role == 'user' else ASSISTANT} {message.content}"
+
+
+def _shared(first: str, second: str) -> int:
+    """The length of the longest common prefix."""
+    limit = min(len(first), len(second))
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[:middle] == second[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def hh(row: Row) -> PreferencePair:
+    r"""Whole dialogues in `chosen` and `rejected`; the prompt is all up to the last `\n\nAssistant:` they share.
+
+    Not their longest common prefix: that would cut inside words. Where the dialogues part before their last
+    turn, the later turns stay in the responses and the pair carries a note.
+    """
+    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    cut = chosen.rfind(ASSISTANT, 0, _shared(chosen, rejected))
+    if cut < 0:
+        raise BadRowError("chosen and rejected share no '\\n\\nAssistant:' turn, so there is no prompt (format=hh)")
+    cut += len(ASSISTANT)
+    prompt = chosen[:cut]
+    messages = dialogue_messages(prompt)
+    if not messages:
+        raise BadRowError("the dialogue has no '\\n\\nHuman:' turn before the response (format=hh)")
+    early = ASSISTANT in chosen[cut:] or ASSISTANT in rejected[cut:]
+    return PreferencePair(messages, prompt, chosen[cut:], rejected[cut:], (DIVERGES_EARLY,) if early else ())
+
+
+def standard(row: Row) -> PreferencePair:
+    """`prompt`, `chosen` and `rejected` as text."""
+    prompt, chosen, rejected = (_text(row, name) for name in ("prompt", "chosen", "rejected"))
+    messages = dialogue_messages(prompt) if prompt.endswith(ASSISTANT) else ()
+    notes: tuple[str, ...] = ()
+    # Three words or more: a short greeting may well open both responses on its own.
+    if len(prompt.split()) >= 3 and chosen.startswith(prompt) and rejected.startswith(prompt):
+        chosen, rejected, notes = chosen[len(prompt) :], rejected[len(prompt) :], (PROMPT_REPEATED,)
+    return PreferencePair(messages or (Message("user", prompt),), prompt, chosen, rejected, notes)
+
+
+def messages(row: Row) -> PreferencePair:
+    """Messages in `chosen` and `rejected`, with the prompt given, repeated in them, or only implied by them.
+
+    A prompt may be text or messages. Without one it is what both conversations share.
+    """
+    prompt = row.get("prompt")
+    given: tuple[Message, ...] | None = None
+    if isinstance(prompt, str):
+        given = (Message("user", _valid(prompt, "prompt")),)
+    elif prompt is not None:
+        given = _messages(prompt, "prompt")
+    chosen, chosen_repeats = _answer(row, "chosen", given)
+    rejected, rejected_repeats = _answer(row, "rejected", given)
+    if given is None:
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+            shared += 1
+        given, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if not given or given[-1].role == "assistant":
+        raise BadRowError("the prompt must end with a user message before the responses begin (format=messages)")
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if len(answer) != 1 or answer[0].role != "assistant":
+            found = ", ".join(message.role for message in answer) or "nothing"
+            raise BadRowError(f"'{name}' must answer the prompt with one assistant message; it has {found}")
+    notes = (PROMPT_REPEATED,) if chosen_repeats or rejected_repeats else ()
+    # The space is what HH's plain form has after the colon; a chat template trims it.
+    return PreferencePair(given, dialogue_text(given), f" {chosen[0].content}", f" {rejected[0].content}", notes)
+
+
+def _answer(row: Row, name: str, given: tuple[Message, ...] | None) -> tuple[tuple[Message, ...], bool]:
+    """The messages of a response, and whether they repeated the prompt."""
+    value = _field(row, name)
+    if isinstance(value, str):
+        return (Message("assistant", _valid(value, name)),), False
+    conversation = _messages(value, name)
+    if given and len(conversation) > len(given) and conversation[: len(given)] == given:
+        return conversation[len(given) :], True
+    return conversation, False
+
+
+def auto(row: Row) -> PreferencePair:
+    """Judges each row by its own shape, so that mixed files work and the answer never depends on the first row."""
+    chosen, rejected = _field(row, "chosen"), _field(row, "rejected")
+    if isinstance(chosen, list) or isinstance(rejected, list) or isinstance(row.get("prompt"), list):
+        return messages(row)
+    dialogue = isinstance(chosen, str) and isinstance(rejected, str) and ASSISTANT in chosen and ASSISTANT in rejected
+    if row.get("prompt") is None and dialogue:
+        return hh(row)
+    return standard(row)
+
+
+# Chosen by `data.format`.
+FORMATS: dict[str, Callable[[Row], PreferencePair]] = {
+    "auto": auto,
+    "hh": hh,
+    "standard": standard,
+    "messages": messages,
+}

@@ -1,0 +1,259 @@
+"""From a data config to tokenized pairs to train on and to hold out, with a count for everything left behind."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo_cli.config import DataConfig
+from dpo_cli.console.text import plural, safe_text
+from dpo_cli.data.files import RowInFile, local_path, read_hub, read_rows
+from dpo_cli.data.formats import FORMATS, BadRowError, PreferencePair
+from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_ids, truncate
+from dpo_cli.errors import DataError
+
+CHUNK = 512  # pairs encoded at once
+
+# Why a pair is dropped: the words of the manifest, the console and report.json, with their meaning.
+REASONS = {
+    "bad_row": "could not be read",
+    "identical": "whose two responses are the same text",
+    "empty_response": "with an empty response",
+    "prompt_too_long": "whose prompt left no room for a response",
+    "identical_after_truncation": "whose responses are the same after truncation",
+}
+
+
+@dataclass
+class Report:
+    """What became of the rows of one side: kept, dropped by reason, and what was done to those kept."""
+
+    source: str
+    rows: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    truncation: Truncation = field(default_factory=Truncation)
+
+    def sentences(self, max_length: int) -> list[str]:
+        """The counts in words, one fact a line; nothing is skipped in silence."""
+        lines = [f"kept {plural(self.kept, 'pair')} of {plural(self.rows, 'row')} from {self.source}"]
+        lines += [
+            f"dropped {plural(number, 'pair')} {REASONS[reason]}"
+            + (f" (max_length={max_length})" if reason in ("prompt_too_long", "identical_after_truncation") else "")
+            for reason, number in self.dropped.items()
+        ]
+        lines += [f"{plural(number, 'pair')} {note}" for note, number in self.notes.items()]
+        if self.truncation.prompts_cut:
+            lines.append(
+                f"{plural(self.truncation.prompts_cut, 'prompt')} lost the oldest part (max_length={max_length})"
+            )
+        if self.truncation.responses_cut:
+            cut = plural(self.truncation.responses_cut, "response")
+            lines.append(f"{cut} cut at the end, the closing EOS with it (max_length={max_length})")
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest: a count under each word."""
+        return {
+            "source": self.source,
+            "rows": self.rows,
+            "kept": self.kept,
+            "dropped": dict(self.dropped),
+            "notes": dict(self.notes),
+            "prompts_cut": self.truncation.prompts_cut,
+            "responses_cut": self.truncation.responses_cut,
+        }
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """A pair as text, with the row it came from."""
+
+    pair: PreferencePair
+    index: int
+
+
+@dataclass(frozen=True)
+class PairData:
+    """The tokenized pairs of a run, and what is known of them."""
+
+    train: list[TokenizedPair]
+    held_out: list[TokenizedPair]
+    train_report: Report
+    held_out_report: Report
+    held_out_texts: list[TextPair]  # in the order of `held_out`
+    fingerprint: str  # of every token of every pair, in order
+
+    def reports(self) -> list[tuple[str, Report]]:
+        """The reports of the sides that there are."""
+        sides = [("train", self.train_report), ("held out", self.held_out_report)]
+        return [(name, report) for name, report in sides if report.rows]
+
+
+def content_key(pair: PreferencePair) -> str:
+    """A hash of the pair's texts: the same in every file, run and process."""
+    return _sha256(pair.prompt_text, pair.chosen, pair.rejected)
+
+
+def _sha256(*texts: str) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode("utf-8")
+        digest.update(len(data).to_bytes(8, "little") + data)  # the length keeps "ab","c" from "a","bc"
+    return digest.hexdigest()
+
+
+def is_held_out(pair: PreferencePair, fraction: float, seed: int) -> bool:
+    """Whether a pair is held out: by a seeded hash of its prompt.
+
+    The same pair lands on the same side in every run and on every rank, and two pairs of one prompt on one side,
+    so that nothing leaks.
+    """
+    value = int(_sha256(f"split {seed}", pair.prompt_text)[:16], 16)
+    return value < fraction * 2**64
+
+
+def _text_pairs(rows: Iterator[RowInFile], config: DataConfig, limit: int | None, report: Report) -> Iterator[TextPair]:
+    to_pair = FORMATS[config.format]
+    names = {theirs: ours for ours, theirs in config.columns.items()}
+    for row in rows:
+        if limit is not None and row.index >= limit:
+            return
+        report.rows += 1
+        problem = row.problem
+        if row.value is not None:
+            try:
+                value = {names.get(key, key): cell for key, cell in row.value.items()}
+                pair = to_pair(value)
+            except BadRowError as error:
+                problem = safe_text(error, limit=300)
+            else:
+                report.notes.update(pair.notes)
+                yield TextPair(pair, row.index)
+                continue
+        if config.on_bad_row == "error":
+            raise DataError(f"{row.place}: {problem} (data.on_bad_row=skip counts and drops such rows)")
+        report.dropped["bad_row"] += 1
+
+
+def _tokenize(
+    texts: Iterator[TextPair],
+    encoder: PairEncoder,
+    config: DataConfig,
+    report: Report,
+    poll: Callable[[], None],
+) -> Iterator[tuple[TokenizedPair, TextPair]]:
+    def finish(chunk: list[TextPair]) -> Iterator[tuple[TokenizedPair, TextPair]]:
+        poll()
+        for text, encoded in zip(chunk, encoder.encode([text.pair for text in chunk]), strict=True):
+            tally = Truncation()
+            cut = truncate(encoded, config.max_length, config.max_prompt_length, tally)
+            if cut is None:
+                report.dropped["prompt_too_long"] += 1
+            elif cut.chosen == cut.rejected:
+                report.dropped["identical_after_truncation"] += 1
+            else:
+                report.kept += 1
+                report.truncation.prompts_cut += tally.prompts_cut
+                report.truncation.prompt_tokens_cut += tally.prompt_tokens_cut
+                report.truncation.responses_cut += tally.responses_cut
+                ids = (token_ids(cut.prompt), token_ids(cut.chosen), token_ids(cut.rejected))
+                yield TokenizedPair(*ids, index=text.index, key=content_key(text.pair)), text
+
+    chunk: list[TextPair] = []
+    for text in texts:
+        chosen, rejected = (encoder.response_text(words) for words in (text.pair.chosen, text.pair.rejected))
+        if not chosen.strip() or not rejected.strip():
+            report.dropped["empty_response"] += 1
+        elif chosen == rejected:
+            report.dropped["identical"] += 1
+        else:
+            chunk.append(text)
+        if len(chunk) == CHUNK:
+            yield from finish(chunk)
+            chunk = []
+    if chunk:
+        yield from finish(chunk)
+
+
+def _open(source: str, subset: str | None, split: str) -> tuple[Iterator[RowInFile], str]:
+    path = local_path(source)
+    if path is not None:
+        return read_rows(path), safe_text(source)
+    return read_hub(source, subset, split), safe_text(f"{source} ({split})")
+
+
+def check_sources(config: DataConfig) -> None:
+    """DataError where a named file is missing or empty: asked before anything heavy is loaded."""
+    for source in (config.train, config.eval):
+        path = local_path(source) if source else None
+        if path is not None and path.stat().st_size == 0:
+            raise DataError(f"{safe_text(source)}: the file is empty")
+
+
+def load_pairs(
+    config: DataConfig,
+    encoder: PairEncoder,
+    seed: int,
+    *,
+    held_out_only: bool = False,
+    poll: Callable[[], None] = lambda: None,
+) -> PairData:
+    """Read, tokenize, truncate and split the pairs of a run.
+
+    `poll` is called between chunks, so that a signal is answered. DataError where a row cannot be read (unless
+    `on_bad_row=skip`) or no pair is left.
+    """
+    assert config.train is not None
+    train, held_out = Report(safe_text(config.train)), Report("")
+    train_rows: list[tuple[TokenizedPair, TextPair]] = []
+    held_rows: list[tuple[TokenizedPair, TextPair]] = []
+    held_source, held_split = config.eval, config.eval_split or config.train_split
+    if held_source is None and config.eval_split is not None and local_path(config.train) is None:
+        held_source = config.train
+
+    if not (held_out_only and held_source):
+        rows, train.source = _open(config.train, config.subset, config.train_split)
+        texts = _text_pairs(rows, config, config.limit, train)
+        for item in _tokenize(texts, encoder, config, train, poll):
+            by_hash = held_source is None and is_held_out(item[1].pair, config.eval_fraction, seed)
+            (held_rows if by_hash else train_rows).append(item)
+        if held_source is None and config.eval_fraction > 0:
+            held_out = Report(f"{train.source} (held out by a hash of the prompt)", len(held_rows), len(held_rows))
+            train.kept -= len(held_rows)
+    if held_source is not None:
+        rows, held_out.source = _open(held_source, config.subset, held_split)
+        texts = _text_pairs(rows, config, config.eval_limit, held_out)
+        held_rows = list(_tokenize(texts, encoder, config, held_out, poll))
+    held_rows = held_rows[: config.eval_limit]
+
+    if not held_out_only:
+        _require_pairs(train_rows, train)
+    if held_source is not None or held_out_only:
+        _require_pairs(held_rows, held_out)
+    return PairData(
+        [tokenized for tokenized, _ in train_rows],
+        [tokenized for tokenized, _ in held_rows],
+        train,
+        held_out,
+        [text for _, text in held_rows],
+        fingerprint([tokenized for tokenized, _ in train_rows]),
+    )
+
+
+def _require_pairs(rows: list[tuple[TokenizedPair, TextPair]], report: Report) -> None:
+    if rows:
+        return
+    reasons = ", ".join(f"{number} {reason}" for reason, number in report.dropped.items()) or "the file has no rows"
+    raise DataError(f"{report.source or 'held-out data'}: no usable pair ({reasons})")
+
+
+def fingerprint(pairs: list[TokenizedPair]) -> str:
+    """A hash of every token of every pair, in order: two runs on the same tokens have the same."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for ids in (pair.prompt, pair.chosen, pair.rejected):
+            digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+    return digest.hexdigest()

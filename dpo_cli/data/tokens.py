@@ -1,0 +1,184 @@
+"""From a preference pair to token ids: one place decides where the prompt ends and what closes a response.
+
+One idea to keep in mind: prompt ids are exactly what the model sees when it is asked to answer, and a response
+is exactly what it would then have to produce, its closing EOS included. So no token straddles the border, and
+log p(response | prompt) is a probability of something the model can do.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_cli.data.formats import Message, PreferencePair
+from dpo_cli.errors import CheckpointError, ConfigError
+
+TokenIds = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """One pair as token ids, truncated to fit."""
+
+    prompt: TokenIds  # (prompt tokens,): at least one
+    chosen: TokenIds  # (chosen tokens,): at least one; closed by EOS unless it was cut
+    rejected: TokenIds  # (rejected tokens,)
+    index: int  # the row in its file, from 0
+    key: str  # hash of the pair's texts
+
+
+@dataclass
+class Truncation:
+    """What max_length cost, counted over all pairs that were kept."""
+
+    prompts_cut: int = 0
+    responses_cut: int = 0  # each lost its closing EOS with the cut
+    prompt_tokens_cut: int = 0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A pair's token ids before truncation."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+@dataclass
+class PairEncoder:
+    """Renders pairs under a template and encodes them.
+
+    `kind` is `chat` or `plain`; None takes the model's chat template where it has one. `closing` is the token
+    that ends every response: what the chat template puts after an answer, else the tokenizer's EOS.
+    """
+
+    tokenizer: Any
+    kind: str | None
+    closing: int = field(init=False)
+    reason: str = field(init=False)  # why this template
+    opening: list[int] = field(init=False)  # ids before a plain prompt: BOS, where the tokenizer adds one
+    borders_merged: int = 0  # responses whose first token would have straddled the border
+    closing_inside: int = 0  # responses that hold the closing token in their middle
+
+    def __post_init__(self) -> None:
+        has_template = bool(getattr(self.tokenizer, "chat_template", None))
+        if self.kind == "chat" and not has_template:
+            raise ConfigError("data.template=chat: this model has no chat template; choose data.template=plain")
+        self.reason = (
+            "as asked" if self.kind else "the model has a chat template" if has_template else "no chat template"
+        )
+        self.kind = self.kind or ("chat" if has_template else "plain")
+        self.closing = self._closing_token()
+        bos = self.tokenizer.bos_token_id
+        adds_bos = bos is not None and self.tokenizer("a").input_ids[:1] == [bos]
+        self.opening = [bos] if adds_bos else []
+
+    def _closing_token(self) -> int:
+        if self.kind == "chat":
+            question = Message("user", "question")
+            try:
+                after = self._render((question, Message("assistant", "answer")), False).rsplit("answer", 1)[-1]
+            except Exception as error:
+                raise ConfigError(f"the model's chat template fails ({error}); choose data.template=plain") from None
+            special = [token for token in self._encode(after) if token in set(self.tokenizer.all_special_ids)]
+            if special:
+                return int(special[0])
+        if self.tokenizer.eos_token_id is None:
+            raise CheckpointError("the tokenizer has no EOS token, so no response can be closed; set its eos_token")
+        return int(self.tokenizer.eos_token_id)
+
+    def _render(self, messages: tuple[Message, ...], add_generation_prompt: bool) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        text: str = self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return text
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def prompt_text(self, pair: PreferencePair) -> str:
+        """The text whose continuation is a response."""
+        return self._render(pair.messages, True) if self.kind == "chat" else pair.prompt_text
+
+    def response_text(self, text: str) -> str:
+        """A response as it is encoded; under a chat template the white space around it goes, as in the template."""
+        return text.strip() if self.kind == "chat" else text
+
+    def encode(self, pairs: list[PreferencePair]) -> list[Encoded]:
+        """Token ids of many pairs at once: prompt, and both responses with their closing token."""
+        try:
+            prompts = [self.prompt_text(pair) for pair in pairs]
+        except Exception as error:  # raised by the template, a program of the model's author
+            raise ConfigError(f"the chat template refuses a prompt ({error}); choose data.template=plain") from None
+        prompt_ids = self._encode_many(prompts)
+        responses: list[list[list[int]]] = []
+        for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs]):
+            shown = [self.response_text(text) for text in texts]
+            whole = self._encode_many([prompt + text for prompt, text in zip(prompts, shown, strict=True)])
+            responses.append(
+                [
+                    self._after_border(prompt, ids, text)
+                    for prompt, ids, text in zip(prompt_ids, whole, shown, strict=True)
+                ]
+            )
+        opening = self.opening if self.kind == "plain" else []
+        return [
+            # An empty prompt still needs one token, from which the first response token is predicted.
+            Encoded(opening + prompt or [self.closing], chosen, rejected)
+            for prompt, chosen, rejected in zip(prompt_ids, *responses, strict=True)
+        ]
+
+    def _encode_many(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
+        return ids
+
+    def _after_border(self, prompt: list[int], whole: list[int], response: str) -> list[int]:
+        if whole[: len(prompt)] == prompt:
+            ids = whole[len(prompt) :]
+        else:
+            # A token of prompt + response straddles the border. The model will be asked with the prompt's own
+            # ids, so the response is encoded on its own, behind a line break: at the start of a text some
+            # tokenizers would put a space before it.
+            self.borders_merged += 1
+            stub, behind = self._encode("\n"), self._encode("\n" + response)
+            ids = behind[len(stub) :] if behind[: len(stub)] == stub else self._encode(response)
+        if ids and ids[-1] == self.closing:  # the text brought its own
+            ids = ids[:-1]
+        self.closing_inside += self.closing in ids
+        return [*ids, self.closing]
+
+
+def truncate(encoded: Encoded, max_length: int, max_prompt_length: int | None, tally: Truncation) -> Encoded | None:
+    """A pair cut to `max_length` tokens (prompt + longer response), or None if the prompt leaves no room.
+
+    1. A prompt over `max_prompt_length` keeps its last tokens; without that limit one of max_length tokens or
+       more is refused.
+    2. If prompt and longer response do not fit, the prompt loses its oldest part, down to half of max_length.
+    3. Only then is the end of a response cut, and its closing EOS with it: to train on an EOS after a cut would
+       teach the model to stop in mid-sentence.
+    """
+    prompt = encoded.prompt
+    if max_prompt_length is not None:
+        prompt = prompt[-max_prompt_length:]
+    elif len(prompt) >= max_length:
+        return None
+    longer = max(len(encoded.chosen), len(encoded.rejected))
+    if len(prompt) + longer > max_length:
+        prompt = prompt[-max(max_length - longer, min(len(prompt), max_length // 2)) :]
+    room = max_length - len(prompt)
+    chosen, rejected = encoded.chosen[:room], encoded.rejected[:room]
+    tally.prompts_cut += len(prompt) < len(encoded.prompt)
+    tally.prompt_tokens_cut += len(encoded.prompt) - len(prompt)
+    tally.responses_cut += len(chosen) < len(encoded.chosen)
+    tally.responses_cut += len(rejected) < len(encoded.rejected)
+    return Encoded(prompt, chosen, rejected)
+
+
+def token_ids(ids: Iterable[int]) -> TokenIds:
+    """Ids as a compact array: a million pairs must fit in memory."""
+    return np.fromiter(ids, dtype=np.int32)

@@ -1,0 +1,59 @@
+"""What can go wrong for a user, each with the exit code a script can rely on.
+
+Such an error is one line: the thing, its value, what to do. The command prints it on standard error without
+a traceback. A broken promise of the program itself is an `assert`, never one of these.
+"""
+
+
+class DpoError(Exception):
+    """A mistake or mishap that the user can act on; `exit_code` is what the command ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(DpoError):
+    """The command line or a YAML file asks for something that does not exist or cannot work."""
+
+    exit_code = 2
+
+
+class DataError(DpoError):
+    """Preference data is missing, malformed, or leaves nothing to train on."""
+
+    exit_code = 3
+
+
+class CheckpointError(DpoError):
+    """A checkpoint, adapter or model is missing, damaged, or does not fit this run."""
+
+    exit_code = 4
+
+
+class DivergedError(DpoError):
+    """Loss or gradient is no longer finite."""
+
+    exit_code = 5
+
+
+class OutOfMemoryError(DpoError):
+    """The device cannot hold the run."""
+
+    exit_code = 6
+
+
+class StorageError(DpoError):
+    """The run directory cannot be written."""
+
+    exit_code = 7
+
+
+class StoppedError(DpoError):
+    """A signal stopped the run after a checkpoint was saved: run again with resume=auto to go on."""
+
+    exit_code = 75
+
+
+class InterruptedByUserError(StoppedError):
+    """Ctrl-C stopped the run after a checkpoint was saved."""
+
+    exit_code = 130

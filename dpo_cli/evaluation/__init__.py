@@ -1,0 +1,1 @@
+"""Scoring a policy against its reference, and showing its answers."""

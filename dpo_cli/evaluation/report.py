@@ -1,0 +1,53 @@
+"""What an evaluation leaves behind: report.json with the means, pairs.jsonl with a line a pair."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.data.tokens import TokenizedPair
+from dpo_cli.errors import StorageError
+from dpo_cli.evaluation.scores import PairScores
+from dpo_cli.theory.losses import implicit_rewards
+from dpo_cli.theory.statistics import Estimate
+
+
+def write_report(
+    folder: Path,
+    facts: dict[str, Any],
+    estimates: dict[str, Estimate],
+    pairs: list[TokenizedPair],
+    scores: PairScores,
+    beta: float,
+) -> None:
+    """Write `report.json` and `pairs.jsonl` into `folder`; StorageError where that is not possible."""
+    report = {
+        **facts,
+        "pairs": len(pairs),
+        **{name: estimate.mean for name, estimate in sorted(estimates.items())},
+        "intervals95": {
+            name: [estimate.low, estimate.high] for name, estimate in sorted(estimates.items()) if len(pairs) > 1
+        },
+    }
+    rewards_chosen, rewards_rejected = implicit_rewards(scores.ratios, beta)
+    columns = [
+        ("policy_logps_chosen", scores.policy.chosen),
+        ("policy_logps_rejected", scores.policy.rejected),
+        ("reference_logps_chosen", scores.reference.chosen),
+        ("reference_logps_rejected", scores.reference.rejected),
+        ("reward_chosen", rewards_chosen),
+        ("reward_rejected", rewards_rejected),
+        ("margin", rewards_chosen - rewards_rejected),
+    ]
+    values = {name: column.tolist() for name, column in columns}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
+            for position, pair in enumerate(pairs):
+                line: dict[str, Any] = {"index": pair.index, "key": pair.key}
+                line |= {name: column[position] for name, column in values.items()}
+                line["prompt_tokens"] = len(pair.prompt)
+                line["chosen_tokens"], line["rejected_tokens"] = len(pair.chosen), len(pair.rejected)
+                file.write(json.dumps(line) + "\n")
+        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{folder}: the report cannot be written ({error})") from None

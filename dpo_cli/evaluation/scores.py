@@ -1,0 +1,88 @@
+"""Scoring pairs: the four log-probs of each, and everything that follows from them.
+
+The numbers are per pair and in the order of the pairs, so they cannot depend on how the pairs were batched.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dpo_cli.data.batches import Cut
+from dpo_cli.data.tokens import TokenizedPair
+from dpo_cli.models.logps import make_batch, pair_logps
+from dpo_cli.models.reference import Reference
+from dpo_cli.theory.losses import LogRatios, PairLogps, PreferenceLoss
+from dpo_cli.theory.metrics import pair_metrics
+from dpo_cli.theory.statistics import Estimate, mean_estimate, proportion_estimate
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """The log-probs of policy and reference on B pairs, each (B,) on the CPU, in the order of the pairs."""
+
+    policy: PairLogps
+    reference: PairLogps
+
+    @property
+    def ratios(self) -> LogRatios:
+        """log pi/pi_ref of each response."""
+        return LogRatios.between(self.policy, self.reference)
+
+
+def score_pairs(
+    policy: Any,
+    reference: Reference,
+    pairs: list[TokenizedPair],
+    cut: Cut,
+    device: torch.device,
+    poll: Callable[[], None] = lambda: None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> PairScores:
+    """Score every pair without gradient and without dropout; `advance` hears how many are done."""
+    place = {id(pair): position for position, pair in enumerate(pairs)}
+    columns = torch.zeros(8, len(pairs))
+    was_training = policy.training
+    policy.eval()
+    try:
+        for start in range(0, len(pairs), 64):  # a window, so that pieces of like length can be cut from it
+            for piece in cut(pairs[start : start + 64]):
+                poll()
+                batch = make_batch(piece, device)
+                with torch.no_grad():
+                    rows = [*_columns(pair_logps(policy, batch)), *_columns(reference.logps(batch))]
+                where = torch.tensor([place[id(pair)] for pair in piece])
+                columns[:, where] = torch.stack([row.float().cpu() for row in rows])
+                advance(len(piece))
+    finally:
+        policy.train(was_training)
+    return PairScores(PairLogps(*columns[:4]), PairLogps(*columns[4:]))
+
+
+def _columns(logps: PairLogps) -> tuple[torch.Tensor, ...]:
+    return logps.chosen, logps.rejected, logps.chosen_tokens, logps.rejected_tokens
+
+
+def summarize(scores: PairScores, loss: PreferenceLoss, beta: float) -> dict[str, Estimate]:
+    """Every metric of the training log over the scored pairs, each with its 95% interval.
+
+    Besides them: the change of log-prob since the reference, in nats a token, and how often each model finds the
+    chosen response likelier than the rejected one (`accuracy_without_reference`).
+    """
+    ratios = scores.ratios
+    metrics = pair_metrics(scores.policy, ratios, loss(ratios), beta)
+    metrics["logps_change_per_token/chosen"] = ratios.chosen / ratios.chosen_tokens
+    metrics["logps_change_per_token/rejected"] = ratios.rejected / ratios.rejected_tokens
+    estimates = {
+        name: mean_estimate(values.double().tolist())
+        for name, values in metrics.items()
+        if name != "rewards/accuracies"
+    }
+    n = len(ratios.chosen)
+    estimates["rewards/accuracies"] = proportion_estimate(float(metrics["rewards/accuracies"].double().sum()), n)
+    for who, logps in (("policy", scores.policy), ("reference", scores.reference)):
+        difference = logps.chosen - logps.rejected
+        wins = float((difference > 0).double().sum() + 0.5 * (difference == 0).double().sum())
+        estimates[f"accuracy_without_reference/{who}"] = proportion_estimate(wins, n)
+    return estimates

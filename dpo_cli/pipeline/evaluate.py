@@ -1,0 +1,300 @@
+"""dpo-eval: score a finished run, checkpoint, adapter or model on preference pairs, without training."""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_cli.config import EvalConfig, ModelConfig, RunConfig, data_config, read_config, to_container
+from dpo_cli.console.reporter import Reporter
+from dpo_cli.console.text import plural, safe_text, significant
+from dpo_cli.data.pairs import PairData, check_sources, load_pairs
+from dpo_cli.data.tokens import PairEncoder
+from dpo_cli.errors import CheckpointError, ConfigError
+from dpo_cli.evaluation.generate import greedy_answers
+from dpo_cli.evaluation.report import write_report
+from dpo_cli.evaluation.scores import score_pairs, summarize
+from dpo_cli.models.loading import (
+    Decision,
+    ModelSource,
+    choose_device,
+    choose_dtype,
+    find_model,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+)
+from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
+from dpo_cli.theory.losses import make_loss
+from dpo_cli.theory.statistics import Estimate
+from dpo_cli.training.checkpoint import newest_valid, validate
+from dpo_cli.training.run_directory import RunDirectory
+from dpo_cli.training.runner import choose_cut
+from dpo_cli.training.signals import StopSignals
+
+DEFAULT_BETA = 0.1
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: the weights, the run they came from, and the model they are held to."""
+
+    weights: str  # an adapter directory, a model directory or a hub id
+    is_adapter: bool
+    base: ModelConfig  # the reference, and what an adapter sits on
+    run: RunConfig | None
+    directory: RunDirectory | None
+    label: str  # for the report's folder: `final`, `step-00000100`, ...
+
+
+def find_subject(config: EvalConfig) -> Subject:
+    """Read what `checkpoint` names; CheckpointError where there is nothing, or nothing that can be evaluated."""
+    assert config.checkpoint is not None
+    name = config.checkpoint
+    path = Path(name).expanduser()
+    if not path.exists() and not name.startswith((".", "/", "~")) and name.count("/") == 1 and not path.parent.is_dir():
+        return _model_subject(name, config)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"checkpoint={safe_text(name)}: no such directory; name a run directory, checkpoints/step-*, final/, "
+            "a PEFT adapter directory or a model"
+        )
+    path = path.resolve()
+    if (path / "checkpoints").is_dir() or (path / "final").is_dir():
+        return _run_subject(RunDirectory(path), None, config)
+    if path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file():
+        validate(path)
+        return _run_subject(RunDirectory(path.parent.parent), path, config)
+    if path.name == "final" and (path.parent / "config.yaml").is_file():
+        return _run_subject(RunDirectory(path.parent), path, config)
+    if (path / "adapter_config.json").is_file():
+        return _adapter_subject(path, config)
+    if (path / "config.json").is_file():
+        return _model_subject(str(path), config)
+    raise CheckpointError(
+        f"checkpoint={safe_text(name)}: neither a run, nor a checkpoint, adapter or model "
+        "(no checkpoints/, adapter_config.json or config.json in it)"
+    )
+
+
+def _run_subject(directory: RunDirectory, weights: Path | None, config: EvalConfig) -> Subject:
+    run = read_config(directory.config)
+    if weights is None:
+        weights = directory.final if directory.finished else newest_valid(directory.checkpoints)[0]
+    if weights is None:
+        raise CheckpointError(f"checkpoint={safe_text(directory.path)}: this run has no complete checkpoint yet")
+    is_adapter = (weights / "adapter_config.json").is_file()
+    base = run.model if config.reference is None else replace(run.model, name_or_path=config.reference, adapter=None)
+    if is_adapter and config.reference is not None:
+        raise ConfigError(
+            f"reference={safe_text(config.reference)}: an adapter is compared with the model it sits on "
+            f"({safe_text(run.model.name_or_path)}); leave reference unset"
+        )
+    return Subject(str(weights), is_adapter, base, run, directory, weights.name)
+
+
+def _adapter_subject(path: Path, config: EvalConfig) -> Subject:
+    try:
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{path / 'adapter_config.json'}: names no base model") from None
+    name = config.reference or str(base)
+    return Subject(str(path), True, _plain_model(name), None, None, path.name)
+
+
+def _model_subject(name: str, config: EvalConfig) -> Subject:
+    if config.reference is None:
+        raise ConfigError(
+            f"checkpoint={safe_text(name)}: a whole model does not say what it was tuned from; "
+            "add reference=<the SFT model>"
+        )
+    return Subject(name, False, _plain_model(config.reference), None, None, Path(name).name)
+
+
+def _plain_model(name: str) -> ModelConfig:
+    return ModelConfig(name_or_path=name, revision=None, dtype="auto", adapter=None, trust_remote_code=False)
+
+
+def evaluate(config: EvalConfig, overrides: list[str], reporter: Reporter) -> Path:
+    """Evaluate as the config says; returns the folder of the report."""
+    subject = find_subject(config)
+    data_dials = _data_dials(config, subject, overrides)
+    check_sources(data_dials)
+    beta = subject.run.beta if subject.run else DEFAULT_BETA
+    loss_dials = {"label_smoothing": subject.run.loss.label_smoothing} if subject.run else {}
+    loss = make_loss(subject.run.loss.name if subject.run else "sigmoid", beta, **loss_dials)
+    with StopSignals(reporter.warn) as signals:
+        device = choose_device(config.device)
+        dtype = _dtype(subject, device.value)
+        source = find_model(subject.base, reporter.say)
+        encoder = PairEncoder(load_tokenizer(source), data_dials.template)
+        seed = subject.run.seed if subject.run else 0
+        data = load_pairs(data_dials, encoder, seed, held_out_only=True, poll=signals.poll)
+        policy, reference = _load(subject, source, dtype.value, device.value)
+        _show_header(reporter, subject, source, device, dtype, data, data_dials.max_length, beta)
+        started = time.monotonic()
+        reporter.start("pair", len(data.held_out))
+        cut = choose_cut(config.micro_batch_size, device.value)
+        scores = score_pairs(policy, reference, data.held_out, cut, device.value, signals.poll, reporter.advance)
+        reporter.stop()
+        seconds = time.monotonic() - started
+        estimates = summarize(scores, loss, beta)
+        folder = _folder(config, subject, data.held_out_report.source)
+        facts = {
+            "checkpoint": subject.weights,
+            "reference": source.name,
+            "data": data.held_out_report.as_dict(),
+            "beta": beta,
+            "loss_name": subject.run.loss.name if subject.run else "sigmoid",
+            "device": str(device.value),
+            "dtype": str(dtype.value).removeprefix("torch."),
+            "pairs_per_second": len(data.held_out) / seconds,
+            "seconds": seconds,
+        }
+        write_report(folder, facts, estimates, data.held_out, scores, beta)
+        _show_estimates(reporter, estimates)
+        if config.samples:
+            _show_answers(reporter, policy, reference, encoder, data, config, device.value, signals)
+    reporter.facts([("report", str(folder / "report.json")), ("pairs", str(folder / "pairs.jsonl"))])
+    return folder
+
+
+def _data_dials(config: EvalConfig, subject: Subject, overrides: list[str]) -> Any:
+    """The data to evaluate on: a chosen group, or what the run held out, with `data.*` overrides on top."""
+    if config.data is not None:
+        dials = data_config(config.data)
+    elif subject.run is not None:
+        container = to_container(subject.run)["data"]
+        for override in overrides:
+            key, _, value = override.partition("=")
+            _set(container, key.removeprefix("data.").split("."), value)
+        dials = data_config(container)
+    else:
+        raise ConfigError(
+            "data: an adapter or model holds nothing out; choose pairs, for instance data=jsonl data.eval=pairs.jsonl"
+        )
+    if dials.eval is None and dials.train is None:
+        raise ConfigError("data.eval=null: name the pairs to evaluate on, for instance data.eval=pairs.jsonl")
+    if dials.train is None:
+        dials = replace(dials, train=dials.eval)
+    if dials.eval is None and dials.eval_split is None and dials.eval_fraction == 0:
+        raise ConfigError("data.eval_fraction=0: the run held nothing out; name pairs with data.eval=PATH")
+    return dials
+
+
+def _set(container: dict[str, Any], path: list[str], value: str) -> None:
+    from omegaconf import OmegaConf
+
+    parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={value}"]))["x"]  # type: ignore[index, call-overload]
+    for part in path[:-1]:
+        container = container[part]
+    container[path[-1]] = parsed
+
+
+def _dtype(subject: Subject, device: torch.device) -> Decision:
+    """The dtype the run was trained in, so that the numbers are the run's own; else chosen anew."""
+    facts = subject.directory.read_manifest() if subject.directory else {}
+    recorded = facts.get("dtype")
+    if recorded in ("float32", "bfloat16", "float16") and facts.get("device", "").split(":")[0] == device.type:
+        return Decision(getattr(torch, recorded), "as in training")
+    return choose_dtype(subject.base.dtype, device, lora=True)
+
+
+def _load(subject: Subject, source: ModelSource, dtype: torch.dtype, device: torch.device) -> tuple[Any, Reference]:
+    base = load_model(source, dtype, device)
+    if subject.is_adapter:
+        # The base under the adapter is the reference: the same weights need not be loaded twice.
+        policy = load_adapter(base, subject.weights).eval()
+        return policy, AdapterOffReference(policy)
+    policy = load_model(find_model(_plain_model(subject.weights)), dtype, device)
+    return policy, FrozenReference(base)
+
+
+def _folder(config: EvalConfig, subject: Subject, data_source: str) -> Path:
+    of_run = subject.run is not None and config.data is None
+    data_name = "held-out" if of_run else Path(data_source.split(" ")[0].replace(":", "-")).name.split(".")[0]
+    plain = "".join(c if c.isalnum() or c in "._-" else "_" for c in f"{data_name}-{subject.label}")
+    name = config.name or plain
+    if config.output_dir is not None:
+        return Path(config.output_dir).expanduser() / name
+    if subject.directory is not None:
+        return subject.directory.path / "eval" / name
+    return Path("outputs") / "eval" / name
+
+
+def _show_header(
+    reporter: Reporter,
+    subject: Subject,
+    source: ModelSource,
+    device: Decision,
+    dtype: Decision,
+    data: PairData,
+    max_length: int,
+    beta: float,
+) -> None:
+    reference = "the model under the adapter" if subject.is_adapter else safe_text(source.name)
+    rows = [
+        ("policy", safe_text(subject.weights)),
+        ("reference", f"{reference} ({safe_text(source.name)}, {source.origin})"),
+        ("device", f"{device.value}: {device.reason}"),
+        ("dtype", f"{str(dtype.value).removeprefix('torch.')}: {dtype.reason}"),
+        ("beta", significant(beta) + ("" if subject.run else " (the checkpoint does not say)")),
+    ]
+    for place, sentence in enumerate(data.held_out_report.sentences(max_length)):
+        rows.append(("data" if place == 0 else "", sentence))
+    reporter.facts(rows)
+    reporter.say()
+
+
+SHOWN = (
+    ("accuracy", "rewards/accuracies"),
+    ("margin", "rewards/margins"),
+    ("loss", "loss"),
+    ("reward of chosen", "rewards/chosen"),
+    ("reward of rejected", "rewards/rejected"),
+    ("log-prob change a token, chosen", "logps_change_per_token/chosen"),
+    ("log-prob change a token, rejected", "logps_change_per_token/rejected"),
+    ("accuracy without reference, policy", "accuracy_without_reference/policy"),
+    ("accuracy without reference, reference", "accuracy_without_reference/reference"),
+)
+
+
+def _show_estimates(reporter: Reporter, estimates: dict[str, Estimate]) -> None:
+    rows = []
+    for label, name in SHOWN:
+        estimate = estimates[name]
+        interval = f"{significant(estimate.low)} to {significant(estimate.high)}"
+        rows.append([label, significant(estimate.mean), interval])
+    reporter.grid(["metric", "mean", "95% interval"], rows)
+    reporter.say()
+
+
+def _show_answers(
+    reporter: Reporter,
+    policy: Any,
+    reference: Reference,
+    encoder: PairEncoder,
+    data: PairData,
+    config: EvalConfig,
+    device: torch.device,
+    signals: StopSignals,
+) -> None:
+    pairs = [text.pair for text in data.held_out_texts[: config.samples]]
+    limit = config.max_new_tokens
+    after = greedy_answers(policy, encoder, pairs, limit, device, signals.poll)
+    if isinstance(reference, AdapterOffReference):
+        with policy.disable_adapter():
+            before = greedy_answers(policy, encoder, pairs, limit, device, signals.poll)
+    else:
+        assert isinstance(reference, FrozenReference)
+        before = greedy_answers(reference.model, encoder, pairs, limit, device, signals.poll)
+    reporter.say(f"greedy answers to {plural(len(pairs), 'held-out prompt')}, at most {limit} tokens")
+    rows = []
+    for pair, old, new in zip(pairs, before, after, strict=True):
+        question = pair.messages[-1].content
+        rows.append([safe_text(question, limit=200), safe_text(old, limit=700), safe_text(new, limit=700)])
+    reporter.side_by_side(["prompt", "reference (before)", "policy (after)"], rows)
+    reporter.say()

@@ -1,0 +1,68 @@
+"""Metrics of preference training: exact means over pairs, never means of batch means."""
+
+import torch
+from torch import Tensor
+
+from dpo_cli.theory.losses import LogRatios, PairLogps, gradient_weight, implicit_rewards
+
+
+def pair_metrics(policy: PairLogps, ratios: LogRatios, losses: Tensor, beta: float) -> dict[str, Tensor]:
+    """The metrics of each pair, every value (B,), under the names they are logged with.
+
+    A tie counts one half in `rewards/accuracies`, so it is 0.5 before the policy has moved.
+    """
+    chosen, rejected = implicit_rewards(ratios, beta)
+    margins = chosen - rejected
+    return {
+        "loss": losses,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
+        "logps/chosen": policy.chosen,
+        "logps/rejected": policy.rejected,
+        "gradient_weight": gradient_weight(ratios, beta),
+    }
+
+
+class MeanOverPairs:
+    """Sums of metrics over pairs, kept on the device until somebody asks: adding never waits for it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self.pairs = 0
+
+    @classmethod
+    def from_sums(cls, sums: dict[str, float], pairs: int) -> "MeanOverPairs":
+        """The sums of a checkpoint, to go on adding to."""
+        mean = cls()
+        mean._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
+        mean.pairs = pairs
+        return mean
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add the per-pair values of one micro-batch, each (B,)."""
+        self._add_sums({name: _wide(values.detach()).sum() for name, values in metrics.items()})
+        self.pairs += next(iter(metrics.values())).shape[0]
+
+    def merge(self, other: "MeanOverPairs") -> None:
+        """Add all that another has added."""
+        self._add_sums(other._sums)
+        self.pairs += other.pairs
+
+    def _add_sums(self, sums: dict[str, Tensor]) -> None:
+        for name, total in sums.items():
+            self._sums[name] = total + self._sums[name].to(total.device) if name in self._sums else total
+
+    def sums(self) -> dict[str, float]:
+        """The sum of each metric so far."""
+        return {name: float(total) for name, total in self._sums.items()}
+
+    def means(self) -> dict[str, float]:
+        """Mean over all pairs added so far; empty before the first."""
+        return {name: total / self.pairs for name, total in self.sums().items()}
+
+
+def _wide(values: Tensor) -> Tensor:
+    # MPS has no float64; elsewhere a long run's sum must not drift.
+    return values.float() if values.device.type == "mps" else values.double()

@@ -1,0 +1,33 @@
+"""Learning-rate schedules: pure functions of the step, so that there is no state to save or lose."""
+
+import math
+from collections.abc import Callable
+
+
+def constant(progress: float) -> float:
+    """The full rate to the end."""
+    return 1.0
+
+
+def linear(progress: float) -> float:
+    """Straight down to zero."""
+    return 1.0 - progress
+
+
+def cosine(progress: float) -> float:
+    """Half a cosine down to zero: gentle at both ends."""
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+# Chosen by `optimizer.schedule`: progress after warm-up in [0, 1] -> factor of the rate.
+SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "linear": linear, "cosine": cosine}
+
+
+def lr_factor(schedule: str, update: int, warmup_steps: int, total_steps: int) -> float:
+    """The factor of the learning rate at the update numbered `update` from 0.
+
+    Warm-up rises linearly and reaches 1 at its last update; the first update already moves (1/warmup_steps).
+    """
+    if update < warmup_steps:
+        return (update + 1) / warmup_steps
+    return SCHEDULES[schedule]((update - warmup_steps) / max(1, total_steps - warmup_steps))

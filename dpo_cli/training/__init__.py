@@ -1,0 +1,1 @@
+"""The run: `runner.py` is the file to read first."""

@@ -1,0 +1,99 @@
+"""What a run tells before it begins: which weights, which data, which decisions, and why."""
+
+from typing import Any
+
+from dpo_cli.config import RunConfig
+from dpo_cli.console.reporter import Reporter
+from dpo_cli.console.text import plural, safe_text, significant
+from dpo_cli.data.batches import Schedule
+from dpo_cli.data.pairs import PairData
+from dpo_cli.data.tokens import PairEncoder
+from dpo_cli.models.loading import Decision, ModelSource, parameter_counts
+
+SHOWN_TOKENS = 160  # of a long prompt, its end is what matters
+
+
+def millions(number: int) -> str:
+    """A parameter count: 16,384, 4.88M, 1.54B."""
+    if number >= 1e9:
+        return f"{significant(number / 1e9)}B"
+    return f"{significant(number / 1e6)}M" if number >= 1e6 else f"{number:,}"
+
+
+def reference_in_words(config: RunConfig) -> str:
+    """Which weights the policy is held to."""
+    start = "the SFT model" + (f" with the adapter {safe_text(config.model.adapter)}" if config.model.adapter else "")
+    if config.reference.name == "adapter_off":
+        return f"{start}: the policy's own base weights with the adapter switched off"
+    return f"{start}, loaded a second time and frozen"
+
+
+def policy_in_words(config: RunConfig, policy: Any) -> str:
+    """What trains, and how much of it."""
+    trainable, total = parameter_counts(policy)
+    share = f"{millions(trainable)} of {millions(total)} parameters train ({100 * trainable / total:.2g}%)"
+    if not config.lora.enabled:
+        return f"every weight: {share}"
+    where = config.lora.target_modules
+    modules = "all linear layers" if where == "all-linear" else ", ".join(where)
+    return f"LoRA r={config.lora.r} alpha={significant(config.lora.alpha)} on {modules}: {share}"
+
+
+def _optimizer_in_words(config: RunConfig) -> str:
+    dials = config.optimizer
+    warmup = plural(dials.warmup_steps, "warm-up step")
+    clip = f"max_grad_norm {significant(config.max_grad_norm)}"
+    return f"{dials.name}, lr {significant(dials.lr)} {dials.schedule}, {warmup}, {clip}"
+
+
+def show_header(
+    reporter: Reporter,
+    config: RunConfig,
+    source: ModelSource,
+    policy: Any,
+    device: Decision,
+    dtype: Decision,
+    encoder: PairEncoder,
+    data: PairData,
+    schedule: Schedule,
+    total_steps: int,
+    cut: str,
+    run_path: str,
+) -> None:
+    """Print the header: one fact a line, then one pair as the model sees it."""
+    closing = encoder.tokenizer.decode([encoder.closing])
+    dtype_name = str(dtype.value).removeprefix("torch.")
+    rows = [
+        ("model", f"{safe_text(source.name)} ({source.origin})"),
+        ("policy", policy_in_words(config, policy)),
+        ("reference", reference_in_words(config)),
+        ("device", f"{device.value}: {device.reason}"),
+        ("dtype", f"{dtype_name}: {dtype.reason}" + ("; adapters float32" if config.lora.enabled else "")),
+        ("objective", f"{config.loss.name} loss, beta {significant(config.beta)}"),
+        ("optimizer", _optimizer_in_words(config)),
+        ("template", f"{encoder.kind}: {encoder.reason}; {safe_text(closing)} closes a response"),
+    ]
+    for name, report in data.reports():
+        for place, sentence in enumerate(report.sentences(config.data.max_length)):
+            rows.append((name if place == 0 else "", sentence))
+    for number, words in (
+        (encoder.borders_merged, "encoded apart from the prompt, lest a token straddle the border"),
+        (encoder.closing_inside, f"with the closing token {safe_text(closing)} in the middle"),
+    ):
+        if number:
+            rows.append(("", f"{plural(number, 'response')} {words}"))
+    epochs = total_steps / schedule.steps_per_epoch
+    size = f"{plural(total_steps, 'step')} of {plural(config.batch_size, 'pair')}"
+    rows.append(("steps", f"{size}, {significant(epochs)} epochs; {cut}"))
+    rows.append(("run", safe_text(run_path)))
+    if config.model.trust_remote_code:
+        reporter.say("model.trust_remote_code=true: Python of the model's authors runs on this machine", style="red")
+    reporter.facts(rows)
+    first = data.train[0]
+    decode = encoder.tokenizer.decode
+    ellipsis = "... " if len(first.prompt) > SHOWN_TOKENS else ""
+    reporter.say()
+    reporter.pair(
+        ellipsis + decode(first.prompt[-SHOWN_TOKENS:]), decode(first.chosen), decode(first.rejected), closing
+    )
+    reporter.say()

@@ -1,0 +1,470 @@
+"""One training run, top to bottom: read this file first.
+
+`train` loads the SFT model twice (the policy gets LoRA adapters, the reference stays frozen), shows what it
+decided and why, and goes through the loop of `train_step`:
+
+    u = beta [log pi(y+|x)/pi_ref(y+|x) - log pi(y-|x)/pi_ref(y-|x)],  loss = -log sigmoid(u)
+
+DPO, https://arxiv.org/abs/2305.18290. The runner is the one place that opens the config and hands each part what
+it needs; what the parts do is theirs.
+"""
+
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_cli.config import OptimizerConfig, RunConfig, read_config
+from dpo_cli.console.reporter import Reporter
+from dpo_cli.console.text import duration, plural, safe_text, significant
+from dpo_cli.data.batches import Cut, Schedule, by_size, by_tokens
+from dpo_cli.data.pairs import PairData, check_sources, load_pairs
+from dpo_cli.data.tokens import PairEncoder, TokenizedPair
+from dpo_cli.errors import CheckpointError, ConfigError, DivergedError, StoppedError, StorageError
+from dpo_cli.evaluation.scores import score_pairs
+from dpo_cli.models.loading import (
+    Decision,
+    ModelSource,
+    attach_lora,
+    choose_device,
+    choose_dtype,
+    find_model,
+    load_model,
+    load_tokenizer,
+)
+from dpo_cli.models.logps import make_batch, pair_logps
+from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
+from dpo_cli.theory.losses import LogRatios, PreferenceLoss, make_loss
+from dpo_cli.theory.metrics import MeanOverPairs, pair_metrics
+from dpo_cli.theory.schedules import lr_factor
+from dpo_cli.training.checkpoint import (
+    TrainingState,
+    read_state,
+    restore,
+    rng_states,
+    save_checkpoint,
+    save_policy,
+    set_rng_states,
+)
+from dpo_cli.training.header import show_header
+from dpo_cli.training.model_card import model_card
+from dpo_cli.training.run_directory import RunDirectory, config_changes, default_directory, find_resume
+from dpo_cli.training.signals import StopSignals
+
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], OptimizerConfig], torch.optim.Optimizer]] = {
+    "adamw": lambda weights, dials: torch.optim.AdamW(
+        weights,
+        lr=dials.lr,
+        betas=(dials.betas[0], dials.betas[1]),
+        eps=dials.eps,
+        weight_decay=dials.weight_decay,
+    ),
+    "rmsprop": lambda weights, dials: torch.optim.RMSprop(
+        weights, lr=dials.lr, eps=dials.eps, weight_decay=dials.weight_decay
+    ),
+    "sgd": lambda weights, dials: torch.optim.SGD(weights, lr=dials.lr, weight_decay=dials.weight_decay),
+}
+
+# Padded tokens of one forward pass under micro_batch_size=auto.
+AUTO_TOKENS = {"cpu": 4096, "mps": 4096, "cuda": 16384}
+
+
+@dataclass
+class Window:
+    """What has been measured since the last logged step."""
+
+    metrics: MeanOverPairs = field(default_factory=MeanOverPairs)
+    tokens: int = 0
+    seconds: float = 0.0
+    grad_norm: float = 0.0  # of the latest step, before clipping
+
+
+@dataclass
+class Run:
+    """The parts of a run, put together."""
+
+    config: RunConfig
+    directory: RunDirectory
+    reporter: Reporter
+    poll: Callable[[], None]
+    device: torch.device
+    dtype: Decision
+    source: ModelSource
+    encoder: PairEncoder
+    data: PairData
+    policy: Any
+    reference: Reference
+    optimizer: torch.optim.Optimizer
+    loss: PreferenceLoss
+    cut: Cut
+    schedule: Schedule
+    total_steps: int
+    window: Window = field(default_factory=Window)
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # spent training, this run and those it resumes
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The weights that the optimizer moves."""
+        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+
+
+def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
+    """Train as the config says; returns the run directory, by default `outputs/<job>/<date_time>`.
+
+    Raises a DpoError with the exit code the command ends in.
+    """
+    assert config.data.train is not None
+    check_sources(config.data)
+    resumed, checkpoint, passed_over = find_resume(config)
+    asked = Path(config.output_dir).expanduser() if config.output_dir is not None else None
+    directory = RunDirectory(resumed or asked or default_directory(job, time.time()))
+    if directory.finished and resumed is not None:
+        reporter.say(f"already complete: {directory.final}")
+        return directory.path
+    if resumed is None and directory.metrics.exists():
+        raise ConfigError(f"output_dir={directory.path}: holds a run already; resume=auto goes on with it")
+    if checkpoint is not None:
+        _check_same_run(directory, config, reporter)
+    directory.create()
+    reporter.open_log(directory.path / "train.log")
+    for reason in passed_over:
+        reporter.warn(f"passed over a checkpoint: {reason}")
+    with StopSignals(reporter.warn) as signals:
+        run = put_together(config, directory, reporter, signals.poll, checkpoint)
+        try:
+            train_to_end(run)
+            return finish(run)
+        except StoppedError as stop:
+            raise type(stop)(
+                f"{stop} at step {run.step}; go on with: dpo-train ... output_dir={directory.path} resume=auto"
+            ) from None
+
+
+def _check_same_run(directory: RunDirectory, config: RunConfig, reporter: Reporter) -> None:
+    refused, told = config_changes(read_config(directory.config), config)
+    if refused:
+        raise CheckpointError(
+            f"resume: the config is not the one {directory.path} was begun with ({'; '.join(refused)}); "
+            "start a new run, or take the changes back"
+        )
+    for change in told:
+        reporter.warn(f"resuming with another {change}: the learning-rate schedule moves with it")
+
+
+def put_together(
+    config: RunConfig,
+    directory: RunDirectory,
+    reporter: Reporter,
+    poll: Callable[[], None],
+    checkpoint: Path | None,
+) -> Run:
+    """Load and build every part of a run, show the header, and restore the checkpoint if there is one."""
+    state = read_state(checkpoint) if checkpoint is not None else None
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.model.dtype, device.value, config.lora.enabled)
+    if state is not None:  # what was measured when the run began holds to its end
+        dtype = Decision(getattr(torch, state.dtype), "as the run began")
+    source = find_model(config.model, reporter.say)
+    encoder = PairEncoder(load_tokenizer(source), config.data.template)
+    data = load_pairs(config.data, encoder, config.seed, poll=poll)
+    if state is not None and state.data_fingerprint != data.fingerprint:
+        raise CheckpointError(f"{checkpoint}: was trained on other data than data.train={config.data.train} gives now")
+
+    torch.manual_seed(config.seed)
+    policy = load_model(source, dtype.value, device.value)
+    _check_vocabulary(policy, encoder, data.train)
+    if config.lora.enabled:
+        policy = attach_lora(policy, config.lora)
+    else:
+        policy.requires_grad_(True)
+    if config.engine.gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.train()
+    schedule = Schedule(len(data.train), config.batch_size, config.seed, config.data.shuffle)
+    run = Run(
+        config=config,
+        directory=directory,
+        reporter=reporter,
+        poll=poll,
+        device=device.value,
+        dtype=dtype,
+        source=source,
+        encoder=encoder,
+        data=data,
+        policy=policy,
+        reference=_reference(config, policy, source, dtype.value, device.value),
+        optimizer=OPTIMIZERS[config.optimizer.name](
+            [parameter for parameter in policy.parameters() if parameter.requires_grad], config.optimizer
+        ),
+        loss=make_loss(config.loss.name, config.beta, label_smoothing=config.loss.label_smoothing),
+        cut=choose_cut(config.micro_batch_size, device.value),
+        schedule=schedule,
+        total_steps=schedule.total_steps(config.epochs, config.max_steps),
+    )
+    cut = (
+        f"cut at {AUTO_TOKENS[device.value.type]:,} padded tokens"
+        if config.micro_batch_size == "auto"
+        else f"{plural(config.micro_batch_size, 'pair')} a forward pass"
+    )
+    show_header(
+        reporter, config, source, policy, device, dtype, encoder, data, schedule, run.total_steps, cut,
+        str(directory.path),
+    )  # fmt: skip
+    if checkpoint is not None and state is not None:
+        _resume(run, checkpoint, state)
+    else:
+        directory.write_config(config)
+        directory.write_manifest(_manifest(run))
+    return run
+
+
+def _reference(
+    config: RunConfig, policy: Any, source: ModelSource, dtype: torch.dtype, device: torch.device
+) -> Reference:
+    if config.reference.name == "adapter_off":
+        return AdapterOffReference(policy)
+    return FrozenReference(load_model(source, dtype, device))
+
+
+def choose_cut(micro_batch_size: int | str, device: torch.device) -> Cut:
+    """How a batch is cut into forward passes."""
+    if micro_batch_size == "auto":
+        return by_tokens(AUTO_TOKENS[device.type])
+    return by_size(int(micro_batch_size))
+
+
+def _check_vocabulary(model: Any, encoder: PairEncoder, pairs: list[TokenizedPair]) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    largest = max(int(ids.max()) for pair in pairs for ids in (pair.prompt, pair.chosen, pair.rejected))
+    if largest >= rows:
+        token = safe_text(encoder.tokenizer.decode([largest]))
+        raise CheckpointError(
+            f"token {largest} ({token}) of the tokenizer lies outside the model's {rows:,} embeddings: "
+            "tokenizer and model do not belong together"
+        )
+
+
+def _resume(run: Run, checkpoint: Path, state: TrainingState) -> None:
+    set_rng_states(restore(checkpoint, run.policy, run.optimizer))
+    run.step, run.seconds = state.step, state.seconds
+    run.window = Window(MeanOverPairs.from_sums(state.sums, state.sums_pairs), state.sums_tokens, state.sums_seconds)
+    run.directory.cut_metrics(state.records)
+    run.reporter.say(f"going on from {checkpoint} at step {state.step}")
+
+
+def _manifest(run: Run) -> dict[str, Any]:
+    return {
+        "argv": sys.argv[1:],
+        "seed": run.config.seed,
+        "device": str(run.device),
+        "dtype": str(run.dtype.value).removeprefix("torch."),
+        "model": {"name": run.source.name, "path": run.source.path, "origin": run.source.origin},
+        "template": {"kind": run.encoder.kind, "closing_token": run.encoder.closing},
+        "data_fingerprint": run.data.fingerprint,
+        "data": {name.replace(" ", "_"): report.as_dict() for name, report in run.data.reports()},
+        "total_steps": run.total_steps,
+    }
+
+
+# The loop
+
+
+def train_to_end(run: Run) -> None:
+    """Every optimizer step from where the run stands to its last, with its logs, evaluations and checkpoints."""
+    config = run.config
+    run.reporter.start("step", run.total_steps, run.step)
+    for batch in run.schedule.batches(run.step, run.total_steps):
+        rng = rng_states()  # a stop in the middle of a step goes back to its beginning
+        try:
+            train_step(run, [run.data.train[place] for place in batch])
+        except StoppedError:
+            save(run, rng)
+            raise
+        run.reporter.advance()
+        last = run.step == run.total_steps
+        if _due(run.step, config.log_every) or last:
+            log_train(run)
+        if _due(run.step, config.eval_every) and not last:
+            log_eval(run)
+        if _due(run.step, config.save_every) and not last:
+            _save_or_go_on(run)
+
+
+def train_step(run: Run, batch: list[TokenizedPair]) -> None:
+    """One optimizer step on a batch of pairs, however it is cut to fit."""
+    started = time.perf_counter()
+    config = run.config
+    factor = lr_factor(config.optimizer.schedule, run.step, config.optimizer.warmup_steps, run.total_steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = config.optimizer.lr * factor
+    metrics, tokens = MeanOverPairs(), 0
+    for piece in run.cut(batch):
+        run.poll()
+        layout = make_batch(piece, run.device)
+        reference_logps = run.reference.logps(layout)
+        policy_logps = pair_logps(run.policy, layout)
+        ratios = LogRatios.between(policy_logps, reference_logps)
+        losses = run.loss(ratios)
+        # The sum over the batch size: the gradient does not depend on how the batch was cut.
+        (losses.sum() / len(batch)).backward()
+        metrics.add(pair_metrics(policy_logps.detach(), ratios, losses, config.beta))
+        tokens += layout.real_tokens
+    grad_norm = nn.utils.clip_grad_norm_(run.trainable, config.max_grad_norm)
+    _stop_if_not_finite(run, batch, metrics, grad_norm)
+    if run.step == 0:
+        write_record(run, "train", metrics.means(), lr=0.0)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    elapsed = time.perf_counter() - started
+    run.window.metrics.merge(metrics)
+    run.window.grad_norm = float(grad_norm)
+    run.window.tokens += tokens
+    run.window.seconds += elapsed
+    run.seconds += elapsed
+
+
+def _stop_if_not_finite(run: Run, batch: list[TokenizedPair], metrics: MeanOverPairs, grad_norm: Tensor) -> None:
+    """DivergedError before the optimizer has touched a weight."""
+    loss = metrics.means()["loss"]
+    if torch.isfinite(grad_norm) and loss - loss == 0:
+        return
+    run.optimizer.zero_grad(set_to_none=True)
+    rows = ", ".join(str(pair.index) for pair in batch[:8])
+    raise DivergedError(
+        f"step {run.step + 1}: loss {loss:g}, gradient norm {float(grad_norm):g}, on rows {rows} of the data; the "
+        f"weights were not touched. Usual remedies: a smaller optimizer.lr (now {run.config.optimizer.lr:g}), "
+        "model.dtype=float32"
+    )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def log_train(run: Run) -> None:
+    """Log the mean over the pairs since the last logged step, and begin a new window."""
+    window = run.window
+    write_record(
+        run,
+        "train",
+        window.metrics.means(),
+        grad_norm=window.grad_norm,
+        lr=run.optimizer.param_groups[0]["lr"],
+        pairs_per_second=window.metrics.pairs / window.seconds,
+        tokens_per_second=window.tokens / window.seconds,
+    )
+    run.window = Window()
+
+
+def log_eval(run: Run) -> dict[str, float] | None:
+    """Log the mean over all held-out pairs; None where none are held out."""
+    if not run.data.held_out:
+        return None
+    scores = score_pairs(run.policy, run.reference, run.data.held_out, run.cut, run.device, run.poll)
+    metrics = MeanOverPairs()
+    metrics.add(pair_metrics(scores.policy, scores.ratios, run.loss(scores.ratios), run.config.beta))
+    means = metrics.means()
+    write_record(run, "eval", means)
+    return means
+
+
+def write_record(run: Run, split: str, means: dict[str, float], **more: float) -> None:
+    """One line of metrics.jsonl, and the console's view of it."""
+    record: dict[str, Any] = {
+        "step": run.step,
+        "epoch": round(run.step / run.schedule.steps_per_epoch, 6),
+        "split": split,
+        **means,
+        **more,
+        "peak_memory_gib": peak_memory_gib(run.device),
+        "seconds": run.seconds,
+    }
+    run.directory.append_metrics(record)
+    run.reporter.record(record)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory used so far: the allocator's on CUDA, else this process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# Keeping
+
+
+def save(run: Run, rng: dict[str, Tensor] | None = None) -> Path:
+    """Write a checkpoint of the run as it stands after its last complete step."""
+    state = TrainingState(
+        step=run.step,
+        seconds=run.seconds,
+        sums=run.window.metrics.sums(),
+        sums_pairs=run.window.metrics.pairs,
+        sums_tokens=run.window.tokens,
+        sums_seconds=run.window.seconds,
+        records=run.directory.records,
+        data_fingerprint=run.data.fingerprint,
+        dtype=str(run.dtype.value).removeprefix("torch."),
+    )
+    folder = run.directory.checkpoints
+    return save_checkpoint(folder, run.policy, run.optimizer, rng or rng_states(), state, run.config.keep_checkpoints)
+
+
+def _save_or_go_on(run: Run) -> None:
+    try:
+        save(run)
+    except StorageError as error:  # the disk may have room again at the next interval
+        run.reporter.warn(f"{error}; trying again at the next checkpoint")
+
+
+def finish(run: Run) -> Path:
+    """Evaluate, write final/, and say where everything is."""
+    save(run)
+    means = log_eval(run)
+    run.reporter.stop()
+    write_final(run, means)
+    run.reporter.say()
+    last = _last_record(run.directory.metrics, "eval" if means else "train")
+    rows = [
+        ("done", f"{plural(run.step, 'step')} in {duration(run.seconds)}, peak memory "
+                 f"{significant(peak_memory_gib(run.device))} GiB"),
+        ("held out" if means else "last batch",
+         f"accuracy {significant(last['rewards/accuracies'])}, margin {significant(last['rewards/margins'])}, "
+         f"loss {significant(last['loss'])}" + (f" on {plural(len(run.data.held_out), 'pair')}" if means else "")),
+        ("adapter" if run.config.lora.enabled else "model", str(run.directory.final)),
+        ("next", f"dpo-eval checkpoint={run.directory.path} samples=3"),
+    ]  # fmt: skip
+    run.reporter.facts(rows)
+    return run.directory.path
+
+
+def write_final(run: Run, means: dict[str, float] | None) -> None:
+    """Write final/ beside and rename it: a folder that is there is whole."""
+    beside = run.directory.path / ".tmp-final"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        save_policy(run.policy, beside)
+        run.encoder.tokenizer.save_pretrained(str(beside))
+        card = model_card(run.config, run.source, means, len(run.data.train))
+        (beside / "README.md").write_text(card, encoding="utf-8")
+        beside.rename(run.directory.final)
+    except OSError as error:
+        raise StorageError(f"{run.directory.final}: cannot be written ({error.strerror})") from None
+
+
+def _last_record(metrics: Path, split: str) -> dict[str, Any]:
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    found: dict[str, Any] = [record for record in records if record["split"] == split][-1]
+    return found
