@@ -105,7 +105,7 @@ def _jsonl(path: Path) -> Iterator[RowInFile]:
             content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if not content.strip():
                 continue
-            value, problem = _parse(content)
+            value, problem = _parse(content.rstrip(b"\r\n"))
             yield RowInFile(index, f"{safe_text(path)} line {number}", value, problem)
             index += 1
 
@@ -135,6 +135,7 @@ def _csv(path: Path) -> Iterator[RowInFile]:
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.DictReader(io.StringIO(text, newline=""))
     index = 0
+    _ = reader.fieldnames  # reads the header, so that line_num stands before the first row
     while True:
         place = f"{safe_text(path)} line {reader.line_num + 1}"
         try:

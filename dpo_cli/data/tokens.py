@@ -83,7 +83,9 @@ class PairEncoder:
                 after = self._render((question, Message("assistant", "answer")), False).rsplit("answer", 1)[-1]
             except Exception as error:
                 raise ConfigError(f"the model's chat template fails ({error}); choose data.template=plain") from None
-            special = [token for token in self._encode(after) if token in set(self.tokenizer.all_special_ids)]
+            # Not all_special_ids: the token that ends a turn often has no role of its own.
+            added = self.tokenizer.added_tokens_decoder
+            special = [token for token in self._encode(after) if token in added and added[token].special]
             if special:
                 return int(special[0])
         if self.tokenizer.eos_token_id is None:

@@ -187,7 +187,7 @@ def put_together(
     else:
         policy.requires_grad_(True)
     if config.engine.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.activation_checkpointing_enable()
     policy.train()
     schedule = Schedule(len(data.train), config.batch_size, config.seed, config.data.shuffle)
     run = Run(

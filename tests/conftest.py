@@ -1,0 +1,122 @@
+"""Shared by all tests: no network, a cache folder of their own, tiny real objects."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: a second thread only waits
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built-in models are written here, not into the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["DPO_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_path() -> str:
+    """The folder of the tiny random Llama."""
+    from dpo_cli.models.builtin import TINY, resolve_builtin
+
+    return resolve_builtin(TINY, print)[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_path)
+
+
+TOPICS = ["cats", "rain", "bread", "the moon", "a bicycle", "music", "tea", "old maps", "ants", "a lighthouse"]
+
+
+def sample_rows(number: int) -> list[dict[str, str]]:
+    """Rows with texts of differing lengths, all distinct."""
+    return [
+        {
+            "prompt": f"Tell me {'something ' * (row % 3)}about {TOPICS[row % 10]}, number {row}.",
+            "chosen": f"Here is {row}: {TOPICS[row % 10]} are fine." + " Yes." * (row % 4),
+            "rejected": f"No {row}." + " I would rather not say." * (row % 3),
+        }
+        for row in range(number)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "pairs.jsonl", sample_rows(20))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
+    """Runs `dpo-train` or `dpo-eval` in this process, from the first word to the exit code."""
+    from dpo_cli import cli
+
+    def run(name: str, *words: object) -> Ended:
+        entry = {"dpo-train": cli.train, "dpo-eval": cli.evaluate}[name]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            entry()
+        shown = capsys.readouterr()
+        return Ended(int(ended.value.code or 0), shown.out, shown.err)
+
+    return run
+
+
+@pytest.fixture
+def trained(command: Callable[..., Ended], pairs_file: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Trains the tiny model for a few steps and returns the run directory."""
+
+    def run(name: str = "run", *words: object) -> Path:
+        folder = tmp_path / name
+        ended = command("dpo-train", *tiny_words(pairs_file, folder), *words)
+        assert ended.code == 0, ended.err
+        return folder
+
+    return run
+
+
+def tiny_words(pairs: Path, folder: Path) -> list[str]:
+    """The words of a short run of the tiny model in float32."""
+    return [
+        "model=tiny",
+        "model.dtype=float32",
+        "data=jsonl",
+        f"data.train={pairs}",
+        "data.eval_fraction=0.3",
+        "batch_size=4",
+        "max_steps=3",
+        "optimizer.lr=1e-3",
+        f"output_dir={folder}",
+    ]
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,157 @@
+"""dpo-eval: every form of checkpoint, the same numbers however batched, and a report that adds up."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Ended, records, sample_rows, tiny_words, write_jsonl
+
+Command = Callable[..., Ended]
+Trained = Callable[..., Path]
+
+
+def report(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return loaded
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+
+
+def evaluated(command: Command, checkpoint: Path, *words: object) -> Path:
+    ended = command("dpo-eval", f"checkpoint={checkpoint}", *words)
+    assert ended.code == 0, ended.err
+    where = next(line for line in ended.out.splitlines() if line.startswith("report"))
+    return Path(where.split(maxsplit=1)[1]).parent
+
+
+def test_the_report_equals_what_the_run_saw_at_its_end(trained: Trained, command: Command) -> None:
+    run = trained()
+    last = records(run)[-1]
+    found = report(evaluated(command, run))
+    for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "gradient_weight"):
+        assert found[name] == pytest.approx(last[name], abs=1e-6), name
+
+
+def test_the_report_equals_what_follows_from_the_line_of_each_pair(trained: Trained, command: Command) -> None:
+    folder = evaluated(command, trained())
+    found, pairs = report(folder), lines(folder)
+    margins = []
+    for pair in pairs:
+        chosen = 0.1 * (pair["policy_logps_chosen"] - pair["reference_logps_chosen"])
+        rejected = 0.1 * (pair["policy_logps_rejected"] - pair["reference_logps_rejected"])
+        assert pair["reward_chosen"] == pytest.approx(chosen, abs=1e-5)
+        assert pair["margin"] == pytest.approx(chosen - rejected, abs=1e-5)
+        assert {"index", "key", "prompt_tokens", "chosen_tokens", "rejected_tokens"} <= set(pair)
+        margins.append(pair["margin"])
+    assert found["pairs"] == len(pairs)
+    assert found["rewards/margins"] == pytest.approx(sum(margins) / len(margins), abs=1e-6)
+    assert found["loss"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / len(margins), abs=1e-6)
+    wins = sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins)
+    assert found["rewards/accuracies"] == pytest.approx(wins / len(margins))
+    low, high = found["intervals95"]["rewards/accuracies"]
+    assert 0 <= low < found["rewards/accuracies"] < high <= 1
+
+
+def test_batch_size_changes_nothing(trained: Trained, command: Command) -> None:
+    run = trained()
+    reports = [report(evaluated(command, run, f"micro_batch_size={n}", f"name=size-{n}")) for n in (1, 2, 5)]
+    for name in ("loss", "rewards/margins", "logps/rejected"):
+        assert [one[name] for one in reports] == pytest.approx([reports[0][name]] * 3, abs=1e-6)
+
+
+def test_every_form_of_checkpoint_gives_the_same_numbers(trained: Trained, command: Command, tmp_path: Path) -> None:
+    import shutil
+
+    run = trained()
+    bare = tmp_path / "bare-adapter"
+    shutil.copytree(run / "final", bare)
+    held = write_jsonl(tmp_path / "held.jsonl", sample_rows(26)[20:])
+    forms = [run, run / "checkpoints" / "step-00000003", run / "final", bare]
+    found = [
+        report(evaluated(command, form, "data=jsonl", f"data.eval={held}", f"output_dir={tmp_path / str(n)}"))
+        for n, form in enumerate(forms)
+    ]
+    assert [one["rewards/margins"] for one in found] == pytest.approx([found[0]["rewards/margins"]] * 4, rel=0.05)
+    assert [one["rewards/margins"] for one in found[:3]] == [found[0]["rewards/margins"]] * 3
+
+
+def test_a_whole_model_needs_its_reference(trained: Trained, command: Command, tiny_path: str, tmp_path: Path) -> None:
+    run = trained("full", "lora=off", "model.dtype=auto", "optimizer.lr=1e-3")
+    held = write_jsonl(tmp_path / "held.jsonl", sample_rows(26)[20:])
+    bare = tmp_path / "model"
+    (run / "final").rename(bare)
+    words = (f"checkpoint={bare}", "data=jsonl", f"data.eval={held}", f"output_dir={tmp_path / 'out'}")
+    alone = command("dpo-eval", *words)
+    assert alone.code == 2 and "add reference=<the SFT model>" in alone.err
+    assert command("dpo-eval", *words, f"reference={tiny_path}").code == 0
+    assert report(tmp_path / "out" / "held-model")["rewards/margins"] != 0
+
+
+def test_the_held_out_pairs_are_those_of_the_run(trained: Trained, command: Command) -> None:
+    run = trained()
+    manifest = json.loads((run / "manifest.json").read_text())
+    pairs = lines(evaluated(command, run))
+    assert len(pairs) == manifest["data"]["held_out"]["kept"] > 0
+    assert (run / "eval" / "held-out-final" / "report.json").is_file()
+
+
+def test_samples_show_answers_of_both(trained: Trained, command: Command) -> None:
+    ended = command("dpo-eval", f"checkpoint={trained()}", "samples=2", "max_new_tokens=4")
+    assert ended.code == 0
+    assert ended.out.count("prompt: ") == ended.out.count("policy (after): ") == 2
+
+
+def test_other_data_of_the_run_is_set_by_key(trained: Trained, command: Command, tmp_path: Path) -> None:
+    held = write_jsonl(tmp_path / "other.jsonl", sample_rows(33)[30:])
+    folder = evaluated(command, trained(), f"data.eval={held}", "data.max_length=300")
+    assert [line["index"] for line in lines(folder)] == [0, 1, 2]
+
+
+def test_a_stopped_run_is_evaluated_at_its_newest_checkpoint(trained: Trained, command: Command) -> None:
+    import shutil
+
+    run = trained("run", "save_every=1")
+    shutil.rmtree(run / "final")
+    assert report(evaluated(command, run))["checkpoint"].endswith("step-00000003")
+
+
+@pytest.mark.parametrize("code", [4])
+def test_what_is_no_checkpoint_is_named(command: Command, tmp_path: Path, code: int) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, says in (
+        (tmp_path / "nowhere", "no such directory; name a run directory, checkpoints/step-*, final/,"),
+        (tmp_path / "empty", "neither a run, nor a checkpoint, adapter or model"),
+    ):
+        ended = command("dpo-eval", f"checkpoint={name}")
+        assert ended.code == code and says in ended.err and ended.err.count("\n") == 1
+
+
+def test_an_adapter_of_another_shape_is_refused(trained: Trained, command: Command, pairs_file: Path) -> None:
+    run = trained()
+    config = json.loads((run / "final" / "adapter_config.json").read_text())
+    (run / "final" / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
+    ended = command("dpo-eval", f"checkpoint={run}")
+    assert ended.code == 4 and "this adapter does not fit the model" in ended.err
+
+
+def test_a_config_with_an_interpolation_is_not_resolved(trained: Trained, command: Command) -> None:
+    run = trained()
+    text = (run / "config.yaml").read_text().replace("output_dir: ", "output_dir: ${oc.env:HOME}", 1)
+    (run / "config.yaml").write_text(text)
+    ended = command("dpo-eval", f"checkpoint={run}")
+    assert ended.code == 4 and "holds an interpolation" in ended.err
+
+
+def test_words_of_the_run_are_not_needed_twice(trained: Trained, command: Command, pairs_file: Path) -> None:
+    assert tiny_words(pairs_file, Path("x"))
+    run = trained("smooth", "loss.label_smoothing=0.2", "beta=0.5")
+    found = report(evaluated(command, run))
+    margins = [line["margin"] for line in lines(run / "eval" / "held-out-final")]
+    expected = [0.8 * math.log1p(math.exp(-m)) + 0.2 * math.log1p(math.exp(m)) for m in margins]
+    assert found["beta"] == 0.5
+    assert found["loss"] == pytest.approx(sum(expected) / len(expected), abs=1e-6)

@@ -1,0 +1,112 @@
+"""Files are read row by row, with the physical line in every message; bad input is named, never guessed at."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from dpo_cli.data.files import local_path, read_rows
+from dpo_cli.errors import DataError
+
+ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
+LINE = json.dumps(ROW).encode() + b"\n"
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def problem(path: Path) -> str | None:
+    return next(row.problem for row in read_rows(path) if row.value is None)
+
+
+def test_jsonl_counts_rows_from_0_and_physical_lines_from_1(tmp_path: Path) -> None:
+    rows = list(read_rows(write(tmp_path / "a.jsonl", LINE + b"\n" + LINE)))
+    assert [(row.index, row.place.rsplit("/", 1)[-1]) for row in rows] == [(0, "a.jsonl line 1"), (1, "a.jsonl line 3")]
+    assert [row.value for row in rows] == [ROW, ROW]
+
+
+def test_a_byte_order_mark_and_a_missing_last_newline_are_no_matter(tmp_path: Path) -> None:
+    rows = list(read_rows(write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + LINE + LINE.strip())))
+    assert [row.value for row in rows] == [ROW, ROW]
+
+
+def test_a_line_separator_inside_a_string_is_no_line_end(tmp_path: Path) -> None:
+    row = {**ROW, "chosen": "a\u2028b\u0085c"}
+    data = json.dumps(row, ensure_ascii=False).encode() + b"\n" + LINE
+    rows = list(read_rows(write(tmp_path / "a.jsonl", data)))
+    assert [row.value for row in rows] == [row, ROW]
+
+
+def test_gzip_csv_json_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    files = [
+        write(tmp_path / "a.jsonl.gz", gzip.compress(LINE)),
+        write(tmp_path / "a.json", json.dumps([ROW]).encode()),
+        write(tmp_path / "a.csv", b"prompt,chosen,rejected\np,c,r\n"),
+    ]
+    pyarrow.parquet.write_table(pyarrow.table({key: [value] for key, value in ROW.items()}), tmp_path / "a.parquet")
+    for file in [*files, tmp_path / "a.parquet"]:
+        assert [(row.index, row.value) for row in read_rows(file)] == [(0, ROW)], file
+
+
+def test_a_csv_cell_with_a_line_break_keeps_the_count_of_lines(tmp_path: Path) -> None:
+    rows = list(read_rows(write(tmp_path / "a.csv", b'prompt,chosen,rejected\n"p\nq",c,r\np,c,r\n')))
+    assert rows[0].value == {**ROW, "prompt": "p\nq"}
+    assert [row.place.rsplit("/", 1)[-1] for row in rows] == ["a.csv line 2", "a.csv line 4"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"prompt": "p"', "not JSON (Expecting ',' delimiter at column 15): {\"prompt\": \"p\""),
+        (b"[1, 2]", "not a JSON object: [1, 2]"),
+        (b'{"prompt": NaN}', 'not JSON (NaN is not JSON): {"prompt": NaN}'),
+        (b'{"prompt": "\xff"}', 'not UTF-8 at byte 13: {"prompt": "\ufffd"}'),
+        (b"\x1b[31mred", "not JSON (Expecting value at column 1): \\x1b[31mred"),
+        (b"[" * 100_000, "nested too deeply: " + "[" * 60),
+        (b'"' + b"a" * (17 * 2**20) + b'"', "the line is 17 MiB long; the limit is 16 MiB"),
+    ],
+)
+def test_what_is_wrong_with_a_line_is_said_exactly(tmp_path: Path, line: bytes, says: str) -> None:
+    said = problem(write(tmp_path / "a.jsonl", LINE + line + b"\n" + LINE))
+    assert said == says
+
+
+def test_rows_after_a_bad_line_are_still_read(tmp_path: Path) -> None:
+    rows = list(read_rows(write(tmp_path / "a.jsonl", b"oops\n" + LINE)))
+    assert [row.value for row in rows] == [None, ROW]
+
+
+def test_a_missing_file_is_named_with_the_likeliest_other(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", LINE)
+    with pytest.raises(DataError, match=r"trian\.jsonl: no such file; did you mean .*/train\.jsonl\?"):
+        local_path(str(tmp_path / "trian.jsonl"))
+
+
+def test_a_name_with_an_ending_is_a_file_and_owner_slash_name_is_on_the_hub() -> None:
+    with pytest.raises(DataError, match=r"owner/data\.jsonl: no such file"):
+        local_path("owner/data.jsonl")
+    assert local_path("Anthropic/hh-rlhf") is None
+    with pytest.raises(DataError, match="nowhere: no such file"):
+        local_path("nowhere")
+
+
+def test_files_that_are_no_rows_at_all_are_refused(tmp_path: Path) -> None:
+    cases = {
+        "a.json": (b'{"prompt": 1}', "must hold a JSON list of rows"),
+        "b.json": (LINE + LINE, "a row a line is .jsonl"),
+        "c.parquet": (b"not parquet", "not Parquet"),
+        "d.csv": (b"\xff\xfe", "not UTF-8 at byte 1"),
+        "e.txt": (b"x", "unknown kind of file; kinds are .jsonl, .jsonl.gz, .json, .csv, .parquet"),
+        "f.jsonl.gz": (b"not gzip", "cannot be read"),
+        "g.jsonl.gz": (gzip.compress(LINE * 1000)[:40], "cannot be read"),
+    }
+    for name, (data, says) in cases.items():
+        with pytest.raises(DataError) as error:
+            list(read_rows(write(tmp_path / name, data)))
+        assert says in str(error.value), name

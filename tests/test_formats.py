@@ -1,0 +1,148 @@
+"""Rows become pairs: where the prompt ends, what is refused, and what is noted."""
+
+import pytest
+
+from dpo_cli.data.formats import (
+    DIVERGES_EARLY,
+    PROMPT_REPEATED,
+    BadRowError,
+    Message,
+    auto,
+    dialogue_messages,
+    hh,
+    messages,
+    standard,
+)
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    """user, assistant, user, ... messages."""
+    return [{"role": "user" if n % 2 == 0 else "assistant", "content": text} for n, text in enumerate(contents)]
+
+
+def test_hh_prompt_ends_at_the_last_shared_assistant_marker_not_inside_a_word() -> None:
+    row = {
+        "chosen": "\n\nHuman: Hi\n\nAssistant: I think so.",
+        "rejected": "\n\nHuman: Hi\n\nAssistant: I thank you.",  # shares "I th" as well
+    }
+    pair = hh(row)
+    assert pair.prompt_text == "\n\nHuman: Hi\n\nAssistant:"
+    assert (pair.chosen, pair.rejected) == (" I think so.", " I thank you.")
+    assert pair.messages == (Message("user", "Hi"),)
+    assert pair.notes == ()
+
+
+def test_hh_keeps_earlier_turns_as_messages() -> None:
+    prompt = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    pair = hh({"chosen": prompt + " yes", "rejected": prompt + " no"})
+    assert pair.messages == (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+
+
+def test_hh_that_parts_before_the_last_turn_keeps_all_text_and_says_so() -> None:
+    row = {
+        "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+        "rejected": "\n\nHuman: a\n\nAssistant: x\n\nHuman: y\n\nAssistant: z",
+    }
+    pair = hh(row)
+    assert pair.prompt_text == "\n\nHuman: a\n\nAssistant:"
+    assert pair.prompt_text + pair.chosen == row["chosen"]
+    assert pair.prompt_text + pair.rejected == row["rejected"]
+    assert pair.notes == (DIVERGES_EARLY,)
+
+
+def test_hh_where_one_response_begins_with_the_other_still_ends_the_prompt_at_the_marker() -> None:
+    prompt = "\n\nHuman: a\n\nAssistant:"
+    pair = hh({"chosen": prompt + " yes and more", "rejected": prompt + " yes"})
+    assert (pair.chosen, pair.rejected) == (" yes and more", " yes")
+
+
+def test_two_turns_of_one_speaker_are_joined_since_templates_want_them_to_alternate() -> None:
+    text = "\n\nHuman: a\n\nHuman: b\n\nAssistant:"
+    assert dialogue_messages(text) == (Message("user", "a\n\nb"),)
+
+
+def test_hh_without_a_shared_turn_is_refused() -> None:
+    with pytest.raises(BadRowError, match=r"share no .*Assistant:"):
+        hh({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"})
+
+
+def test_standard_keeps_texts_as_they_are() -> None:
+    pair = standard({"prompt": "Hello there, friend", "chosen": "Hi", "rejected": " no "})
+    assert (pair.prompt_text, pair.chosen, pair.rejected) == ("Hello there, friend", "Hi", " no ")
+    assert pair.messages == (Message("user", "Hello there, friend"),)
+
+
+def test_a_prompt_repeated_in_both_responses_is_taken_once() -> None:
+    prompt = "What is the sun? "
+    pair = standard({"prompt": prompt, "chosen": prompt + "A star.", "rejected": prompt + "A lamp."})
+    assert (pair.chosen, pair.rejected, pair.notes) == ("A star.", "A lamp.", (PROMPT_REPEATED,))
+
+
+def test_a_short_greeting_that_opens_both_responses_is_no_repeated_prompt() -> None:
+    pair = standard({"prompt": "Hello", "chosen": "Hello! How are you?", "rejected": "Hello?"})
+    assert pair.chosen == "Hello! How are you?"
+
+
+def test_messages_with_a_given_a_repeated_and_an_implied_prompt_are_the_same_pair() -> None:
+    given = {"prompt": turns("q"), "chosen": turns("", "yes")[1:], "rejected": turns("", "no")[1:]}
+    repeated = {"prompt": "q", "chosen": turns("q", "yes"), "rejected": turns("q", "no")}  # UltraFeedback's mix
+    implied = {"chosen": turns("q", "yes"), "rejected": turns("q", "no")}
+    pairs = [messages(row) for row in (given, repeated, implied)]
+    assert {(pair.messages, pair.chosen, pair.rejected) for pair in pairs} == {
+        ((Message("user", "q"),), " yes", " no")
+    }
+    assert [pair.notes for pair in pairs] == [(), (PROMPT_REPEATED,), ()]
+
+
+def test_messages_in_plain_form_read_like_hh() -> None:
+    pair = messages({"prompt": turns("a", "b", "c"), "chosen": "yes", "rejected": "no"})
+    assert pair.prompt_text + pair.chosen == "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: yes"
+
+
+def test_several_messages_in_a_response_are_refused() -> None:
+    with pytest.raises(BadRowError, match="'chosen' must answer the prompt with one assistant message; it has"):
+        messages({"prompt": "q", "chosen": turns("", "a", "b", "c")[1:], "rejected": "no"})
+
+
+def test_auto_judges_each_row_by_its_own_shape() -> None:
+    prompt = "\n\nHuman: q\n\nAssistant:"
+    assert auto({"chosen": prompt + " yes", "rejected": prompt + " no"}).chosen == " yes"
+    assert auto({"prompt": "one two", "chosen": "yes", "rejected": "no"}).chosen == "yes"
+    assert auto({"chosen": turns("q", "yes"), "rejected": turns("q", "no")}).chosen == " yes"
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (
+            {"prompt": "p", "chosen": "c"},
+            "no 'rejected' key. A row needs prompt, chosen and rejected; it has prompt, chosen",
+        ),
+        (
+            {"prompt": "p", "chosen": "c", "rejectd": "r"},
+            "no 'rejected' key. A row needs prompt, chosen and rejected; it has prompt, chosen, rejectd; "
+            "did you mean data.columns.rejected=rejectd?",
+        ),
+        ({"prompt": "p", "chosen": None, "rejected": "r"}, "'chosen' must be text, it is null"),
+        ({"prompt": "p", "chosen": 3, "rejected": "r"}, "'chosen' must be text, it is a number"),
+        ({"prompt": 3, "chosen": "c", "rejected": "r"}, "'prompt' must be text, it is a number"),
+        (
+            {"prompt": "p", "chosen": "\ud800", "rejected": "r"},
+            "'chosen' holds half a surrogate pair (\\ud800 to \\udfff), which is not text",
+        ),
+        ({"chosen": "c", "rejected": "r"}, "no 'prompt' key. A row needs prompt, chosen and rejected; it has "
+         "chosen, rejected"),
+        ({"chosen": [], "rejected": []}, "the prompt must end with a user message before the responses begin "
+         "(format=messages)"),
+        ({"prompt": "p", "chosen": [{"role": "bot", "content": "x"}], "rejected": "r"},
+         "'chosen' message 0 has role 'bot'; roles are system, user, assistant"),
+        ({"prompt": "p", "chosen": [{"role": "user"}], "rejected": "r"},
+         "'chosen' message 0: content must be text, it is null"),
+        ({"prompt": "p", "chosen": ["x"], "rejected": "r"},
+         "'chosen' message 0 must be an object with role and content"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_row_is_said_exactly(row: dict[str, object], says: str) -> None:
+    with pytest.raises(BadRowError) as error:
+        auto(row)
+    assert str(error.value) == says

@@ -1,0 +1,211 @@
+"""log p(response | prompt): equal to the naive concatenated forward, whatever the batch looks like."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dpo_cli.config import LoraConfig
+from dpo_cli.data.tokens import TokenizedPair, token_ids
+from dpo_cli.models.head import head_logits, head_trains, token_logps
+from dpo_cli.models.loading import attach_lora, disable_dropout
+from dpo_cli.models.logps import make_batch, pair_logps
+
+CPU = torch.device("cpu")
+VOCABULARY = 61
+LORA = LoraConfig(enabled=True, r=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
+
+
+def tiny(family: str = "llama", **changes: Any) -> Any:
+    """A small random model of a family, in float32 and eval mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "head_dim": 8,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**shape, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # larger weights, so that differences show
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    disable_dropout(model)
+    return model.eval()
+
+
+def pair(prompt: int, chosen: int, rejected: int, seed: int = 0) -> TokenizedPair:
+    random = np.random.default_rng(seed)
+    ids = (token_ids(random.integers(2, VOCABULARY, size).tolist()) for size in (prompt, chosen, rejected))
+    return TokenizedPair(*ids, index=seed, key=str(seed))
+
+
+PAIRS = [pair(5, 3, 7, 1), pair(1, 1, 1, 2), pair(9, 2, 1, 3), pair(3, 8, 8, 4)]
+
+
+def naive(model: Any, prompt: Any, response: Any) -> Tensor:
+    """The definition: one sequence, full logits, log-softmax, summed over the response."""
+    ids = torch.tensor(np.concatenate([prompt, response]).astype(np.int64))[None]
+    logps = model(input_ids=ids).logits[0].float().log_softmax(-1)
+    total = torch.zeros(())
+    for place in range(len(prompt), ids.shape[1]):
+        total = total + logps[place - 1, ids[0, place]]
+    return total
+
+
+def both_sides(model: Any, pairs: list[TokenizedPair]) -> Tensor:
+    """(2, B): chosen and rejected."""
+    logps = pair_logps(model, make_batch(pairs, CPU))
+    return torch.stack([logps.chosen, logps.rejected])
+
+
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "granite", "cohere", "olmo2", "gpt_neox"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logps_equal_the_naive_forward(family: str) -> None:
+    model = tiny(family)
+    expected = [
+        [naive(model, one.prompt, side).item() for one in PAIRS for side in [getattr(one, name)]]
+        for name in ("chosen", "rejected")
+    ]
+    with torch.no_grad():
+        got = both_sides(model, PAIRS)
+    assert got.tolist() == [pytest.approx(row, abs=1e-4) for row in expected]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "granite", "cohere"])
+def test_adapter_gradients_equal_those_of_the_naive_forward(family: str) -> None:
+    model = attach_lora(tiny(family), LORA)
+    with torch.no_grad():  # B is zero at the start, and then A has no gradient
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    margin = sum((naive(model, one.prompt, one.chosen) - naive(model, one.prompt, one.rejected)) for one in PAIRS)
+    expected = torch.autograd.grad(margin, weights)  # type: ignore[arg-type]
+    logps = pair_logps(model, make_batch(PAIRS, CPU))
+    got = torch.autograd.grad((logps.chosen - logps.rejected).sum(), weights)
+    for one, other in zip(got, expected, strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm() + 1e-6
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(1, 12)] * 3), min_size=1, max_size=5))
+def test_company_in_the_batch_changes_nothing(lengths: list[tuple[int, int, int]]) -> None:
+    model = tiny()
+    pairs = [pair(*some, seed=seed) for seed, some in enumerate(lengths)]
+    with torch.no_grad():
+        together = both_sides(model, pairs)
+        alone = torch.cat([both_sides(model, [one]) for one in pairs], dim=1)
+        backwards = both_sides(model, pairs[::-1]).flip(1)
+    assert torch.allclose(together, alone, atol=1e-4)
+    assert torch.allclose(together, backwards, atol=1e-4)
+
+
+def test_probabilities_of_all_one_token_responses_sum_to_one() -> None:
+    model = tiny()
+    prompt = pair(6, 1, 1).prompt
+    pairs = [TokenizedPair(prompt, token_ids([t]), token_ids([t]), t, str(t)) for t in range(VOCABULARY)]
+    with torch.no_grad():
+        total = both_sides(model, pairs)[0].double().exp().sum()
+    assert float(total) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_chain_rule_moving_tokens_from_response_to_prompt_splits_the_sum() -> None:
+    # log p(abc | x) = log p(a | x) + log p(bc | xa)
+    model = tiny()
+    one = pair(4, 5, 5)
+    first, rest = one.chosen[:2], one.chosen[2:]
+    parts = [
+        TokenizedPair(one.prompt, first, first, 0, ""),
+        TokenizedPair(np.concatenate([one.prompt, first]), rest, rest, 1, ""),
+    ]
+    with torch.no_grad():
+        whole = both_sides(model, [one])[0, 0]
+        split = both_sides(model, parts)[0].sum()
+    assert float(whole) == pytest.approx(float(split), abs=1e-4)
+
+
+def test_changing_a_prompt_or_last_token_changes_the_sum_and_padding_does_not() -> None:
+    model = tiny()
+    one = pair(4, 3, 12)  # the chosen side is padded by 9
+    with torch.no_grad():
+        before = both_sides(model, [one])[0, 0]
+        batch = make_batch([one], CPU)
+        batch.input_ids[0, 7:] = 5  # whatever lies in the padding
+        assert pair_logps(model, batch).chosen[0] == pytest.approx(float(before), abs=1e-5)
+        last = TokenizedPair(one.prompt, token_ids([*one.chosen[:-1], (one.chosen[-1] + 1) % VOCABULARY]),
+                             one.rejected, 0, "")  # fmt: skip
+        assert abs(both_sides(model, [last])[0, 0] - before) > 1e-3
+
+
+def test_the_closing_token_is_scored_once() -> None:
+    one = pair(4, 3, 2)
+    logps = pair_logps(tiny(), make_batch([one], CPU))
+    assert (logps.chosen_tokens.tolist(), logps.rejected_tokens.tolist()) == ([3], [2])
+
+
+def test_a_model_that_favours_one_token_gives_its_closed_form() -> None:
+    # Zero hidden weights leave the head a constant: with logits z, log p = z_y - log sum exp z at every position.
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    one = pair(4, 3, 2)
+    with torch.no_grad():
+        assert both_sides(model, [one])[:, 0].tolist() == pytest.approx(
+            [-3 * math.log(VOCABULARY), -2 * math.log(VOCABULARY)], abs=1e-5
+        )
+
+
+# The head
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2", "phi"])
+def test_the_replayed_head_gives_the_models_own_logits(family: str) -> None:
+    model = tiny(family)
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+        assert torch.equal(head_logits(model, hidden), model(input_ids=ids).logits[0])
+
+
+def test_gradient_taken_in_the_forward_pass_equals_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_cli.models.head.CHUNK_TOKENS", 4)  # several chunks, the last one short
+    model = tiny("gemma2", final_logit_softcapping=5.0).requires_grad_(False)
+    hidden = torch.randn(10, 32, requires_grad=True)
+    labels = torch.arange(10)
+    weight = torch.randn(10)
+    (token_logps(model, hidden, labels) * weight).sum().backward()
+    got = hidden.grad
+    hidden.grad = None
+    (head_logits(model, hidden).log_softmax(-1)[torch.arange(10), labels] * weight).sum().backward()
+    assert got is not None and hidden.grad is not None
+    assert torch.allclose(got, hidden.grad, atol=1e-5)
+
+
+def test_a_head_that_trains_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_cli.models.head.CHUNK_TOKENS", 4)
+    model = tiny(tie_word_embeddings=False)
+    hidden = torch.randn(10, 32)
+    labels = torch.arange(10)
+    token_logps(model, hidden, labels).sum().backward()
+    got = model.lm_head.weight.grad.clone()
+    model.lm_head.weight.grad = None
+    head_logits(model, hidden).log_softmax(-1)[torch.arange(10), labels].sum().backward()
+    assert torch.allclose(got, model.lm_head.weight.grad, atol=1e-5)
+
+
+def test_whether_the_head_trains_is_asked_of_its_output() -> None:
+    hidden = torch.randn(3, 32)
+    frozen = attach_lora(tiny(), LORA)
+    on_head = LoraConfig(enabled=True, r=4, alpha=8.0, dropout=0.0, target_modules=["lm_head"])
+    assert not head_trains(frozen.get_base_model(), hidden)
+    assert head_trains(attach_lora(tiny(tie_word_embeddings=False), on_head).get_base_model(), hidden)
+    assert head_trains(tiny(), hidden)

@@ -1,0 +1,177 @@
+"""From files to tokenized pairs: counts for all that is left behind, a split that cannot leak, an order from the seed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import sample_rows, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_cli.composition import composed, parse_overrides
+from dpo_cli.config import DataConfig, RunConfig, run_config
+from dpo_cli.data.batches import Schedule, by_size, by_tokens, epoch_order, longest_side
+from dpo_cli.data.pairs import PairData, load_pairs
+from dpo_cli.data.tokens import PairEncoder, TokenizedPair, token_ids
+from dpo_cli.errors import DataError
+
+Load = Callable[..., PairData]
+
+
+def dials(*words: str) -> DataConfig:
+    return run_config(composed("train", parse_overrides(["data=jsonl", *words]), RunConfig).container).data
+
+
+@pytest.fixture
+def load(tiny_tokenizer: Any, tmp_path: Path) -> Load:
+    def run(rows: list[Any], *words: str, seed: int = 0) -> PairData:
+        path = write_jsonl(tmp_path / "rows.jsonl", rows)
+        words = ("data.template=plain", "data.eval_fraction=0", *words)
+        return load_pairs(dials(f"data.train={path}", *words), PairEncoder(tiny_tokenizer, "plain"), seed)
+
+    return run
+
+
+def row(prompt: str = "one two", chosen: str = "yes", rejected: str = "no") -> dict[str, str]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_every_dropped_pair_stands_under_its_word(load: Load) -> None:
+    rows = [
+        row(),
+        row(chosen="same", rejected="same"),
+        row(chosen=""),
+        row(prompt="x" * 30),
+        row(prompt="short", chosen="a" * 30 + "b", rejected="a" * 30 + "c"),
+        {"prompt": "p"},
+    ]
+    data = load(rows, "data.max_length=20", "data.on_bad_row=skip")
+    assert dict(data.train_report.dropped) == {
+        "identical": 1, "empty_response": 1, "prompt_too_long": 1, "identical_after_truncation": 1, "bad_row": 1,
+    }  # fmt: skip
+    assert (data.train_report.rows, data.train_report.kept) == (6, 1)
+    assert [pair.index for pair in data.train] == [0]
+
+
+def test_the_counts_are_said_in_words(load: Load) -> None:
+    data = load([row(), row(prompt="x" * 30), row(chosen="y" * 40)], "data.max_length=20")
+    assert data.train_report.sentences(20)[1:] == [
+        "dropped 1 pair whose prompt left no room for a response (max_length=20)",
+        "1 response cut at the end, the closing EOS with it (max_length=20)",
+    ]
+
+
+def test_a_bad_row_stops_with_file_and_line(load: Load) -> None:
+    with pytest.raises(DataError) as error:
+        load([row(), {"prompt": "p", "chosen": "c"}])
+    assert str(error.value).endswith(
+        "rows.jsonl line 2: no 'rejected' key. A row needs prompt, chosen and rejected; it has prompt, chosen "
+        "(data.on_bad_row=skip counts and drops such rows)"
+    )
+
+
+def test_columns_may_have_other_names(load: Load) -> None:
+    data = load([{"prompt": "p", "better": "yes", "worse": "no"}], "data.columns.chosen=better",
+                "data.columns.rejected=worse")  # fmt: skip
+    assert len(data.train) == 1
+
+
+def test_no_usable_pair_says_why(load: Load) -> None:
+    with pytest.raises(DataError, match=r"no usable pair \(1 identical\)"):
+        load([row(chosen="a", rejected="a")])
+    with pytest.raises(DataError, match=r"no usable pair \(the file has no rows\)"):
+        load([])
+
+
+def test_limit_takes_the_first_rows(load: Load) -> None:
+    assert [pair.index for pair in load(sample_rows(9), "data.limit=3").train] == [0, 1, 2]
+
+
+def test_the_split_is_the_same_in_every_run_and_pairs_of_one_prompt_stay_together(load: Load) -> None:
+    rows = sample_rows(60) + [{**one, "chosen": one["chosen"] + " Again."} for one in sample_rows(60)]
+    first, second = (load(rows, "data.eval_fraction=0.3") for _ in range(2))
+    assert [pair.key for pair in first.held_out] == [pair.key for pair in second.held_out]
+    prompts = [{pair.prompt.tobytes() for pair in side} for side in (first.train, first.held_out)]
+    assert not prompts[0] & prompts[1]
+    assert 0.15 * 120 < len(first.held_out) < 0.45 * 120
+    assert len(first.train) + len(first.held_out) == 120
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_rows_but_on_the_seed(load: Load) -> None:
+    rows = sample_rows(40)
+    keys = [{pair.key for pair in load(some, "data.eval_fraction=0.3").held_out} for some in (rows, rows[::-1])]
+    assert keys[0] == keys[1]
+    assert {pair.key for pair in load(rows, "data.eval_fraction=0.3", seed=1).held_out} != keys[0]
+
+
+def test_a_file_of_its_own_is_held_out_whole(load: Load, tmp_path: Path) -> None:
+    held = write_jsonl(tmp_path / "held.jsonl", sample_rows(12)[8:])
+    data = load(sample_rows(8), f"data.eval={held}")
+    assert (len(data.train), len(data.held_out)) == (8, 4)
+
+
+def test_the_fingerprint_changes_with_any_token(load: Load) -> None:
+    rows = sample_rows(4)
+    before = load(rows).fingerprint
+    assert load(rows).fingerprint == before
+    rows[2]["rejected"] += "!"
+    assert load(rows).fingerprint != before
+
+
+def test_hub_data_that_cannot_be_reached_says_what_to_do(tiny_tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"Anthropic/hh-rlhf \(split train\): cannot be loaded from the hub"):
+        load_pairs(dials("data.train=Anthropic/hh-rlhf"), PairEncoder(tiny_tokenizer, "plain"), 0)
+
+
+# Order and cutting
+
+
+@given(st.integers(1, 200), st.integers(0, 10**9), st.integers(0, 50))
+def test_an_epoch_sees_every_pair_once(pairs: int, seed: int, epoch: int) -> None:
+    assert sorted(epoch_order(pairs, seed, epoch, shuffle=True)) == list(range(pairs))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
+    assert epoch_order(50, 1, 2, True).tolist() == epoch_order(50, 1, 2, True).tolist()
+    assert epoch_order(50, 1, 2, True).tolist() != epoch_order(50, 1, 3, True).tolist()
+    assert epoch_order(50, 1, 2, True).tolist() != epoch_order(50, 2, 2, True).tolist()
+    assert epoch_order(50, 1, 2, False).tolist() == list(range(50))
+    # Fixed for ever: a run resumed under a newer version must see the same order.
+    assert epoch_order(8, 0, 0, True).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+
+
+def test_batches_from_the_middle_are_those_of_the_whole_run() -> None:
+    schedule = Schedule(pairs=10, batch_size=4, seed=3, shuffle=True)
+    whole = [batch.tolist() for batch in schedule.batches(0, 7)]
+    assert [len(batch) for batch in whole] == [4, 4, 2, 4, 4, 2, 4]
+    for first in range(7):
+        assert [batch.tolist() for batch in schedule.batches(first, 7)] == whole[first:]
+
+
+def test_max_steps_wins_over_epochs() -> None:
+    schedule = Schedule(pairs=10, batch_size=4, seed=0, shuffle=True)
+    assert (schedule.total_steps(2, None), schedule.total_steps(2, 5)) == (6, 5)
+
+
+def fake(prompt: int, chosen: int, rejected: int) -> TokenizedPair:
+    return TokenizedPair(*(token_ids(range(n)) for n in (prompt, chosen, rejected)), index=0, key="")
+
+
+@given(st.lists(st.tuples(*[st.integers(1, 60)] * 3), min_size=1, max_size=20), st.integers(1, 400))
+def test_a_cut_keeps_every_pair_and_its_budget(lengths: list[tuple[int, int, int]], budget: int) -> None:
+    batch = [fake(*some) for some in lengths]
+    pieces = by_tokens(budget)(batch)
+    assert sorted(id(pair) for piece in pieces for pair in piece) == sorted(map(id, batch))
+    for piece in pieces:
+        padded = 2 * len(piece) * max(map(longest_side, piece))
+        assert padded <= budget or len(piece) == 1
+
+
+def test_cutting_by_size_keeps_the_order_and_leaves_a_short_rest() -> None:
+    batch = [fake(1, 1, 1) for _ in range(5)]
+    assert [len(piece) for piece in by_size(2)(batch)] == [2, 2, 1]
+    assert np.concatenate([[id(pair) for pair in piece] for piece in by_size(2)(batch)]).tolist() == list(
+        map(id, batch)
+    )
