@@ -32,7 +32,7 @@ Dials, with their defaults
   save_every=0         steps between checkpoints; resume=auto output_dir=RUN goes on
 
 Examples
-  dpo-train                                        the embedded model on the shipped pairs: minutes on a laptop
+  dpo-train                                        the embedded model on the shipped pairs: some minutes
   dpo-train model=qwen data=hh beta=0.1            Qwen2.5-0.5B on Anthropic's dialogues
   dpo-train data=jsonl data.train=pairs.jsonl      your own pairs: prompt, chosen, rejected
   dpo-train -m beta=0.05,0.1,0.3                   a sweep, one run after the other
@@ -54,13 +54,13 @@ dpo-eval: score a finished run, checkpoint, adapter or model on preference pairs
   data.eval=PATH       your own file of pairs
   samples=0            prompts for which answers of policy and reference are shown side by side
   max_new_tokens=128   length limit of those answers
-  reference=PATH       the SFT model, where the checkpoint is a whole model
+  reference_model=PATH the SFT model, where the checkpoint is a whole model
   micro_batch_size=auto, device=auto, name=NAME, output_dir=DIR
 
 Examples
   dpo-eval checkpoint=outputs/smollm2-sample/2026-01-31_12-00-00 samples=3
   dpo-eval checkpoint=my-adapter data=jsonl data.eval=pairs.jsonl
-  dpo-eval checkpoint=merged-model reference=sft-model data=hh
+  dpo-eval checkpoint=merged-model reference_model=sft-model data=hh
 
 Writes report.json (means and 95% intervals) and pairs.jsonl (a line a pair) to <run>/eval/<name>/.
 Exit codes: 0 done, 2 command line, 3 data, 4 checkpoint or model, 6 memory, 7 storage, 130 Ctrl-C.

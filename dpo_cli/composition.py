@@ -6,9 +6,9 @@ Overrides are read with Hydra's own grammar and checked against the schema befor
 
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -85,7 +85,8 @@ def check_overrides(overrides: list[Override], schema: type) -> None:
             raise ConfigError(f"unknown key '{key}' in '{written}'{suggest_key(key, schema)}")
         if override.is_add() and not in_mapping:
             raise ConfigError(f"'{written}': '{key}' exists already; write it without the plus sign")
-        if key in known_groups and override.is_sweep_override() is False:
+        is_group = is_dataclass(get_type_hints(schema).get(key)) or key == "experiment"
+        if is_group and not override.is_sweep_override():
             _check_choice(key, override, known_groups[key])
 
 

@@ -278,7 +278,7 @@ class EvalConfig:
 
     checkpoint: Optional[str] = MISSING
     data: Any = MISSING  # null: what the run held out; else the content of a DataConfig
-    reference: Optional[str] = MISSING
+    reference_model: Optional[str] = MISSING
     name: Optional[str] = MISSING
     samples: int = MISSING
     max_new_tokens: int = MISSING
@@ -318,19 +318,41 @@ def schema_keys(schema: type, prefix: str = "") -> List[str]:
     return keys
 
 
+# Names that users of other trainers bring along.
+OTHER_NAMES = {
+    "learning_rate": "optimizer.lr",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "train_batch_size": "batch_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "loss_type": "loss.name",
+    "model_name_or_path": "model.name_or_path",
+    "dataset_name": "data.train",
+    "gradient_checkpointing": "engine.gradient_checkpointing",
+    "lr_scheduler_type": "optimizer.schedule",
+    "logging_steps": "log_every",
+    "eval_steps": "eval_every",
+    "save_steps": "save_every",
+}
+
+
 def suggest_key(key: str, schema: type) -> str:
     """`; did you mean 'optimizer.lr'?` for a key that the schema lacks: by its last word, then by likeness."""
     keys = schema_keys(schema)
-    leaf = key.rsplit(".", 1)[-1]
-    by_leaf = [known for known in keys if known.rsplit(".", 1)[-1] == leaf]
-    if by_leaf:
-        return f"; did you mean '{by_leaf[0]}'?"
-    found = did_you_mean(key, keys)
-    if found:
-        return found
-    leaves = {known.rsplit(".", 1)[-1]: known for known in keys}
-    close = difflib.get_close_matches(leaf, [*leaves], n=1, cutoff=0.6)
-    return f"; did you mean '{leaves[close[0]]}'?" if close else ""
+    group, _, leaf = key.rpartition(".")
+    # Candidates in order: the same word elsewhere, a like word in the same group, a like word anywhere.
+    by_leaf = {known.rpartition(".")[2]: known for known in reversed(keys)}
+    beside = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == group}
+    anywhere = {**by_leaf, **{name: known for name, known in OTHER_NAMES.items() if known in keys}}
+    for candidates, cutoff in ((by_leaf, 1.0), (beside, 0.6), (anywhere, 0.6)):
+        close = difflib.get_close_matches(leaf, [*candidates], n=1, cutoff=cutoff)
+        if close:
+            return f"; did you mean '{candidates[close[0]]}'?"
+    return ""
 
 
 def unknown_keys(container: Dict[str, Any], schema: type, prefix: str = "") -> List[str]:

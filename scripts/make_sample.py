@@ -162,17 +162,17 @@ class RoomyLayer(DynamicLayer):
     """A KV cache layer that grows in steps of 32 tokens, not by a full copy at every token."""
 
     room = 0
+    keys: torch.Tensor
+    values: torch.Tensor
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[Any, Any]:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Put the new states behind the old ones; return all of them."""
         old = self.get_seq_length()
         new = old + key_states.shape[-2]
         if new > self.room:
             self.room = new + 32
             rows, heads, _, size = key_states.shape
-            fresh = [key_states.new_empty(rows, heads, self.room, size) for _ in range(2)]
+            fresh = [key_states.new_empty(rows, heads, self.room, size) for _side in range(2)]
             if old:
                 fresh[0][:, :, :old], fresh[1][:, :, :old] = self.keys, self.values
             else:
@@ -203,9 +203,7 @@ def sample_batch(
     """Sample every prompt several times in one left-padded batch; rows that have ended leave the KV cache."""
     generator = torch.Generator().manual_seed(seed)
     texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False
-        )
+        tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False)
         for p in prompts
         for _ in range(samples)
     ]
@@ -218,9 +216,7 @@ def sample_batch(
     alive = torch.ones(len(texts), dtype=torch.bool)
     for step in range(limit):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        out = model(
-            tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-        )
+        out = model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
         tokens = draw(out.logits[:, -1], generator)
         for row, token, live in zip(rows.tolist(), tokens.tolist(), alive.tolist(), strict=True):
             if live:
@@ -278,9 +274,7 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 def main() -> None:
     """Sample, label, split and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or hub name of the reference model")
     parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl and test.jsonl")
     parser.add_argument("--prompts", type=Path, default=Path(__file__).with_name("sample_prompts.txt"))

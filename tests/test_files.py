@@ -63,7 +63,7 @@ def test_a_csv_cell_with_a_line_break_keeps_the_count_of_lines(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (b'{"prompt": "p"', "not JSON (Expecting ',' delimiter at column 15): {\"prompt\": \"p\""),
+        (b'{"prompt": "p"', 'not JSON (Expecting \',\' delimiter at column 15): {"prompt": "p"'),
         (b"[1, 2]", "not a JSON object: [1, 2]"),
         (b'{"prompt": NaN}', 'not JSON (NaN is not JSON): {"prompt": NaN}'),
         (b'{"prompt": "\xff"}', 'not UTF-8 at byte 13: {"prompt": "\ufffd"}'),

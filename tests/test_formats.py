@@ -88,9 +88,7 @@ def test_messages_with_a_given_a_repeated_and_an_implied_prompt_are_the_same_pai
     repeated = {"prompt": "q", "chosen": turns("q", "yes"), "rejected": turns("q", "no")}  # UltraFeedback's mix
     implied = {"chosen": turns("q", "yes"), "rejected": turns("q", "no")}
     pairs = [messages(row) for row in (given, repeated, implied)]
-    assert {(pair.messages, pair.chosen, pair.rejected) for pair in pairs} == {
-        ((Message("user", "q"),), " yes", " no")
-    }
+    assert {(pair.messages, pair.chosen, pair.rejected) for pair in pairs} == {((Message("user", "q"),), " yes", " no")}
     assert [pair.notes for pair in pairs] == [(), (PROMPT_REPEATED,), ()]
 
 

@@ -1,4 +1,4 @@
-"""From files to tokenized pairs: counts for all that is left behind, a split that cannot leak, an order from the seed."""
+"""From files to tokenized pairs: counts for all left behind, a split that cannot leak, a seeded order."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -87,11 +87,15 @@ def _run_subject(directory: RunDirectory, weights: Path | None, config: EvalConf
     if weights is None:
         raise CheckpointError(f"checkpoint={safe_text(directory.path)}: this run has no complete checkpoint yet")
     is_adapter = (weights / "adapter_config.json").is_file()
-    base = run.model if config.reference is None else replace(run.model, name_or_path=config.reference, adapter=None)
-    if is_adapter and config.reference is not None:
+    base = (
+        run.model
+        if config.reference_model is None
+        else replace(run.model, name_or_path=config.reference_model, adapter=None)
+    )
+    if is_adapter and config.reference_model is not None:
         raise ConfigError(
-            f"reference={safe_text(config.reference)}: an adapter is compared with the model it sits on "
-            f"({safe_text(run.model.name_or_path)}); leave reference unset"
+            f"reference_model={safe_text(config.reference_model)}: an adapter is compared with the model it sits on "
+            f"({safe_text(run.model.name_or_path)}); leave reference_model unset"
         )
     return Subject(str(weights), is_adapter, base, run, directory, weights.name)
 
@@ -101,17 +105,17 @@ def _adapter_subject(path: Path, config: EvalConfig) -> Subject:
         base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{path / 'adapter_config.json'}: names no base model") from None
-    name = config.reference or str(base)
+    name = config.reference_model or str(base)
     return Subject(str(path), True, _plain_model(name), None, None, path.name)
 
 
 def _model_subject(name: str, config: EvalConfig) -> Subject:
-    if config.reference is None:
+    if config.reference_model is None:
         raise ConfigError(
             f"checkpoint={safe_text(name)}: a whole model does not say what it was tuned from; "
-            "add reference=<the SFT model>"
+            "add reference_model=<the SFT model>"
         )
-    return Subject(name, False, _plain_model(config.reference), None, None, Path(name).name)
+    return Subject(name, False, _plain_model(config.reference_model), None, None, Path(name).name)
 
 
 def _plain_model(name: str) -> ModelConfig:

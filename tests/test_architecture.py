@@ -1,0 +1,86 @@
+"""The layout is a promise: imports only go down the floors, and nothing in the package runs code from a file."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "dpo_cli"
+FLOORS = [
+    {"errors", "theory", "console", "assets"},
+    {"config", "data", "composition"},
+    {"models"},
+    {"evaluation"},
+    {"training", "pipeline"},
+    {"cli"},
+]
+# On one floor: who may import whom, left from right.
+NEIGHBOURS = {("composition", "config"), ("data", "config"), ("console", "errors"), ("theory", "errors"),
+              ("pipeline", "training")}  # fmt: skip
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room(dotted: str) -> str:
+    return dotted.split(".")[1] if "." in dotted else ""
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dpo_cli."):
+            yield room(node.module)
+        elif isinstance(node, ast.Import):
+            yield from (room(name.name) for name in node.names if name.name.startswith("dpo_cli."))
+
+
+def floor(name: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if name in rooms)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_floors_below_its_own(path: Path) -> None:
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for other in imports(path):
+        below = floor(other) < floor(own)
+        assert below or other == own or (own, other) in NEIGHBOURS, f"{path} imports {other}"
+
+
+def test_the_theory_knows_no_files_models_or_config() -> None:
+    for path in (PACKAGE / "theory").glob("*.py"):
+        names = {
+            name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+        }
+        assert names <= {"torch", "numpy", "math", "inspect", "collections", "dataclasses", "functools", "dpo_cli"}, (
+            path
+        )
+
+
+def test_nothing_reads_pickle_or_runs_code_named_in_a_file() -> None:
+    forbidden_calls = {"eval", "exec", "compile", "instantiate", "__import__"}
+    for path in modules():
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
+                assert not {"pickle", "dill", "joblib", "marshal", "shelve"} & set(names), path
+            if isinstance(node, ast.Call):
+                function = node.func
+                if isinstance(function, ast.Name):
+                    assert function.id not in forbidden_calls, f"{path}:{node.lineno}"
+                if isinstance(function, ast.Attribute):
+                    dotted = ast.unparse(function)
+                    assert dotted != "torch.load" and not dotted.endswith(".instantiate"), f"{path}:{node.lineno}"
+                    assert dotted not in ("yaml.load", "yaml.unsafe_load"), f"{path}:{node.lineno}"
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value:
+                assert node.value != "_target_", path

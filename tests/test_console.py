@@ -1,0 +1,113 @@
+"""The console: foreign text cannot act, no stream can break a run, numbers read well."""
+
+import io
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_cli.console.reporter import Reporter, sparkline
+from dpo_cli.console.text import duration, plural, safe_text, significant
+
+
+@given(st.text())
+def test_safe_text_is_one_printable_line(text: str) -> None:
+    shown = safe_text(text)
+    assert "\n" not in shown
+    assert all(character == " " or character.isprintable() or character.isspace() for character in shown)
+    assert not any(ord(character) < 32 or 127 <= ord(character) < 160 for character in shown)
+
+
+def test_safe_text_escapes_what_could_act() -> None:
+    assert safe_text("a\x1b[31mb\u202ec\r\nd\x9b") == "a\\x1b[31mb\\u202ec\\r\\nd\\x9b"
+    assert safe_text("naïve 日本 [red]") == "naïve 日本 [red]"
+    assert safe_text("x" * 20, limit=10) == "xxxxxxx..."
+    assert safe_text("token hf_abcdefghijklmnopqrstuvwx end") == "token [redacted] end"
+
+
+def test_numbers_read_well() -> None:
+    cases = [5e-7, 0.000123, 0.69314, 12.345, 4321.0, 0, -2.5, 1e9, float("nan")]
+    assert [significant(value) for value in cases] == [
+        "5e-07", "0.000123", "0.693", "12.3", "4320", "0", "-2.5", "1e+09", "nan",
+    ]  # fmt: skip
+    assert [duration(value) for value in (45, 200, 7500)] == ["45 s", "3 min 20 s", "2 h 05 min"]
+    assert (plural(1, "pair"), plural(42537, "pair")) == ("1 pair", "42,537 pairs")
+
+
+def test_a_sparkline_rises_with_its_values() -> None:
+    assert sparkline([0, 1, 2, 3], width=4) == "▁▃▆█"
+    assert sparkline([1.0, 1.0], width=5) == "▁▁"
+    assert len(sparkline(list(map(float, range(100))), width=10)) == 10
+    assert sparkline([float("nan")], width=3) == ""
+
+
+RECORD = {
+    "step": 2, "split": "train", "loss": 0.5, "rewards/margins": 0.25, "rewards/accuracies": 0.75,
+    "rewards/chosen": 0.1, "rewards/rejected": -0.15, "lr": 5e-7, "pairs_per_second": 4.0, "peak_memory_gib": 1.5,
+}  # fmt: skip
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"  # type: ignore[assignment]
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_without_a_terminal_a_record_is_one_plain_line() -> None:
+    stream = io.StringIO()
+    reporter = Reporter(stream)
+    reporter.start("step", 10)
+    reporter.record(RECORD)
+    assert stream.getvalue() == (
+        "step 2/10  loss 0.5  margin 0.25  accuracy 0.75  chosen 0.1  rejected -0.15  lr 5e-07  pairs/s 4  GiB 1.5\n"
+    )
+
+
+def test_on_a_terminal_a_table_a_sparkline_and_a_bar_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    reporter = Reporter(stream)
+    reporter.start("step", 10)
+    for step in (1, 2, 3):
+        reporter.record({**RECORD, "step": step, "rewards/margins": step / 10})
+        reporter.advance()
+    reporter.stop()
+    shown = stream.getvalue()
+    assert "5e-07" in shown and "3/10" in shown and "ETA" in shown and "margin ▁▅█ 0.3" in shown
+
+
+@pytest.mark.parametrize("columns", ["20", "80"])
+@pytest.mark.parametrize("term", ["dumb", "xterm"])
+def test_odd_terminals_raise_nothing(monkeypatch: pytest.MonkeyPatch, columns: str, term: str) -> None:
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("NO_COLOR", "1")
+    stream = Terminal()
+    reporter = Reporter(stream)
+    reporter.facts([("model", "x" * 100)])
+    reporter.pair("prompt", "yes<eos>", "no", "<eos>")
+    reporter.start("step", 10)
+    reporter.record(RECORD)
+    reporter.close()
+    if term == "dumb":
+        assert "\x1b" not in stream.getvalue()
+
+
+def test_a_stream_that_cannot_encode_or_write_falls_silent(tmp_path: Path) -> None:
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    Reporter(ascii_only).say("naïve ▁▂")
+    ascii_only.flush()
+    assert ascii_only.buffer.getvalue() == b"na\\xefve \\u2581\\u2582\n"  # type: ignore[attr-defined]
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    reporter = Reporter(Full())
+    reporter.open_log(tmp_path / "train.log")
+    reporter.say("still here")
+    reporter.close()
+    assert (tmp_path / "train.log").read_text() == "still here\n"

@@ -1,0 +1,54 @@
+"""The wheel stands alone: installed in a clean environment it composes every group choice from an empty directory."""
+
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The python of an environment that has the wheel, and of the checkout nothing."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    subprocess.run([sys.executable, *build, str(ROOT)], check=True, capture_output=True)
+    venv.create(folder / "env", with_pip=False)
+    python = folder / "env" / "bin" / "python"
+    site = next((folder / "env" / "lib").iterdir()) / "site-packages"
+    wheel = next(folder.glob("*.whl"))
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
+    # The dependencies lie where the tests' own do; a .pth inside that folder, such as an editable install's, is not
+    # read when the folder is added this way.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+COMPOSE = """
+from dpo_cli import composition
+from dpo_cli.composition import composed, conf_dir, groups, parse_overrides
+from dpo_cli.config import EvalSchema, RunConfig, run_config
+number = 0
+for group, choices in groups().items():
+    for choice in choices:
+        words = [f"{group}={choice}"] + (["data.train=x"] if choice == "jsonl" else [])
+        run_config(composed("train", parse_overrides(words), RunConfig).container)
+        number += 1
+composed("eval", [], EvalSchema)
+from dpo_cli.data.files import local_path, read_rows
+rows = len(list(read_rows(local_path("sample:train")))), len(list(read_rows(local_path("sample:test"))))
+print(conf_dir(), number, *rows)
+"""
+
+
+def test_the_wheel_composes_every_choice_and_carries_the_sample_pairs(installed: Path, tmp_path: Path) -> None:
+    ended = subprocess.run([installed, "-c", COMPOSE], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    conf, number, train, test = ended.stdout.split()
+    assert str(installed.parent.parent) in conf, "the checkout's conf/ was used"
+    assert int(number) == sum(len(list(folder.glob("[!_]*.yaml"))) for folder in (ROOT / "conf").iterdir())
+    assert int(train) >= 400 and int(test) >= 100
