@@ -165,7 +165,7 @@ class RoomyLayer(DynamicLayer):
     keys: torch.Tensor
     values: torch.Tensor
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *rest: Any, **more: Any) -> tuple[Any, Any]:
         """Put the new states behind the old ones; return all of them."""
         old = self.get_seq_length()
         new = old + key_states.shape[-2]
