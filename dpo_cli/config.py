@@ -24,9 +24,25 @@ TEMPLATES = ("chat", "plain")
 FORMAT_NAMES = ("auto", "hh", "standard", "messages")
 OPTIMIZER_NAMES = ("adamw", "rmsprop", "sgd")
 SCHEDULE_NAMES = ("constant", "linear", "cosine")
-LOSS_NAMES = ("sigmoid",)
+# The losses and the dials each of them uses; a test compares them with the functions in theory/losses.py.
+LOSS_DIALS = {
+    "sigmoid": ("label_smoothing",),
+    "robust": ("label_smoothing",),
+    "hinge": (),
+    "ipo": (),
+    "ipo_sum": (),
+    "sigmoid_norm": (),
+    "exo_pair": ("label_smoothing",),
+    "nca_pair": (),
+    "bco_pair": (),
+    "sppo_hard": (),
+    "apo_zero": (),
+    "apo_down": (),
+    "discopop": ("temperature",),
+}
 REFERENCE_NAMES = ("frozen", "adapter_off")
 ENGINE_NAMES = ("single",)
+RADAR_MODES = ("warn", "stop", "off")
 
 
 def did_you_mean(word: str, choices: List[str]) -> str:
@@ -150,16 +166,52 @@ class LossConfig:
     """Which function of the log-ratios is minimised, and its dials."""
 
     name: str = MISSING
-    label_smoothing: float = MISSING
+    label_smoothing: Optional[float] = MISSING
+    temperature: Optional[float] = MISSING
+    sft_weight: float = MISSING
 
     def __post_init__(self) -> None:
-        _one_of("loss.name", self.name, LOSS_NAMES)
+        _one_of("loss.name", self.name, tuple(LOSS_DIALS))
+        for dial in ("label_smoothing", "temperature"):
+            value = getattr(self, dial)
+            users = ", ".join(name for name, dials in LOSS_DIALS.items() if dial in dials)
+            # 0 is "none of it", which is what a loss without the dial does.
+            _require(
+                dial in LOSS_DIALS[self.name] or not value,
+                f"loss.{dial}",
+                value,
+                f"the loss {self.name} does not use it; it is a dial of {users}",
+            )
+            _require(
+                dial not in LOSS_DIALS[self.name] or value is not None,
+                f"loss.{dial}",
+                value,
+                f"the loss {self.name} needs it; loss={self.name} chooses the loss together with its dials",
+            )
         _require(
-            0 <= self.label_smoothing < 0.5,
+            0 <= (self.label_smoothing or 0) < 0.5,
             "loss.label_smoothing",
             self.label_smoothing,
             "must be in [0, 0.5): the share of labels taken to be wrong",
         )
+        _require(
+            self.name != "exo_pair" or bool(self.label_smoothing),
+            "loss.label_smoothing",
+            self.label_smoothing,
+            "must be above 0 for exo_pair, which compares with the smoothed label; 1e-3 is usual",
+        )
+        _require(
+            self.name != "discopop" or (self.temperature or 0) > 0,
+            "loss.temperature",
+            self.temperature,
+            "must be above 0; 0.05 is what the search found",
+        )
+        _finite("loss.sft_weight", self.sft_weight)
+        _at_least("loss.sft_weight", self.sft_weight, 0)
+
+    def dials(self) -> Dict[str, Optional[float]]:
+        """The dials that losses may use, by name."""
+        return {"label_smoothing": self.label_smoothing, "temperature": self.temperature}
 
 
 @dataclass
@@ -239,8 +291,11 @@ class RunConfig:
     device: str = MISSING
     output_dir: Optional[str] = MISSING
     resume: Optional[str] = MISSING
+    radar: str = MISSING
+    dry_run: bool = MISSING
 
     def __post_init__(self) -> None:
+        _one_of("radar", self.radar, RADAR_MODES)
         _one_of("objective", self.objective, OBJECTIVES)
         _finite("beta", self.beta)
         _require(

@@ -8,7 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_cli.theory.losses import LogRatios, PairLogps, gradient_weight, implicit_rewards, make_loss, sigmoid
+from dpo_cli.config import LOSS_DIALS
+from dpo_cli.theory.losses import (
+    LOSSES,
+    LogRatios,
+    PairLogps,
+    gradient_weight,
+    hinge,
+    implicit_rewards,
+    loss_dials,
+    make_objective,
+    robust,
+    sigmoid,
+    sigmoid_norm,
+)
 
 BETA = 0.1
 # The inputs of torchtune's test_dpo_loss: beta * margin = [0, 1, 2].
@@ -92,6 +105,100 @@ def test_a_constant_of_the_prompt_changes_nothing(shift: float) -> None:
     assert sigmoid(moved, BETA).tolist() == pytest.approx(sigmoid(GOLDEN, BETA).tolist(), abs=1e-4)
 
 
-def test_make_loss_sets_beta_and_dials() -> None:
-    loss = make_loss("sigmoid", 0.1, label_smoothing=0.1)
-    assert loss(GOLDEN).tolist() == pytest.approx([0.693147, 0.413262, 0.326928], abs=1e-6)
+# The family. Expected numbers are the table's, computed outside this code from the formulas of the papers.
+
+FAMILY = [
+    ("sigmoid", {"label_smoothing": 0.0}, [0.693147, 0.313262, 0.126928]),
+    ("sigmoid", {"label_smoothing": 0.1}, [0.693147, 0.413262, 0.326928]),
+    ("robust", {"label_smoothing": 0.1}, [0.693147, 0.188262, -0.123072]),
+    ("hinge", {}, [1, 0, 0]),
+    ("ipo", {}, [25, 11.055625, 0.002025]),
+    ("ipo_sum", {}, [25, 25, 225]),
+    ("sigmoid_norm", {}, [0.693147, 0.6129, 0.47238]),
+    ("exo_pair", {"label_smoothing": 1e-3}, [2.761231, 1.27631, 0.458972]),
+    ("nca_pair", {}, [1.386294, 1.19522, 1.122047]),
+    ("bco_pair", {}, [1.386294, 1.004121, 0.855775]),
+    ("sppo_hard", {}, [50, 48.02, 287.62]),
+    ("apo_zero", {}, [1, 0.768412, 0.632557]),
+    ("apo_down", {}, [1, 0.771441, 0.596718]),
+    ("discopop", {"temperature": 0.05}, [0.846574, 0.367879, 0.135335]),
+]
+
+
+@pytest.mark.parametrize(("name", "dials", "expected"), FAMILY)
+def test_every_loss_gives_its_golden_numbers(name: str, dials: dict[str, float], expected: list[float]) -> None:
+    assert make_objective(name, BETA, **dials)(POLICY, GOLDEN).tolist() == pytest.approx(expected, rel=2e-5, abs=2e-6)
+
+
+def test_the_table_of_dials_in_the_config_is_that_of_the_functions() -> None:
+    assert {name: set(dials) for name, dials in LOSS_DIALS.items()} == {name: loss_dials(name) for name in LOSSES}
+    assert {name for name, _, _ in FAMILY} == set(LOSSES)
+
+
+@pytest.mark.parametrize(("name", "dials", "expected"), FAMILY)
+def test_autograd_of_every_loss_agrees_with_finite_differences(
+    name: str, dials: dict[str, float], expected: list[float]
+) -> None:
+    objective = make_objective(name, BETA, **dials)
+    tokens = (GOLDEN.chosen_tokens, GOLDEN.rejected_tokens)
+    chosen = torch.tensor([0.3, -1.1, 2.0], dtype=torch.float64, requires_grad=True)
+    rejected = torch.tensor([-0.2, 0.4, -1.3], dtype=torch.float64, requires_grad=True)
+
+    def loss(c: Tensor, r: Tensor) -> Tensor:
+        return objective(POLICY, LogRatios(c, r, *tokens)).sum()
+
+    assert torch.autograd.gradcheck(loss, (chosen, rejected), eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "dials", "expected"), FAMILY)
+def test_at_the_start_every_loss_pulls_chosen_above_rejected(
+    name: str, dials: dict[str, float], expected: list[float]
+) -> None:
+    chosen, rejected = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    ratios = LogRatios(chosen, rejected, torch.tensor([4]), torch.tensor([4]))
+    make_objective(name, BETA, **dials)(POLICY, ratios).sum().backward()
+    assert chosen.grad is not None and rejected.grad is not None
+    # A step against the gradient moves d = c - r by grad_r - grad_c, which must be up.
+    pull = float(rejected.grad - chosen.grad)
+    if name == "discopop":
+        # Its known flaw: dL/du = -3/4 + (1 - ln 2)/(4 tau) at u = 0 is positive for tau = 0.05.
+        assert pull == pytest.approx(-2 * BETA * (-0.75 + (1 - math.log(2)) / 0.2), rel=1e-4)
+    else:
+        assert pull > 0
+
+
+@given(st.floats(-30, 30), st.floats(0.01, 0.4))
+def test_the_mean_of_robust_over_flipped_labels_is_clean_dpo(margin: float, e: float) -> None:
+    # (1-e) L(d) + e L(-d) = -log sigmoid(b d)
+    d = torch.tensor([margin], dtype=torch.float64)
+    kept, flipped = (robust(ratios_of(some), BETA, label_smoothing=e) for some in (d, -d))
+    assert float((1 - e) * kept + e * flipped) == pytest.approx(float(sigmoid(ratios_of(d), BETA)), abs=1e-9)
+
+
+@given(st.floats(-40, 40))
+def test_hinge_is_zero_exactly_where_the_margin_reaches_one(margin: float) -> None:
+    loss = float(hinge(ratios_of(torch.tensor([margin], dtype=torch.float64)), BETA))
+    assert (loss == 0) == (BETA * margin >= 1)
+
+
+def test_losses_a_token_see_the_length_and_losses_of_sums_do_not() -> None:
+    # Three shared leading tokens moved from both responses into the prompt: their log-ratios cancel in d = 2 - (-1).
+    before = LogRatios(torch.tensor([2.5]), torch.tensor([-0.5]), torch.tensor([8]), torch.tensor([6]))
+    after = LogRatios(torch.tensor([2.0]), torch.tensor([-1.0]), torch.tensor([5]), torch.tensor([3]))
+    assert float(sigmoid(before, BETA)) == pytest.approx(float(sigmoid(after, BETA)), abs=1e-7)
+    # b (2.5/8 + 0.5/6) = 0.0395833 and b (2/5 + 1/3) = 0.0733333
+    assert float(sigmoid_norm(before, BETA)) == pytest.approx(math.log1p(math.exp(-0.03958333)), abs=1e-6)
+    assert float(sigmoid_norm(after, BETA)) == pytest.approx(math.log1p(math.exp(-0.07333333)), abs=1e-6)
+
+
+def test_sft_weight_adds_the_negative_log_likelihood_a_token() -> None:
+    # -log pi(y+)/n+ = [0.5/2, 10/4, 1/5] = [0.25, 2.5, 0.2], a tenth of each on top of the DPO loss
+    got = make_objective("sigmoid", BETA, sft_weight=0.1, label_smoothing=0.0)(POLICY, GOLDEN)
+    assert got.tolist() == pytest.approx([0.693147 + 0.025, 0.313262 + 0.25, 0.126928 + 0.02], abs=1e-6)
+
+
+def test_the_reward_model_loss_is_the_same_function_of_its_rewards() -> None:
+    # Bradley-Terry, -log sigmoid(r+ - r-), with r = b log pi/pi_ref
+    chosen, rejected = implicit_rewards(GOLDEN, BETA)
+    bradley_terry = torch.log1p(torch.exp(-(chosen - rejected)))
+    assert sigmoid(GOLDEN, BETA).tolist() == pytest.approx(bradley_terry.tolist(), abs=1e-6)

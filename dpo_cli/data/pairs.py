@@ -14,6 +14,7 @@ from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_id
 from dpo_cli.errors import DataError
 
 CHUNK = 512  # pairs encoded at once
+TEXTS_KEPT = 64  # training pairs whose texts stay in memory
 
 # Why a pair is dropped: the words of the manifest, the console and report.json, with their meaning.
 REASONS = {
@@ -83,6 +84,7 @@ class PairData:
     held_out: list[TokenizedPair]
     train_report: Report
     held_out_report: Report
+    train_texts: list[TextPair]  # of the first few of `train`: enough to check and to show
     held_out_texts: list[TextPair]  # in the order of `held_out`
     fingerprint: str  # of every token of every pair, in order
 
@@ -238,6 +240,7 @@ def load_pairs(
         [tokenized for tokenized, _ in held_rows],
         train,
         held_out,
+        [text for _, text in train_rows[:TEXTS_KEPT]],
         [text for _, text in held_rows],
         fingerprint([tokenized for tokenized, _ in train_rows]),
     )

@@ -13,7 +13,7 @@ from dpo_cli.data.batches import Cut
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.models.logps import make_batch, pair_logps
 from dpo_cli.models.reference import Reference
-from dpo_cli.theory.losses import LogRatios, PairLogps, PreferenceLoss
+from dpo_cli.theory.losses import LogRatios, Objective, PairLogps
 from dpo_cli.theory.metrics import pair_metrics
 from dpo_cli.theory.statistics import Estimate, mean_estimate, proportion_estimate
 
@@ -64,14 +64,14 @@ def _columns(logps: PairLogps) -> tuple[torch.Tensor, ...]:
     return logps.chosen, logps.rejected, logps.chosen_tokens, logps.rejected_tokens
 
 
-def summarize(scores: PairScores, loss: PreferenceLoss, beta: float) -> dict[str, Estimate]:
+def summarize(scores: PairScores, objective: Objective, beta: float) -> dict[str, Estimate]:
     """Every metric of the training log over the scored pairs, each with its 95% interval.
 
     Besides them: the change of log-prob since the reference, in nats a token, and how often each model finds the
     chosen response likelier than the rejected one (`accuracy_without_reference`).
     """
     ratios = scores.ratios
-    metrics = pair_metrics(scores.policy, ratios, loss(ratios), beta)
+    metrics = pair_metrics(scores.policy, ratios, objective(scores.policy, ratios), beta)
     metrics["logps_change_per_token/chosen"] = ratios.chosen / ratios.chosen_tokens
     metrics["logps_change_per_token/rejected"] = ratios.rejected / ratios.rejected_tokens
     estimates = {

@@ -28,7 +28,7 @@ from dpo_cli.models.loading import (
     load_tokenizer,
 )
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
-from dpo_cli.theory.losses import make_loss
+from dpo_cli.theory.losses import Objective, make_objective
 from dpo_cli.theory.statistics import Estimate
 from dpo_cli.training.checkpoint import newest_valid, validate
 from dpo_cli.training.run_directory import RunDirectory
@@ -128,8 +128,7 @@ def evaluate(config: EvalConfig, overrides: list[str], reporter: Reporter) -> Pa
     data_dials = _data_dials(config, subject, overrides)
     check_sources(data_dials)
     beta = subject.run.beta if subject.run else DEFAULT_BETA
-    loss_dials = {"label_smoothing": subject.run.loss.label_smoothing} if subject.run else {}
-    loss = make_loss(subject.run.loss.name if subject.run else "sigmoid", beta, **loss_dials)
+    objective = _objective(subject, beta)
     with StopSignals(reporter.warn) as signals:
         device = choose_device(config.device)
         dtype = _dtype(subject, device.value)
@@ -145,7 +144,7 @@ def evaluate(config: EvalConfig, overrides: list[str], reporter: Reporter) -> Pa
         scores = score_pairs(policy, reference, data.held_out, cut, device.value, signals.poll, reporter.advance)
         reporter.stop()
         seconds = time.monotonic() - started
-        estimates = summarize(scores, loss, beta)
+        estimates = summarize(scores, objective, beta)
         folder = _folder(config, subject, data.held_out_report.source)
         facts = {
             "checkpoint": subject.weights,
@@ -164,6 +163,14 @@ def evaluate(config: EvalConfig, overrides: list[str], reporter: Reporter) -> Pa
             _show_answers(reporter, policy, reference, encoder, data, config, device.value, signals)
     reporter.facts([("report", str(folder / "report.json")), ("pairs", str(folder / "pairs.jsonl"))])
     return folder
+
+
+def _objective(subject: Subject, beta: float) -> Objective:
+    """The run's own loss; DPO's where the checkpoint does not say."""
+    if subject.run is None:
+        return make_objective("sigmoid", beta)
+    loss = subject.run.loss
+    return make_objective(loss.name, beta, loss.sft_weight, **loss.dials())
 
 
 def _data_dials(config: EvalConfig, subject: Subject, overrides: list[str]) -> Any:

@@ -8,6 +8,7 @@ for y-, d = c - r their margin; b = beta; e = label smoothing. B pairs.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +51,10 @@ class LogRatios:
             rejected_tokens=policy.rejected_tokens,
         )
 
+    def detach(self) -> "LogRatios":
+        """The same values, cut from the graph."""
+        return LogRatios(self.chosen.detach(), self.rejected.detach(), self.chosen_tokens, self.rejected_tokens)
+
     @property
     def margin(self) -> Tensor:
         """d = c - r, (B,): positive where the policy has moved toward the chosen response."""
@@ -66,11 +71,134 @@ def sigmoid(ratios: LogRatios, beta: float, *, label_smoothing: float = 0.0) -> 
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
-PreferenceLoss = Callable[[LogRatios], Tensor]
+def robust(ratios: LogRatios, beta: float, *, label_smoothing: float) -> Tensor:
+    """[-(1-e) log sigmoid(b d) + e log sigmoid(-b d)] / (1-2e), (B,): robust DPO.
+
+    Its mean over labels flipped with probability e is the clean DPO loss. https://arxiv.org/abs/2403.00409.
+    It is not bounded below.
+    """
+    logits = beta * ratios.margin
+    clean = -(1 - label_smoothing) * F.logsigmoid(logits)
+    return (clean + label_smoothing * F.logsigmoid(-logits)) / (1 - 2 * label_smoothing)
+
+
+def hinge(ratios: LogRatios, beta: float) -> Tensor:
+    """relu(1 - b d), (B,): SLiC's hinge on the implicit reward; zero once the margin reaches 1.
+
+    https://arxiv.org/abs/2305.10425, on the log-ratio as in https://arxiv.org/abs/2309.06657.
+    """
+    return F.relu(1 - beta * ratios.margin)
+
+
+def _per_token(ratios: LogRatios) -> tuple[Tensor, Tensor]:
+    """c/n+ and r/n-, each (B,): the log-ratios a token."""
+    return ratios.chosen / ratios.chosen_tokens, ratios.rejected / ratios.rejected_tokens
+
+
+def ipo(ratios: LogRatios, beta: float) -> Tensor:
+    """(c/n+ - r/n- - 1/(2b))^2, (B,): IPO on log-ratios a token, the form its authors confirmed to TRL.
+
+    Eq. 17 of https://arxiv.org/abs/2310.12036, with b in the place of tau.
+    """
+    chosen, rejected = _per_token(ratios)
+    return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
+def ipo_sum(ratios: LogRatios, beta: float) -> Tensor:
+    """(d - 1/(2b))^2, (B,): IPO on summed log-ratios, as in the original DPO code."""
+    return (ratios.margin - 1 / (2 * beta)) ** 2
+
+
+def sigmoid_norm(ratios: LogRatios, beta: float) -> Tensor:
+    """-log sigmoid(b (c/n+ - r/n-)), (B,): DPO on log-ratios a token, so that length alone earns no margin.
+
+    The length-normalised DPO of Tulu 3, https://arxiv.org/abs/2411.15124.
+    """
+    chosen, rejected = _per_token(ratios)
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+def exo_pair(ratios: LogRatios, beta: float, *, label_smoothing: float) -> Tensor:
+    """q (log q - log(1-e)) + q' (log q' - log e), q = sigmoid(b d), q' = sigmoid(-b d), (B,): EXO.
+
+    The reverse KL to the smoothed label, so e > 0. Eq. 16 of https://arxiv.org/abs/2402.00856.
+    """
+    logits = beta * ratios.margin
+    right, wrong = F.logsigmoid(logits), F.logsigmoid(-logits)
+    target_right, target_wrong = math.log1p(-label_smoothing), math.log(label_smoothing)
+    return right.exp() * (right - target_right) + wrong.exp() * (wrong - target_wrong)
+
+
+def nca_pair(ratios: LogRatios, beta: float) -> Tensor:
+    """-log sigmoid(b c) - 0.5 log sigmoid(-b c) - 0.5 log sigmoid(-b r), (B,): NCA on pairs.
+
+    It holds the absolute reward of the chosen response up. https://arxiv.org/abs/2402.05369.
+    """
+    chosen, rejected = implicit_rewards(ratios, beta)
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def bco_pair(ratios: LogRatios, beta: float) -> Tensor:
+    """-log sigmoid(b c) - log sigmoid(-b r), (B,): BCO with its reward shift at zero.
+
+    https://arxiv.org/abs/2404.04656, without the running mean of rewards that it subtracts from both.
+    """
+    chosen, rejected = implicit_rewards(ratios, beta)
+    return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
+
+
+def sppo_hard(ratios: LogRatios, beta: float) -> Tensor:
+    """(c - 1/(2b))^2 + (r + 1/(2b))^2, (B,): SPPO where the chosen response always wins.
+
+    https://arxiv.org/abs/2405.00675, with the win probabilities 1 and 0.
+    """
+    target = 1 / (2 * beta)
+    return (ratios.chosen - target) ** 2 + (ratios.rejected + target) ** 2
+
+
+def apo_zero(ratios: LogRatios, beta: float) -> Tensor:
+    """1 - sigmoid(b c) + sigmoid(b r), (B,): lifts chosen and lowers rejected responses.
+
+    APO for chosen responses that are better than the model's own. Eq. 7 of https://arxiv.org/abs/2408.06266.
+    """
+    chosen, rejected = implicit_rewards(ratios, beta)
+    return 1 - torch.sigmoid(chosen) + torch.sigmoid(rejected)
+
+
+def apo_down(ratios: LogRatios, beta: float) -> Tensor:
+    """sigmoid(b c) + 1 - sigmoid(b d), (B,): lowers both, rejected responses more.
+
+    APO for chosen responses that are worse than the model's own. Eq. 8 of https://arxiv.org/abs/2408.06266.
+    """
+    chosen, _ = implicit_rewards(ratios, beta)
+    return torch.sigmoid(chosen) + 1 - torch.sigmoid(beta * ratios.margin)
+
+
+def discopop(ratios: LogRatios, beta: float, *, temperature: float) -> Tensor:
+    """(1-m) softplus(-b d) + m exp(-b d), m = sigmoid(b d / tau), (B,): the loss an LLM search found.
+
+    Log-ratio modulated loss, Eq. 5 of https://arxiv.org/abs/2406.08414; tau is `temperature`.
+    """
+    logits = beta * ratios.margin
+    modulation = torch.sigmoid(logits / temperature)
+    return -F.logsigmoid(logits) * (1 - modulation) + torch.exp(-logits) * modulation
+
 
 # Chosen by `loss.name`. Keyword-only parameters are the dials of a loss, named as in conf/loss/.
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "sigmoid": sigmoid,
+    "robust": robust,
+    "hinge": hinge,
+    "ipo": ipo,
+    "ipo_sum": ipo_sum,
+    "sigmoid_norm": sigmoid_norm,
+    "exo_pair": exo_pair,
+    "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "discopop": discopop,
 }
 
 
@@ -80,9 +208,31 @@ def loss_dials(name: str) -> set[str]:
     return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
-def make_loss(name: str, beta: float, **dials: float) -> PreferenceLoss:
-    """The loss `name` with its dials set: LogRatios of B pairs -> (B,) losses."""
-    return partial(LOSSES[name], beta=beta, **dials)
+def sft_loss(policy: PairLogps) -> Tensor:
+    """-log pi(y+|x) / n+, (B,): the negative log-likelihood of the chosen response, in nats a token.
+
+    Added with a weight it keeps chosen responses likely: RPO, https://arxiv.org/abs/2404.19733.
+    """
+    return -policy.chosen / policy.chosen_tokens
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run minimises: a preference loss with its dials set, plus `sft_weight` times the SFT loss."""
+
+    loss: Callable[[LogRatios], Tensor]
+    sft_weight: float = 0.0
+
+    def __call__(self, policy: PairLogps, ratios: LogRatios) -> Tensor:
+        """The loss of each pair, (B,)."""
+        losses = self.loss(ratios)
+        return losses + self.sft_weight * sft_loss(policy) if self.sft_weight else losses
+
+
+def make_objective(name: str, beta: float, sft_weight: float = 0.0, **dials: float | None) -> Objective:
+    """The loss `name` with the dials it uses; the caller has checked that no other is set."""
+    used = {dial: dials[dial] for dial in loss_dials(name) if dials.get(dial) is not None}
+    return Objective(partial(LOSSES[name], beta=beta, **used), sft_weight)
 
 
 def implicit_rewards(ratios: LogRatios, beta: float) -> tuple[Tensor, Tensor]:

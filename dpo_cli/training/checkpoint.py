@@ -39,6 +39,7 @@ class TrainingState:
     records: int  # lines of metrics.jsonl so far
     data_fingerprint: str
     dtype: str
+    alarms_sounded: list[str]  # by the radar: each is said once a run
 
 
 def checkpoint_name(step: int) -> str:
@@ -61,6 +62,7 @@ def save_checkpoint(
     policy: Any,
     optimizer: torch.optim.Optimizer,
     rng: dict[str, Tensor],
+    window: dict[str, Tensor],
     state: TrainingState,
     keep: int,
 ) -> Path:
@@ -73,6 +75,7 @@ def save_checkpoint(
         save_policy(policy, beside)
         save_file(optimizer_tensors(policy, optimizer), beside / "optimizer.safetensors")
         save_file(rng, beside / "rng.safetensors")
+        save_file(window, beside / "window.safetensors")
         (beside / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         _seal(beside)
         if target.exists():  # saved at this step already, before a stop
@@ -177,15 +180,17 @@ def optimizer_tensors(policy: Any, optimizer: torch.optim.Optimizer) -> dict[str
     return tensors
 
 
-def restore(checkpoint: Path, policy: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Load weights and optimizer state of a validated checkpoint into a run; returns the RNG states.
+def restore(
+    checkpoint: Path, policy: Any, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Load weights and optimizer state of a validated checkpoint into a run; returns RNG states and radar window.
 
     CheckpointError where a tensor is missing, left over or of another shape: nothing is guessed.
     """
     try:
         _restore_weights(checkpoint, policy)
         _restore_optimizer(load_file(checkpoint / "optimizer.safetensors"), policy, optimizer)
-        return load_file(checkpoint / "rng.safetensors")
+        return load_file(checkpoint / "rng.safetensors"), load_file(checkpoint / "window.safetensors")
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{checkpoint}: does not fit this run ({safe_text(first, limit=200)})") from None

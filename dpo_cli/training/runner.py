@@ -42,7 +42,7 @@ from dpo_cli.models.loading import (
 )
 from dpo_cli.models.logps import make_batch, pair_logps
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
-from dpo_cli.theory.losses import LogRatios, PreferenceLoss, make_loss
+from dpo_cli.theory.losses import LogRatios, Objective, make_objective
 from dpo_cli.theory.metrics import MeanOverPairs, pair_metrics
 from dpo_cli.theory.schedules import lr_factor
 from dpo_cli.training.checkpoint import (
@@ -56,8 +56,12 @@ from dpo_cli.training.checkpoint import (
 )
 from dpo_cli.training.header import show_header
 from dpo_cli.training.model_card import model_card
+from dpo_cli.training.preflight import Subject as Preflight
+from dpo_cli.training.preflight import choose_pairs, preflight
+from dpo_cli.training.radar import Alarm, Radar
 from dpo_cli.training.run_directory import RunDirectory, config_changes, default_directory, find_resume
 from dpo_cli.training.signals import StopSignals
+from dpo_cli.training.verdict import History, judge
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], OptimizerConfig], torch.optim.Optimizer]] = {
     "adamw": lambda weights, dials: torch.optim.AdamW(
@@ -74,7 +78,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], OptimizerConfig], torch.
 }
 
 # Padded tokens of one forward pass under micro_batch_size=auto.
-AUTO_TOKENS = {"cpu": 4096, "mps": 4096, "cuda": 16384}
+AUTO_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
 
 
 @dataclass
@@ -103,10 +107,11 @@ class Run:
     policy: Any
     reference: Reference
     optimizer: torch.optim.Optimizer
-    loss: PreferenceLoss
+    objective: Objective
     cut: Cut
     schedule: Schedule
     total_steps: int
+    radar: Radar
     window: Window = field(default_factory=Window)
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # spent training, this run and those it resumes
@@ -134,12 +139,22 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
         raise ConfigError(f"output_dir={directory.path}: holds a run already; resume=auto goes on with it")
     if checkpoint is not None:
         _check_same_run(directory, config, reporter)
-    directory.create()
-    reporter.open_log(directory.path / "train.log")
+    if not config.dry_run:
+        directory.create()
+        reporter.open_log(directory.path / "train.log")
     for reason in passed_over:
         reporter.warn(f"passed over a checkpoint: {reason}")
     with StopSignals(reporter.warn) as signals:
         run = put_together(config, directory, reporter, signals.poll, checkpoint)
+        reporter.say(_preflight(run))
+        if config.dry_run:
+            from dpo_cli.training.rehearsal import rehearse  # it builds on the parts above
+
+            rehearse(run)
+            return directory.path
+        if checkpoint is None:
+            directory.write_config(config)
+            directory.write_manifest(_manifest(run))
         try:
             train_to_end(run)
             return finish(run)
@@ -157,7 +172,7 @@ def _check_same_run(directory: RunDirectory, config: RunConfig, reporter: Report
             "start a new run, or take the changes back"
         )
     for change in told:
-        reporter.warn(f"resuming with another {change}: the learning-rate schedule moves with it")
+        reporter.warn(f"resuming with another {change}: the run is no longer the one that was begun")
 
 
 def put_together(
@@ -205,10 +220,11 @@ def put_together(
         optimizer=OPTIMIZERS[config.optimizer.name](
             [parameter for parameter in policy.parameters() if parameter.requires_grad], config.optimizer
         ),
-        loss=make_loss(config.loss.name, config.beta, label_smoothing=config.loss.label_smoothing),
+        objective=make_objective(config.loss.name, config.beta, config.loss.sft_weight, **config.loss.dials()),
         cut=choose_cut(config.micro_batch_size, device.value),
         schedule=schedule,
         total_steps=schedule.total_steps(config.epochs, config.max_steps),
+        radar=Radar(config.beta, config.radar),
     )
     cut = (
         f"cut at {AUTO_TOKENS[device.value.type]:,} padded tokens"
@@ -221,9 +237,6 @@ def put_together(
     )  # fmt: skip
     if checkpoint is not None and state is not None:
         _resume(run, checkpoint, state)
-    else:
-        directory.write_config(config)
-        directory.write_manifest(_manifest(run))
     return run
 
 
@@ -254,11 +267,32 @@ def _check_vocabulary(model: Any, encoder: PairEncoder, pairs: list[TokenizedPai
 
 
 def _resume(run: Run, checkpoint: Path, state: TrainingState) -> None:
-    set_rng_states(restore(checkpoint, run.policy, run.optimizer))
+    rng, window = restore(checkpoint, run.policy, run.optimizer)
+    set_rng_states(rng)
+    run.radar.restore(window["last_pairs"], state.alarms_sounded)
     run.step, run.seconds = state.step, state.seconds
     run.window = Window(MeanOverPairs.from_sums(state.sums, state.sums_pairs), state.sums_tokens, state.sums_seconds)
     run.directory.cut_metrics(state.records)
     run.reporter.say(f"going on from {checkpoint} at step {state.step}")
+
+
+def _preflight(run: Run) -> str:
+    """The line of a passed preflight; CheckpointError where an identity of the mathematics does not hold."""
+    pairs, texts = choose_pairs(run.data.train, run.data.train_texts)
+    return preflight(
+        Preflight(
+            policy=run.policy,
+            reference=run.reference,
+            objective=run.objective,
+            beta=run.config.beta,
+            encoder=run.encoder,
+            pairs=pairs,
+            texts=texts,
+            device=run.device,
+            dtype=run.dtype.value,
+            at_start=run.step == 0,
+        )
+    )
 
 
 def _manifest(run: Run) -> dict[str, Any]:
@@ -306,17 +340,18 @@ def train_step(run: Run, batch: list[TokenizedPair]) -> None:
     factor = lr_factor(config.optimizer.schedule, run.step, config.optimizer.warmup_steps, run.total_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = config.optimizer.lr * factor
-    metrics, tokens = MeanOverPairs(), 0
+    metrics, tokens, moved = MeanOverPairs(), 0, []
     for piece in run.cut(batch):
         run.poll()
         layout = make_batch(piece, run.device)
         reference_logps = run.reference.logps(layout)
         policy_logps = pair_logps(run.policy, layout)
         ratios = LogRatios.between(policy_logps, reference_logps)
-        losses = run.loss(ratios)
+        losses = run.objective(policy_logps, ratios)
         # The sum over the batch size: the gradient does not depend on how the batch was cut.
         (losses.sum() / len(batch)).backward()
         metrics.add(pair_metrics(policy_logps.detach(), ratios, losses, config.beta))
+        moved.append(ratios.detach())
         tokens += layout.real_tokens
     grad_norm = nn.utils.clip_grad_norm_(run.trainable, config.max_grad_norm)
     _stop_if_not_finite(run, batch, metrics, grad_norm)
@@ -326,6 +361,8 @@ def train_step(run: Run, batch: list[TokenizedPair]) -> None:
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     elapsed = time.perf_counter() - started
+    for ratios in moved:
+        run.radar.add(ratios)
     run.window.metrics.merge(metrics)
     run.window.grad_norm = float(grad_norm)
     run.window.tokens += tokens
@@ -352,8 +389,10 @@ def _due(step: int, every: int) -> bool:
 
 
 def log_train(run: Run) -> None:
-    """Log the mean over the pairs since the last logged step, and begin a new window."""
+    """Log the mean over the pairs since the last logged step, sound new alarms, and begin a new window."""
     window = run.window
+    drift = run.radar.drift()
+    alarms = run.radar.alarms(drift)
     write_record(
         run,
         "train",
@@ -362,8 +401,20 @@ def log_train(run: Run) -> None:
         lr=run.optimizer.param_groups[0]["lr"],
         pairs_per_second=window.metrics.pairs / window.seconds,
         tokens_per_second=window.tokens / window.seconds,
+        **drift.as_metrics(),
+        **({"alarms": {alarm.name: alarm.text for alarm in alarms}} if alarms else {}),
     )
     run.window = Window()
+    for alarm in alarms:
+        run.reporter.warn(f"step {run.step}: {alarm.text}")
+    _stop_if_ruined(run, alarms)
+
+
+def _stop_if_ruined(run: Run, alarms: list[Alarm]) -> None:
+    ruin = next((alarm for alarm in alarms if alarm.ruins), None)
+    if ruin is not None and run.config.radar == "stop":
+        checkpoint = save(run)
+        raise DivergedError(f"step {run.step}: stopped by the radar (radar=stop), saved as {checkpoint}: {ruin.text}")
 
 
 def log_eval(run: Run) -> dict[str, float] | None:
@@ -372,13 +423,15 @@ def log_eval(run: Run) -> dict[str, float] | None:
         return None
     scores = score_pairs(run.policy, run.reference, run.data.held_out, run.cut, run.device, run.poll)
     metrics = MeanOverPairs()
-    metrics.add(pair_metrics(scores.policy, scores.ratios, run.loss(scores.ratios), run.config.beta))
+    metrics.add(
+        pair_metrics(scores.policy, scores.ratios, run.objective(scores.policy, scores.ratios), run.config.beta)
+    )
     means = metrics.means()
     write_record(run, "eval", means)
     return means
 
 
-def write_record(run: Run, split: str, means: dict[str, float], **more: float) -> None:
+def write_record(run: Run, split: str, means: dict[str, float], **more: Any) -> None:
     """One line of metrics.jsonl, and the console's view of it."""
     record: dict[str, Any] = {
         "step": run.step,
@@ -416,9 +469,12 @@ def save(run: Run, rng: dict[str, Tensor] | None = None) -> Path:
         records=run.directory.records,
         data_fingerprint=run.data.fingerprint,
         dtype=str(run.dtype.value).removeprefix("torch."),
+        alarms_sounded=run.radar.sounded,
     )
     folder = run.directory.checkpoints
-    return save_checkpoint(folder, run.policy, run.optimizer, rng or rng_states(), state, run.config.keep_checkpoints)
+    window = {"last_pairs": run.radar.state()}
+    rng = rng or rng_states()
+    return save_checkpoint(folder, run.policy, run.optimizer, rng, window, state, run.config.keep_checkpoints)
 
 
 def _save_or_go_on(run: Run) -> None:
@@ -435,18 +491,30 @@ def finish(run: Run) -> Path:
     run.reporter.stop()
     write_final(run, means)
     run.reporter.say()
-    last = _last_record(run.directory.metrics, "eval" if means else "train")
-    rows = [
-        ("done", f"{plural(run.step, 'step')} in {duration(run.seconds)}, peak memory "
-                 f"{significant(peak_memory_gib(run.device))} GiB"),
-        ("held out" if means else "last batch",
-         f"accuracy {significant(last['rewards/accuracies'])}, margin {significant(last['rewards/margins'])}, "
-         f"loss {significant(last['loss'])}" + (f" on {plural(len(run.data.held_out), 'pair')}" if means else "")),
-        ("adapter" if run.config.lora.enabled else "model", str(run.directory.final)),
-        ("next", f"dpo-eval checkpoint={run.directory.path} samples=3"),
-    ]  # fmt: skip
-    run.reporter.facts(rows)
+    memory = f"peak memory {significant(peak_memory_gib(run.device))} GiB"
+    run.reporter.facts(
+        [
+            ("done", f"{plural(run.step, 'step')} in {duration(run.seconds)}, {memory}"),
+            ("adapter" if run.config.lora.enabled else "model", str(run.directory.final)),
+            ("next", f"dpo-eval checkpoint={run.directory.path} samples=3"),
+        ]
+    )
+    _judge(run)
     return run.directory.path
+
+
+def _judge(run: Run) -> None:
+    """Say how the run went, and keep it in the manifest."""
+    lines = run.directory.metrics.read_text(encoding="utf-8").splitlines()
+    history = History.of(
+        [json.loads(line) for line in lines], len(run.data.held_out), run.config.optimizer.lr, run.config.beta
+    )
+    verdict = judge(history)
+    run.reporter.say(f"verdict  {verdict.color}: {verdict.summary}", style=verdict.color)
+    for finding in verdict.findings:
+        run.reporter.say(f"  {finding.name}: {finding.reason}", style=finding.color)
+        run.reporter.say(f"    next: {finding.next_step}")
+    run.directory.write_manifest({**_manifest(run), "verdict": verdict.as_dict()})
 
 
 def write_final(run: Run, means: dict[str, float] | None) -> None:
@@ -462,9 +530,3 @@ def write_final(run: Run, means: dict[str, float] | None) -> None:
         beside.rename(run.directory.final)
     except OSError as error:
         raise StorageError(f"{run.directory.final}: cannot be written ({error.strerror})") from None
-
-
-def _last_record(metrics: Path, split: str) -> dict[str, Any]:
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    found: dict[str, Any] = [record for record in records if record["split"] == split][-1]
-    return found

@@ -1,0 +1,98 @@
+"""Where a policy has drifted: numbers on the last pairs it has seen, all functions of their log-ratios.
+
+They cost no forward pass: training has computed every log-ratio already. W pairs of the window.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpo_cli.theory.losses import LogRatios, gradient_weight
+
+HEAVIEST = 10  # pairs whose share of the gradient is told
+STILL = 0.005  # nats a token: less than this is no direction
+SATURATED = 0.01  # gradient weight under which a pair no longer pulls
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What the last W pairs say of the policy against its reference."""
+
+    pairs: int
+    margin: float  # mean of beta d
+    chosen_nats: float  # mean of log pi/pi_ref of the chosen response: its change since the start
+    chosen_per_token: float  # the same in nats a token
+    rejected_per_token: float
+    weight_over_09: float  # share of pairs that pull with more than 0.9 of the full gradient
+    weight_under_01: float  # share of pairs that pull with less than 0.1
+    heaviest_share: float  # part of the summed gradient weight that the ten heaviest pairs have
+    saturated: float  # share of pairs that no longer pull
+    margin_length_correlation: float  # of d with n+ - n-; 0 where either does not vary
+    kl_per_token: float  # estimate of KL(policy || reference) in nats a token
+
+    @property
+    def case(self) -> str:
+        """Which of the four ways the responses have moved, or `still`."""
+        chosen, rejected = self.chosen_per_token, self.rejected_per_token
+        if max(abs(chosen), abs(rejected)) < STILL:
+            return "still"
+        if chosen >= 0 and rejected >= 0:
+            return "both up"
+        if chosen < 0 and rejected < 0:
+            return "both down"
+        return "apart" if chosen >= 0 else "crossed"
+
+    def as_metrics(self) -> dict[str, float | str]:
+        """Under the names they are logged with."""
+        return {
+            "gradient_weight/over_0.9": self.weight_over_09,
+            "gradient_weight/under_0.1": self.weight_under_01,
+            f"gradient_weight/heaviest_{HEAVIEST}_share": self.heaviest_share,
+            "drift/pairs": self.pairs,
+            "drift/case": self.case,
+            "drift/chosen_per_token": self.chosen_per_token,
+            "drift/rejected_per_token": self.rejected_per_token,
+            "drift/kl_per_token": self.kl_per_token,
+            "drift/margin_length_correlation": self.margin_length_correlation,
+            "drift/saturated": self.saturated,
+        }
+
+
+def correlation(first: Tensor, second: Tensor) -> float:
+    """Pearson's correlation of two (W,); 0 where either does not vary."""
+    first, second = first - first.mean(), second - second.mean()
+    spread = math.sqrt(float((first**2).sum()) * float((second**2).sum()))
+    return float((first * second).sum()) / spread if spread > 0 else 0.0
+
+
+def kl_per_token(ratios: LogRatios) -> float:
+    """An estimate of KL(policy || reference) in nats a token, never negative.
+
+    Schulman's k3, exp(-m) - 1 + m with m the mean log-ratio a token of a response, averaged over both responses of
+    each pair (http://joschu.net/blog/kl-approx.html). The responses are the data's, not the policy's own: it says
+    how far the policy is from the reference where the data are, not what sampling would give.
+    """
+    means = torch.cat([ratios.chosen / ratios.chosen_tokens, ratios.rejected / ratios.rejected_tokens]).double()
+    return float((torch.expm1(-means) + means).mean())
+
+
+def measure_drift(ratios: LogRatios, beta: float) -> Drift:
+    """The drift on W pairs, W at least 1."""
+    weights = gradient_weight(ratios, beta).double()
+    heaviest = weights.topk(min(HEAVIEST, len(weights))).values.sum()
+    gap = (ratios.chosen_tokens - ratios.rejected_tokens).double()
+    return Drift(
+        pairs=len(weights),
+        margin=float(beta * ratios.margin.double().mean()),
+        chosen_nats=float(ratios.chosen.double().mean()),
+        chosen_per_token=float((ratios.chosen / ratios.chosen_tokens).double().mean()),
+        rejected_per_token=float((ratios.rejected / ratios.rejected_tokens).double().mean()),
+        weight_over_09=float((weights > 0.9).double().mean()),
+        weight_under_01=float((weights < 0.1).double().mean()),
+        heaviest_share=float(heaviest / weights.sum()) if float(weights.sum()) > 0 else 0.0,
+        saturated=float((weights < SATURATED).double().mean()),
+        margin_length_correlation=correlation(ratios.margin.double(), gap),
+        kl_per_token=kl_per_token(ratios),
+    )

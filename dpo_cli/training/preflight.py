@@ -1,0 +1,279 @@
+"""The preflight: what must hold before the first update, proved on the run's own model, tokenizer and pairs.
+
+Each check is an identity of the mathematics. It fails with the cause and the remedy, or it says nothing; when all
+hold the run says so in one line. Policy and generators are left as they were found.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_cli.console.text import safe_text
+from dpo_cli.data.pairs import TextPair
+from dpo_cli.data.tokens import PairEncoder, TokenizedPair
+from dpo_cli.errors import CheckpointError
+from dpo_cli.models.logps import causal_model, make_batch, pair_logps
+from dpo_cli.models.reference import FrozenReference, Reference
+from dpo_cli.theory.losses import LogRatios, Objective, PairLogps
+
+PAIRS_A_BATCH = 4
+LONGEST_TOKENS = 1024  # a pair longer than this is not used: the preflight takes seconds
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far two ways of computing one log-prob may differ, in nats a response."""
+
+    fixed: float
+    per_token: float
+
+    def of(self, tokens: int) -> float:
+        """For a response of that many tokens: roundings add up like a random walk."""
+        return self.fixed + self.per_token * math.sqrt(tokens)
+
+
+# bfloat16 keeps 8 bits: a logit of 20 is rounded by up to 0.06.
+TOLERANCES = {
+    torch.float32: Tolerance(1e-3, 1e-3),
+    torch.bfloat16: Tolerance(0.1, 0.1),
+    torch.float16: Tolerance(0.02, 0.02),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is checked."""
+
+    policy: Any
+    reference: Reference
+    objective: Objective
+    beta: float
+    encoder: PairEncoder
+    pairs: list[TokenizedPair]  # two batches of real pairs
+    texts: list[TextPair]  # their texts, in the same order
+    device: torch.device
+    dtype: torch.dtype
+    at_start: bool  # false for a resumed run, whose policy has moved
+
+
+def preflight(subject: Subject) -> str:
+    """Run every check; the line that says all hold. CheckpointError names the cause and the remedy."""
+    started = time.perf_counter()
+    first, second = subject.pairs[:PAIRS_A_BATCH], subject.pairs[PAIRS_A_BATCH : 2 * PAIRS_A_BATCH]
+    with _undisturbed(subject.policy):
+        check_distinct(subject)
+        together = _logps(subject, first)
+        check_finite(together, subject.dtype)
+        said = []
+        if subject.at_start:
+            apart = check_start(subject, [first, second or first], together)
+            said.append(f"the loss starts at ln 2 and margins at 0 (off by {apart:.1g})")
+        said.append(f"gradient reaches {check_gradients(subject, first)} adapter weights and nothing else")
+        said.append(f"the chain rule holds to {check_chain_rule(subject, first):.1g} nats")
+        said.append(f"a pair alone equals the pair in a batch to {check_company(subject, first, together):.1g}")
+        check_closing(subject, first)
+        check_round_trip(subject)
+        said.append("EOS is scored, tokens read back as the text")
+    return f"preflight passed in {time.perf_counter() - started:.1f} s: " + "; ".join(said)
+
+
+def choose_pairs(
+    train: list[TokenizedPair], texts: list[TextPair], number: int = 2 * PAIRS_A_BATCH
+) -> tuple[list[TokenizedPair], list[TextPair]]:
+    """The first pairs that are not too long, or the shortest where all are."""
+
+    def size(place: int) -> int:
+        return len(train[place].prompt) + max(len(train[place].chosen), len(train[place].rejected))
+
+    places = [place for place in range(len(texts)) if size(place) <= LONGEST_TOKENS]
+    places = places or sorted(range(len(texts)), key=size)[:2]
+    return [train[place] for place in places[:number]], [texts[place] for place in places[:number]]
+
+
+@contextmanager
+def _undisturbed(policy: Any) -> Iterator[None]:
+    """Dropout off within; mode, gradients and random generators as before after it."""
+    training = policy.training
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    state = torch.get_rng_state()
+    policy.eval()
+    try:
+        yield
+    finally:
+        policy.train(training)
+        policy.zero_grad(set_to_none=True)
+        torch.set_rng_state(state)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _logps(subject: Subject, pairs: list[TokenizedPair]) -> PairLogps:
+    with torch.no_grad():
+        return pair_logps(subject.policy, make_batch(pairs, subject.device))
+
+
+def _both(logps: PairLogps) -> Tensor:
+    """(2, B)."""
+    return torch.stack([logps.chosen, logps.rejected])
+
+
+def check_distinct(subject: Subject) -> None:
+    """Policy and reference share no memory, and no weight of the reference takes a gradient."""
+    if not isinstance(subject.reference, FrozenReference):
+        return
+    reference = subject.reference.model
+    ours = {weight.data_ptr() for weight in subject.policy.parameters()}
+    shared = [name for name, weight in reference.named_parameters() if weight.data_ptr() in ours]
+    if shared:
+        raise CheckpointError(
+            f"preflight: policy and reference share {len(shared)} weights ({safe_text(shared[0])} first): "
+            "training would move both; the reference must be loaded a second time"
+        )
+    trains = [name for name, weight in reference.named_parameters() if weight.requires_grad]
+    if trains:
+        raise CheckpointError(
+            f"preflight: {len(trains)} weights of the reference take a gradient ({safe_text(trains[0])} first): "
+            "the reference must be frozen"
+        )
+
+
+def check_finite(logps: PairLogps, dtype: torch.dtype) -> None:
+    """Every log-prob is a number, and none is above 0."""
+    values = _both(logps)
+    if not bool(torch.isfinite(values).all()):
+        remedy = "its weights are damaged" if dtype is torch.float32 else "try model.dtype=float32"
+        raise CheckpointError(
+            f"preflight: the model's log-probs are not finite ({values.flatten()[0]:g} first): {remedy}"
+        )
+    if bool((values > 1e-3).any()):
+        raise CheckpointError(f"preflight: a log-prob of {float(values.max()):g} is above 0: the head is not a softmax")
+
+
+def check_start(subject: Subject, batches: list[list[TokenizedPair]], together: PairLogps) -> float:
+    """Before the policy has moved every log-ratio is 0; returns by how much the margin is off at most.
+
+    So the loss is what it is at a margin of 0: ln 2 for DPO.
+    """
+    off = 0.0
+    for batch in batches:
+        policy = together if batch is batches[0] else _logps(subject, batch)
+        reference = subject.reference.logps(make_batch(batch, subject.device))
+        gap = float((_both(policy) - _both(reference)).abs().max())
+        tokens = int(torch.stack([policy.chosen_tokens, policy.rejected_tokens]).max())
+        if not gap <= TOLERANCES[subject.dtype].of(tokens):
+            raise CheckpointError(
+                f"preflight: the reference differs from the policy's start by up to {gap:.2f} nats a response: "
+                "they are not the same weights; check that model.adapter is folded into both, that both have one "
+                "dtype, and that model.revision names one commit"
+            )
+        ratios = LogRatios.between(policy, reference)
+        off = max(off, float((subject.beta * ratios.margin).abs().max()))
+    return off
+
+
+def check_gradients(subject: Subject, pairs: list[TokenizedPair]) -> int:
+    """A backward pass reaches every trainable module and nothing frozen; returns how many weights train."""
+    layout = make_batch(pairs, subject.device)
+    reference = subject.reference.logps(layout)
+    policy = pair_logps(subject.policy, layout)
+    subject.objective(policy, LogRatios.between(policy, reference)).sum().backward()
+    weights = dict(subject.policy.named_parameters())
+    trainable = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    leaked = [name for name, weight in weights.items() if not weight.requires_grad and weight.grad is not None]
+    if leaked:
+        raise CheckpointError(f"preflight: the frozen weight {safe_text(leaked[0])} received a gradient")
+    reached = [name for name, weight in trainable.items() if weight.grad is not None and bool(weight.grad.any())]
+    if not reached:
+        raise CheckpointError(
+            "preflight: no gradient reaches the trainable weights, so nothing would be learned: is the reference the "
+            "policy itself, or loss.name one that is flat at the start?"
+        )
+    # At the start LoRA's B is 0, so A has no gradient yet: a module counts as reached by either of its matrices.
+    modules = {name.split(".lora_")[0] for name in trainable}
+    silent = sorted(modules - {name.split(".lora_")[0] for name in reached})
+    if silent and subject.at_start and any(".lora_" in name for name in trainable):
+        raise CheckpointError(
+            f"preflight: no gradient reaches {len(silent)} of {len(modules)} adapters ({safe_text(silent[0])} first): "
+            "they take no part in the forward pass; leave them out of lora.target_modules"
+        )
+    frozen = subject.reference.model if isinstance(subject.reference, FrozenReference) else None
+    if frozen is not None and any(weight.grad is not None for weight in frozen.parameters()):
+        raise CheckpointError("preflight: the reference received a gradient: it must be frozen")
+    return len(trainable)
+
+
+def _sequence_logp(model: Any, ids: Tensor, start: int) -> Tensor:
+    """log p(ids[start:] | ids[:start]) by the definition: full logits of one sequence, shifted by one."""
+    logits = causal_model(model)(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+    each = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    return each[start - 1 :].sum()
+
+
+def check_chain_rule(subject: Subject, pairs: list[TokenizedPair]) -> float:
+    """log p(y | x) = log p(x y) - log p(x), on the shortest pair, by another route; returns the difference."""
+    pair = min(pairs, key=lambda one: len(one.prompt) + len(one.chosen))
+    prompt = torch.from_numpy(pair.prompt).long().to(subject.device)
+    whole = torch.cat([prompt, torch.from_numpy(pair.chosen).long().to(subject.device)])
+    with torch.no_grad():
+        difference = _sequence_logp(subject.policy, whole, 1)
+        if len(prompt) > 1:
+            difference = difference - _sequence_logp(subject.policy, prompt, 1)
+    off = abs(float(difference) - float(_logps(subject, [pair]).chosen[0]))
+    if not off <= TOLERANCES[subject.dtype].of(len(whole)):
+        raise CheckpointError(
+            f"preflight: log p(response | prompt) is off the chain rule by {off:.2f} nats on row {pair.index}: "
+            "the model scores other tokens than it is given, or its forward pass depends on what follows"
+        )
+    return off
+
+
+def check_company(subject: Subject, pairs: list[TokenizedPair], together: PairLogps) -> float:
+    """A pair scored alone has the numbers it has in a batch; returns the largest difference."""
+    worst = 0.0
+    for place in {0, len(pairs) - 1}:
+        alone, company = _both(_logps(subject, [pairs[place]]))[:, 0], _both(together)[:, place]
+        off = float((alone - company).abs().max())
+        tokens = max(len(pairs[place].chosen), len(pairs[place].rejected))
+        if not off <= TOLERANCES[subject.dtype].of(tokens):
+            raise CheckpointError(
+                f"preflight: row {pairs[place].index} scores {off:.2f} nats differently in a batch than alone: "
+                "this model sees its padding or its neighbours; micro_batch_size=1 avoids it"
+            )
+        worst = max(worst, off)
+    return worst
+
+
+def check_closing(subject: Subject, pairs: list[TokenizedPair]) -> None:
+    """Taking the closing EOS away from a response raises its log-prob by -log p(EOS): so it was scored, once."""
+    closing = subject.encoder.closing
+    closed = next((one for one in pairs if int(one.chosen[-1]) == closing and len(one.chosen) > 1), None)
+    if closed is None:
+        return  # every one of them was cut, and the header has said so
+    opened = replace(closed, chosen=closed.chosen[:-1])
+    gain = float(_logps(subject, [opened]).chosen[0] - _logps(subject, [closed]).chosen[0])
+    if not gain > 0:
+        raise CheckpointError(
+            f"preflight: the closing EOS of row {closed.index} is not scored "
+            f"(without it the log-prob changes by {gain:g} nats)"
+        )
+
+
+def check_round_trip(subject: Subject) -> None:
+    """The tokens of a response read back as its text, white space aside."""
+    decode = subject.encoder.tokenizer.decode
+    for pair, text in zip(subject.pairs, subject.texts, strict=True):
+        for ids, original in ((pair.chosen, text.pair.chosen), (pair.rejected, text.pair.rejected)):
+            if int(ids[-1]) != subject.encoder.closing:
+                continue  # cut
+            read = "".join(decode(ids[:-1].tolist()).split())
+            if read != "".join(subject.encoder.response_text(original).split()):
+                raise CheckpointError(
+                    f"preflight: row {pair.index} does not read back from its tokens ({safe_text(read, 60)}): "
+                    "the tokenizer loses text, or is not the model's"
+                )

@@ -1,0 +1,67 @@
+"""dry_run: everything but the training. Lengths, the longest batch forward and backward, what the run will cost."""
+
+import time
+
+import numpy as np
+
+from dpo_cli.console.text import duration, plural, significant
+from dpo_cli.data.batches import longest_side
+from dpo_cli.data.tokens import TokenizedPair
+from dpo_cli.models.logps import make_batch, pair_logps
+from dpo_cli.theory.losses import LogRatios
+from dpo_cli.training.runner import Run, peak_memory_gib
+
+
+def rehearse(run: Run) -> None:
+    """Show the lengths of the pairs, rehearse the longest batch, and estimate time and memory of the whole run."""
+    rows = []
+    for name, lengths in _lengths(run.data.train):
+        quantiles = np.percentile(lengths, [50, 90, 99, 100], method="nearest").astype(int)
+        rows.append([name, *(f"{value:,}" for value in quantiles)])
+    run.reporter.grid(["tokens", "p50", "p90", "p99", "max"], rows)
+    longest = sorted(run.data.train, key=longest_side, reverse=True)[: run.config.batch_size]
+    _forward_backward(run, longest)
+    peak = peak_memory_gib(run.device)
+    typical = [run.data.train[place] for place in next(run.schedule.batches(0, 1))]
+    started = time.perf_counter()
+    _forward_backward(run, typical)
+    seconds = time.perf_counter() - started
+    evaluation = len(run.data.held_out) / len(typical) * seconds * 0.6  # no backward pass: policy and reference forward
+    run.reporter.say()
+    run.reporter.facts(
+        [
+            ("longest", f"{plural(longest_side(longest[0]), 'token')}: the longest batch fits, forward and backward"),
+            ("memory", f"peak {significant(peak)} GiB so far; the optimizer adds {significant(_optimizer_gib(run))}"),
+            (
+                "time",
+                f"about {duration(seconds * run.total_steps + evaluation)}: {plural(run.total_steps, 'step')} of "
+                f"{duration(seconds)}, and {plural(len(run.data.held_out), 'held-out pair')}",
+            ),
+            ("dry run", "nothing was trained and nothing written; leave dry_run out to begin"),
+        ]
+    )
+
+
+def _lengths(pairs: list[TokenizedPair]) -> list[tuple[str, list[int]]]:
+    return [
+        ("prompt", [len(pair.prompt) for pair in pairs]),
+        ("chosen", [len(pair.chosen) for pair in pairs]),
+        ("rejected", [len(pair.rejected) for pair in pairs]),
+        ("prompt + longer", [longest_side(pair) for pair in pairs]),
+    ]
+
+
+def _forward_backward(run: Run, batch: list[TokenizedPair]) -> None:
+    for piece in run.cut(batch):
+        run.poll()
+        layout = make_batch(piece, run.device)
+        reference = run.reference.logps(layout)
+        policy = pair_logps(run.policy, layout)
+        (run.objective(policy, LogRatios.between(policy, reference)).sum() / len(batch)).backward()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def _optimizer_gib(run: Run) -> float:
+    """Two float32 values a trained weight for AdamW, one for RMSprop, none for SGD; and its gradient."""
+    values = {"adamw": 2, "rmsprop": 1, "sgd": 0}[run.config.optimizer.name]
+    return values * 4 * sum(weight.numel() for weight in run.trainable) / 2**30
