@@ -102,6 +102,25 @@ def trained(command: Callable[..., Ended], pairs_file: Path, tmp_path: Path) -> 
     return run
 
 
+@pytest.fixture
+def assembled(pairs_file: Path, tmp_path: Path) -> Callable[..., Any]:
+    """A run of the tiny model, put together and not yet begun."""
+    from dpo_cli.composition import composed, parse_overrides
+    from dpo_cli.config import RunConfig, run_config
+    from dpo_cli.console.reporter import Reporter
+    from dpo_cli.training.run_directory import RunDirectory
+    from dpo_cli.training.runner import put_together
+
+    def run(*words: str) -> Any:
+        everything = [*tiny_words(pairs_file, tmp_path / "assembled"), *words]
+        config = run_config(composed("train", parse_overrides(everything), RunConfig).container)
+        directory = RunDirectory(tmp_path / "assembled")
+        directory.create()
+        return put_together(config, directory, Reporter(), lambda: None, None)
+
+    return run
+
+
 def tiny_words(pairs: Path, folder: Path) -> list[str]:
     """The words of a short run of the tiny model in float32."""
     return [

@@ -12,31 +12,13 @@ import torch
 from conftest import Ended, records, sample_rows, tiny_words, write_jsonl
 from safetensors.torch import load_file
 
-from dpo_cli.composition import composed, parse_overrides
-from dpo_cli.config import RunConfig, run_config
-from dpo_cli.console.reporter import Reporter
 from dpo_cli.training.checkpoint import checkpoints, save_checkpoint, validate
-from dpo_cli.training.run_directory import RunDirectory
-from dpo_cli.training.runner import Run, put_together, train_step
+from dpo_cli.training.runner import Run, train_step
 
 Command = Callable[..., Ended]
 Trained = Callable[..., Path]
 LN2 = 0.6931471805599453
 TIMINGS = {"seconds", "pairs_per_second", "tokens_per_second", "peak_memory_gib"}
-
-
-@pytest.fixture
-def assembled(pairs_file: Path, tmp_path: Path) -> Callable[..., Run]:
-    """A run put together and not yet begun."""
-
-    def run(*words: str) -> Run:
-        everything = [*tiny_words(pairs_file, tmp_path / "assembled"), *words]
-        config = run_config(composed("train", parse_overrides(everything), RunConfig).container)
-        directory = RunDirectory(tmp_path / "assembled")
-        directory.create()
-        return put_together(config, directory, Reporter(), lambda: None, None)
-
-    return run
 
 
 def adapter(run: Path) -> dict[str, torch.Tensor]:
@@ -131,6 +113,38 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(assembled: Callabl
     assert whole.keys() == cut.keys()
     for name, value in whole.items():
         assert torch.allclose(value, cut[name], atol=1e-7, rtol=1e-4), name
+
+
+def test_the_gradient_of_a_batch_is_the_mean_of_its_pairs_whatever_batch_size_says(
+    assembled: Callable[..., Run],
+) -> None:
+    # A ragged last batch of 3 under batch_size=4 divides by 3.
+    batch = gradients(assembled(), 3)
+    singles = []
+    for place in range(3):
+        run = assembled()
+        run.data.train[:] = run.data.train[place:] + run.data.train[:place]
+        singles.append(gradients(run, 1))
+    for name, value in batch.items():
+        mean = (singles[0][name] + singles[1][name] + singles[2][name]) / 3
+        assert torch.allclose(value, mean, atol=1e-7, rtol=1e-4), name
+
+
+def test_a_step_leaves_no_gradient_behind(assembled: Callable[..., Run]) -> None:
+    run = assembled()
+    train_step(run, run.data.train[:4])
+    assert all(weight.grad is None for weight in run.policy.parameters())
+
+
+def test_a_gradient_longer_than_max_grad_norm_is_scaled_down_to_it(assembled: Callable[..., Run]) -> None:
+    run, caught = assembled(), []
+    run.config.max_grad_norm = 1e-3
+    run.optimizer.step = lambda: caught.append(  # type: ignore[method-assign, assignment, misc]
+        sum(float((weight.grad**2).sum()) for weight in run.trainable if weight.grad is not None) ** 0.5
+    )
+    train_step(run, run.data.train[:4])
+    assert run.window.grad_norm > 1e-3  # what is logged is the norm before
+    assert caught == [pytest.approx(1e-3, rel=1e-3)]
 
 
 def test_gradient_checkpointing_changes_nothing(assembled: Callable[..., Run]) -> None:

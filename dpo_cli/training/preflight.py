@@ -23,7 +23,6 @@ from dpo_cli.models.reference import FrozenReference, Reference
 from dpo_cli.theory.losses import LogRatios, Objective, PairLogps
 
 PAIRS_A_BATCH = 4
-LONGEST_TOKENS = 1024  # a pair longer than this is not used: the preflight takes seconds
 
 
 @dataclass(frozen=True)
@@ -83,17 +82,14 @@ def preflight(subject: Subject) -> str:
     return f"preflight passed in {time.perf_counter() - started:.1f} s: " + "; ".join(said)
 
 
-def choose_pairs(
-    train: list[TokenizedPair], texts: list[TextPair], number: int = 2 * PAIRS_A_BATCH
-) -> tuple[list[TokenizedPair], list[TextPair]]:
-    """The first pairs that are not too long, or the shortest where all are."""
+def choose_pairs(train: list[TokenizedPair], texts: list[TextPair]) -> tuple[list[TokenizedPair], list[TextPair]]:
+    """Two batches of real pairs: the shortest of those whose texts are kept, so that seconds and little memory do."""
 
     def size(place: int) -> int:
         return len(train[place].prompt) + max(len(train[place].chosen), len(train[place].rejected))
 
-    places = [place for place in range(len(texts)) if size(place) <= LONGEST_TOKENS]
-    places = places or sorted(range(len(texts)), key=size)[:2]
-    return [train[place] for place in places[:number]], [texts[place] for place in places[:number]]
+    places = sorted(range(len(texts)), key=size)[: 2 * PAIRS_A_BATCH]
+    return [train[place] for place in places], [texts[place] for place in places]
 
 
 @contextmanager
@@ -182,7 +178,9 @@ def check_gradients(subject: Subject, pairs: list[TokenizedPair]) -> int:
     layout = make_batch(pairs, subject.device)
     reference = subject.reference.logps(layout)
     policy = pair_logps(subject.policy, layout)
-    subject.objective(policy, LogRatios.between(policy, reference)).sum().backward()
+    losses = subject.objective(policy, LogRatios.between(policy, reference))
+    if losses.requires_grad:
+        losses.sum().backward()
     weights = dict(subject.policy.named_parameters())
     trainable = {name: weight for name, weight in weights.items() if weight.requires_grad}
     leaked = [name for name, weight in weights.items() if not weight.requires_grad and weight.grad is not None]

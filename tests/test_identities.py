@@ -1,0 +1,140 @@
+"""Identities of DPO on a model, each with its arithmetic; docs/correctness.md says where the others stand."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_logps import CPU, LORA, PAIRS, both_sides, tiny
+
+from dpo_cli.data.tokens import TokenizedPair
+from dpo_cli.models.loading import attach_lora
+from dpo_cli.models.logps import make_batch, pair_logps
+from dpo_cli.models.reference import AdapterOffReference, FrozenReference
+from dpo_cli.theory.bradley_terry import fit_strengths, win_probability
+from dpo_cli.theory.losses import LogRatios, gradient_weight, sigmoid
+
+BETA = 0.1
+
+
+def moved_policy() -> Any:
+    """A LoRA policy that has left its start."""
+    policy = attach_lora(tiny(), LORA)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(0.05 * torch.randn(weight.shape, generator=generator))
+    return policy
+
+
+def test_fresh_adapters_leave_the_log_probs_of_the_base_bit_for_bit() -> None:
+    with torch.no_grad():
+        assert torch.equal(both_sides(attach_lora(tiny(), LORA), PAIRS), both_sides(tiny(), PAIRS))
+
+
+def test_the_gradient_is_the_formula_of_the_paper() -> None:
+    # grad L = -b sigmoid(-b d) (grad log pi+ - grad log pi-), summed over pairs, on every adapter weight
+    policy, reference = moved_policy(), FrozenReference(tiny())
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    batch = make_batch(PAIRS, CPU)
+    ratios = LogRatios.between(pair_logps(policy, batch), reference.logps(batch))
+    got = torch.autograd.grad(sigmoid(ratios, BETA).sum(), weights)
+    expected = [torch.zeros_like(weight) for weight in weights]
+    pull = gradient_weight(ratios, BETA).detach()
+    assert float((pull - 0.5).abs().max()) > 1e-3  # the policy has moved
+    for place, pair in enumerate(PAIRS):
+        logps = pair_logps(policy, make_batch([pair], CPU))
+        direction = torch.autograd.grad(logps.chosen[0] - logps.rejected[0], weights)
+        for total, part in zip(expected, direction, strict=True):
+            total.sub_(BETA * pull[place] * part)
+    for one, other in zip(got, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_autograd_agrees_with_finite_differences_in_float64() -> None:
+    policy = moved_policy().double()
+    weight = next(weight for name, weight in policy.named_parameters() if "lora_B" in name)
+    batch = make_batch(PAIRS, CPU)
+    # log-probs are summed in float32 on purpose; here the definition is written out in float64.
+
+    def margin() -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for pair in PAIRS:
+            for sign, side in ((1, pair.chosen), (-1, pair.rejected)):
+                ids = torch.tensor([*pair.prompt.tolist(), *side.tolist()])[None]
+                logps = policy(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+                total = total + sign * logps[len(pair.prompt) - 1 :].sum()
+        return total
+
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (analytic,) = torch.autograd.grad(margin(), weight)
+    with torch.no_grad():
+        step = 1e-6
+        weight.add_(step * direction)
+        up = margin()
+        weight.sub_(2 * step * direction)
+        down = margin()
+        weight.add_(step * direction)
+    assert float((up - down) / (2 * step)) == pytest.approx(float((analytic * direction).sum()), rel=1e-6)
+    with torch.no_grad():
+        logps = pair_logps(policy, batch)
+    assert float((logps.chosen - logps.rejected).sum()) == pytest.approx(float(margin()), abs=1e-3)
+
+
+def test_swapping_chosen_and_rejected_turns_every_margin_around() -> None:
+    policy, reference = moved_policy(), FrozenReference(tiny())
+    swapped = [TokenizedPair(pair.prompt, pair.rejected, pair.chosen, pair.index, pair.key) for pair in PAIRS]
+    margins = []
+    for pairs in (PAIRS, swapped):
+        batch = make_batch(pairs, CPU)
+        with torch.no_grad():
+            margins.append(LogRatios.between(pair_logps(policy, batch), reference.logps(batch)).margin)
+    assert torch.allclose(margins[0], -margins[1], atol=1e-4)
+    won = [(margin > 0).float().mean() for margin in margins]
+    assert float(won[0] + won[1]) == 1.0
+
+
+def test_the_second_model_equals_the_adapter_switched_off() -> None:
+    policy = moved_policy()
+    batch = make_batch(PAIRS, CPU)
+    frozen, off = FrozenReference(tiny()).logps(batch), AdapterOffReference(policy).logps(batch)
+    assert torch.allclose(frozen.chosen, off.chosen, atol=1e-6)
+    assert torch.allclose(frozen.rejected, off.rejected, atol=1e-6)
+    with torch.no_grad():
+        assert not torch.allclose(pair_logps(policy, batch).chosen, off.chosen, atol=1e-3)  # and it is on again
+
+
+def test_the_adapter_off_reference_runs_without_dropout_and_gives_the_mode_back() -> None:
+    policy = moved_policy()
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.9
+    policy.train()
+    batch = make_batch(PAIRS, CPU)
+    assert torch.equal(AdapterOffReference(policy).logps(batch).chosen, FrozenReference(tiny()).logps(batch).chosen)
+    assert policy.training
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_base_plus_adapter_equals_the_merged_model(tied: bool) -> None:
+    policy = attach_lora(tiny(tie_word_embeddings=tied), LORA)
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05)
+        before = both_sides(policy, PAIRS)
+        assert torch.allclose(both_sides(policy.merge_and_unload(), PAIRS), before, atol=1e-4)
+
+
+def test_bradley_terry_gives_the_worked_example() -> None:
+    # A beats B 8 to 4, A beats C 3 to 5. Each pair meets on its own, so the fit is exact:
+    # alpha_B = alpha_A / 2, alpha_C = 5/3 alpha_A, P(B beats C) = (1/2) / (1/2 + 5/3) = 3/13.
+    wins = torch.tensor([[0, 8, 3], [4, 0, 0], [5, 0, 0]])
+    a, b, c = fit_strengths(wins).tolist()
+    assert (b / a, c / a) == (pytest.approx(1 / 2), pytest.approx(5 / 3))
+    assert float(win_probability(torch.tensor([a, b, c]))[1, 2]) == pytest.approx(3 / 13)
+
+
+def test_bradley_terry_with_a_player_nobody_beat_has_no_maximum() -> None:
+    with pytest.raises(ValueError, match="no maximum-likelihood strengths"):
+        fit_strengths(torch.tensor([[0, 3], [0, 0]]))

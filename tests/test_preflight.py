@@ -1,0 +1,199 @@
+"""The preflight: passes on a sound run and leaves it as it was; names the cause of every unsound one."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ended, records, tiny_words
+
+from dpo_cli.errors import CheckpointError
+from dpo_cli.models.logps import Batch, make_batch, pair_logps
+from dpo_cli.models.reference import FrozenReference
+from dpo_cli.theory.losses import PairLogps
+from dpo_cli.training import preflight as module
+from dpo_cli.training.preflight import (
+    Subject,
+    check_chain_rule,
+    check_closing,
+    check_company,
+    check_distinct,
+    check_finite,
+    check_gradients,
+    check_round_trip,
+    check_start,
+    choose_pairs,
+    preflight,
+)
+
+Assembled = Callable[..., Any]
+Command = Callable[..., Ended]
+
+
+def subject_of(run: Any) -> Subject:
+    pairs, texts = choose_pairs(run.data.train, run.data.train_texts)
+    return Subject(
+        run.policy, run.reference, run.objective, run.config.beta, run.encoder, pairs, texts, run.device,
+        run.dtype.value, at_start=True,
+    )  # fmt: skip
+
+
+def logps(subject: Subject) -> PairLogps:
+    with torch.no_grad():
+        return pair_logps(subject.policy, make_batch(subject.pairs[:4], subject.device))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("model.dtype=bfloat16",),
+        ("reference=adapter_off",),
+        ("lora=off", "model.dtype=auto"),
+        ("lora=attention", "lora.dropout=0.2"),
+        ("loss=ipo",),
+        ("loss=apo_down", "loss.sft_weight=0.1"),
+        ("data.max_length=60",),
+    ],
+)
+def test_a_sound_run_passes(assembled: Assembled, words: tuple[str, ...]) -> None:
+    said = preflight(subject_of(assembled(*words)))
+    assert said.startswith("preflight passed in ") and "(off by 0)" in said
+
+
+def test_it_leaves_mode_gradients_and_generators_as_they_were(assembled: Assembled) -> None:
+    run = assembled("lora.dropout=0.2")
+    before = torch.get_rng_state()
+    preflight(subject_of(run))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert run.policy.training
+    assert all(weight.grad is None for weight in run.policy.parameters())
+
+
+def test_a_run_says_that_it_passed_before_the_first_step(command: Command, pairs_file: Path, tmp_path: Path) -> None:
+    out = command("dpo-train", *tiny_words(pairs_file, tmp_path / "run")).out
+    assert 0 < out.index("preflight passed in") < out.index("step 0/3")
+
+
+def test_a_reference_that_is_the_policy_is_refused(assembled: Assembled) -> None:
+    subject = subject_of(assembled())
+    same = FrozenReference(subject.policy.get_base_model())
+    with pytest.raises(CheckpointError, match=r"policy and reference share \d+ weights"):
+        check_distinct(replace(subject, reference=same))
+
+
+def test_a_reference_that_is_not_frozen_is_refused(assembled: Assembled) -> None:
+    subject = subject_of(assembled())
+    subject.reference.model.requires_grad_(True)  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match="weights of the reference take a gradient"):
+        check_distinct(subject)
+
+
+def test_a_reference_of_other_weights_is_refused_with_the_size_of_the_gap(assembled: Assembled) -> None:
+    subject = subject_of(assembled())
+    with torch.no_grad():
+        for weight in subject.reference.model.parameters():  # type: ignore[attr-defined]
+            weight.add_(0.3 * torch.randn_like(weight))
+    with pytest.raises(CheckpointError, match=r"differs from the policy's start by up to \d+\.\d\d nats a response"):
+        check_start(subject, [subject.pairs[:4]], logps(subject))
+
+
+def test_log_probs_that_are_not_finite_are_refused(assembled: Assembled) -> None:
+    subject = subject_of(assembled())
+    with torch.no_grad():
+        subject.policy.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(CheckpointError, match=r"log-probs are not finite \(nan first\): its weights are damaged"):
+        check_finite(logps(subject), torch.float32)
+    with pytest.raises(CheckpointError, match=r"try model\.dtype=float32"):
+        check_finite(logps(subject), torch.bfloat16)
+
+
+def test_weights_that_no_gradient_reaches_are_named(assembled: Assembled) -> None:
+    subject = subject_of(assembled())
+    subject.policy.requires_grad_(False)
+    with pytest.raises(CheckpointError, match="no gradient reaches the trainable weights"):
+        check_gradients(subject, subject.pairs[:4])
+
+
+def test_an_adapter_outside_the_forward_pass_is_named(assembled: Assembled) -> None:
+    subject = subject_of(assembled())
+    subject.policy.add_module("ghost", torch.nn.ModuleDict({"lora_B": torch.nn.Linear(2, 2)}))
+    with pytest.raises(CheckpointError, match=r"no gradient reaches 1 of \d+ adapters \(ghost first\)"):
+        check_gradients(subject, subject.pairs[:4])
+
+
+def off_by_one(model: Any, batch: Batch) -> PairLogps:
+    return pair_logps(model, replace(batch, positions=batch.positions - 1))
+
+
+def test_a_shifted_mask_breaks_the_chain_rule(assembled: Assembled, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = subject_of(assembled())
+    with torch.no_grad():  # a random tiny model is nearly uniform: make its predictions differ from place to place
+        for weight in subject.policy.parameters():
+            weight.mul_(6.0)
+    check_chain_rule(subject, subject.pairs[:4])
+    monkeypatch.setattr(module, "pair_logps", off_by_one)
+    with pytest.raises(CheckpointError, match=r"off the chain rule by \d+\.\d\d nats on row \d+"):
+        check_chain_rule(subject, subject.pairs[:4])
+
+
+def test_a_pair_that_sees_its_neighbours_is_named(assembled: Assembled, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = subject_of(assembled())
+    together = logps(subject)
+    off = PairLogps(together.chosen + 2, together.rejected, together.chosen_tokens, together.rejected_tokens)
+    assert check_company(subject, subject.pairs[:4], together) < 1e-3
+    with pytest.raises(CheckpointError, match=r"row \d+ scores 2\.00 nats differently in a batch than alone"):
+        check_company(subject, subject.pairs[:4], off)
+
+
+def test_a_closing_token_that_is_not_scored_is_named(assembled: Assembled, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = subject_of(assembled())
+    check_closing(subject, subject.pairs[:4])
+
+    def without_closing(pairs: Any, device: torch.device) -> Batch:
+        closing = subject.encoder.closing
+        cut = [replace(one, chosen=one.chosen[:-1]) if int(one.chosen[-1]) == closing else one for one in pairs]
+        return make_batch(cut, device)
+
+    monkeypatch.setattr(module, "make_batch", without_closing)
+    with pytest.raises(CheckpointError, match=r"the closing EOS of row \d+ is not scored"):
+        check_closing(subject, subject.pairs[:4])
+
+
+def test_tokens_that_do_not_read_back_are_named(assembled: Assembled) -> None:
+    subject = subject_of(assembled())
+    check_round_trip(subject)
+    texts = [replace(text, pair=replace(text.pair, chosen="something else")) for text in subject.texts]
+    with pytest.raises(CheckpointError, match=r"row \d+ does not read back from its tokens"):
+        check_round_trip(replace(subject, texts=texts))
+
+
+def test_a_dry_run_shows_what_a_run_would_cost_and_writes_nothing(
+    command: Command, pairs_file: Path, tmp_path: Path
+) -> None:
+    ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "run"), "dry_run=true")
+    assert ended.code == 0, ended.err
+    for said in ("preflight passed in", "prompt + longer", "the longest batch fits", "memory", "time", "nothing was"):
+        assert said in ended.out, said
+    assert "step 0" not in ended.out and not (tmp_path / "run").exists()
+
+
+def test_the_radar_stops_a_run_it_is_asked_to_stop(command: Command, pairs_file: Path, tmp_path: Path) -> None:
+    words = [*tiny_words(pairs_file, tmp_path / "run"), "max_steps=40", "optimizer.lr=0.5", "data.eval_fraction=0"]
+    ended = command("dpo-train", *words, "radar=stop")
+    assert ended.code == 5, ended.out[-2000:]
+    assert ended.err.startswith("error: step ") and "stopped by the radar (radar=stop), saved as" in ended.err
+    assert any("alarms" in record for record in records(tmp_path / "run"))
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_run_ends_with_a_verdict(command: Command, pairs_file: Path, tmp_path: Path) -> None:
+    import json
+
+    ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "run"), "optimizer.lr=1e-9")
+    assert "verdict  yellow: held-out accuracy" in ended.out
+    assert "not_learning: nothing was learned" in ended.out and "next: optimizer.lr=5e-09, or more steps" in ended.out
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["verdict"]["color"] == "yellow"
