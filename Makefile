@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
-.PHONY: help setup demo test check format wheel clean train eval
+.PHONY: help setup demo test check format wheel clean train eval mutants theorem test-peer
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -44,6 +44,15 @@ check: $(STAMP) ## Check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+mutants: $(STAMP) ## Break the program in some thirty ways and see that the tests notice (many minutes)
+	$(BIN)/python scripts/mutants.py
+
+theorem: $(STAMP) ## Print the numbers of docs/theorem.md and draw its figure
+	$(BIN)/python scripts/theorem.py
+
+test-peer: $(STAMP) ## Compare with TRL: make test-peer DPO_TRL_PYTHON=/path/to/python/that/has/trl
+	DPO_TRL_PYTHON=$(DPO_TRL_PYTHON) $(BIN)/python -m pytest -m peer -rs
 
 format: $(STAMP) ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .

@@ -22,7 +22,7 @@ Groups and their choices (* is the default)
 Dials, with their defaults
   beta=0.1             pull toward the reference: higher stays closer
   optimizer.lr=5e-5    learning rate: the dial that ruins models when too high
-  epochs=1             passes over the data; max_steps=N stops earlier
+  epochs=1             passes over the data; max_steps=N wins over it
   batch_size=8         pairs per optimizer step
   data.train=PATH      .jsonl(.gz), .json, .parquet, .csv, or a hub data set
   data.eval=PATH       held-out pairs; without it a share of data.train is held out
@@ -30,6 +30,7 @@ Dials, with their defaults
   lora.r=16            rank of the adapters; lora=off trains every weight
   model.name_or_path=X your own SFT model: a folder or a hub id
   save_every=0         steps between checkpoints; resume=auto output_dir=RUN goes on
+  dry_run=true         check everything, rehearse the longest batch, estimate time and memory, stop
 
 Examples
   dpo-train                                        the embedded model on the shipped pairs: some minutes
@@ -38,7 +39,8 @@ Examples
   dpo-train -m beta=0.05,0.1,0.3                   a sweep, one run after the other
   dpo-train output_dir=outputs/a resume=auto       go on where a stopped run left off
 
-Results go to outputs/<model>-<data>/<date_time>/: metrics.jsonl, checkpoints/, final/ (the adapter).
+--config prints the composed config and stops. Results go to outputs/<model>-<data>/<date_time>/:
+metrics.jsonl, checkpoints/, final/ (the adapter).
 Every key with what turning it does: the YAML files in {conf}
 Exit codes: 0 done, 2 command line, 3 data, 4 checkpoint or model, 5 diverged, 6 memory, 7 storage,
 75 stopped by a signal with a checkpoint saved, 130 Ctrl-C.
@@ -63,7 +65,8 @@ Examples
   dpo-eval checkpoint=merged-model reference_model=sft-model data=hh
 
 Writes report.json (means and 95% intervals) and pairs.jsonl (a line a pair) to <run>/eval/<name>/.
-Exit codes: 0 done, 2 command line, 3 data, 4 checkpoint or model, 6 memory, 7 storage, 130 Ctrl-C.
+Exit codes: 0 done, 2 command line, 3 data, 4 checkpoint or model, 6 memory, 7 storage, 75 stopped by a
+signal, 130 Ctrl-C.
 """
 
 
@@ -128,7 +131,12 @@ def _train(words: list[str]) -> int:
     _refuse_flags(words, "dpo-train")
     overrides = parse_overrides(words)
     if many:
-        return _sweep(sweep(overrides))
+        jobs = sweep(overrides)
+        for job in jobs:  # a mistake in the last of them is said before the first has trained
+            run_config(composed("train", parse_overrides(job), RunConfig).container)
+        if any(override.key_or_group == "output_dir" for override in overrides):
+            raise ConfigError("output_dir: the runs of a sweep cannot share one; leave it out")
+        return _sweep(jobs)
     for override in overrides:
         if override.is_sweep_override():
             raise ConfigError(f"'{override.input_line}': several values need -m: dpo-train -m {override.input_line}")
@@ -178,7 +186,7 @@ def _evaluate(words: list[str]) -> int:
     reporter = Reporter()
     try:
         with _memory_errors():
-            run_evaluation(config, [o.input_line or "" for o in of_run], reporter)
+            run_evaluation(config, [(o.key_or_group, o.value()) for o in of_run], reporter)
     finally:
         reporter.close()
     return 0

@@ -61,7 +61,8 @@ def _require(holds: bool, key: str, value: Any, rule: str) -> None:
 
 
 def _one_of(key: str, value: str, choices: "tuple[str, ...]") -> None:
-    _require(value in choices, key, value, f"choose one of {', '.join(choices)}{did_you_mean(value, [*choices])}")
+    if value not in choices:
+        raise ConfigError(f"{key}={value}: choose one of {', '.join(choices)}{did_you_mean(value, [*choices])}")
 
 
 def _at_least(key: str, value: Any, least: float) -> None:

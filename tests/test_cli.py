@@ -40,6 +40,12 @@ MISTAKES = [
      "data.max_prompt_length=512: must be below data.max_length=512, or no response fits"),
     ("loss.label_smoothing=0.5",
      "loss.label_smoothing=0.5: must be in [0, 0.5): the share of labels taken to be wrong"),
+    ("loss.temperature=0.1", "loss.temperature=0.1: the loss sigmoid does not use it; it is a dial of discopop"),
+    ("loss.name=exo_pair", "loss.label_smoothing=0.0: must be above 0 for exo_pair, which compares with the smoothed "
+     "label; 1e-3 is usual"),
+    ("loss.name=discopop", "loss.temperature=null: the loss discopop needs it; loss=discopop chooses the loss together "
+     "with its dials"),
+    ("radar=loud", "radar=loud: choose one of warn, stop, off"),
     ("optimizer.lr=0", "optimizer.lr=0.0: must be above 0; 5e-5 is usual with LoRA"),
     ("lora.target_modules=3", "lora.target_modules=3: must be all-linear or a list of module names, for instance "
      "[q_proj,v_proj]"),
@@ -128,6 +134,11 @@ def test_a_missing_model_is_exit_code_4(command: Command, tmp_path: Path, pairs_
     assert ended.code == 4 and ended.err.startswith("error: Qwen/Qwen2.5-0.5B-Instruct: its tokenizer cannot be loaded")
 
 
+def test_an_sft_adapter_that_is_nowhere_is_exit_code_4(command: Command, tmp_path: Path, pairs_file: Path) -> None:
+    ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "run"), "model.adapter=/nowhere/adapter")
+    assert ended.code == 4 and ended.err.startswith("error: /nowhere/adapter: no such adapter, neither a folder nor on")
+
+
 def test_an_output_directory_that_is_a_file_is_exit_code_7(command: Command, tmp_path: Path, pairs_file: Path) -> None:
     (tmp_path / "file").write_text("")
     ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "file" / "run"))
@@ -144,13 +155,12 @@ def test_eval_mistakes_are_named(command: Command) -> None:
     for word, says in (
         ("checkpont=x", "unknown key 'checkpont' in 'checkpont=x'; did you mean 'checkpoint'?"),
         ("data.evl=x", "unknown key 'data.evl' in 'data.evl=x'; did you mean 'data.eval'?"),
-        ("samples=-1", None),
         ("data=hhh", "data=hhh: no such choice; did you mean 'hh'? (choices: hh, jsonl, sample, ultrafeedback)"),
     ):
         ended = command("dpo-eval", word)
         assert ended.code == 2
-        if says:
-            assert ended.err == f"error: {says}\n"
+        assert ended.err == f"error: {says}\n"
+    assert command("dpo-eval", "checkpoint=x", "samples=-1").err == "error: samples=-1: must be at least 0\n"
     ended = command("dpo-eval")
     assert ended.err.startswith("error: checkpoint=null: name a run directory, a checkpoint, an adapter or a model")
 
@@ -207,6 +217,14 @@ def test_values_outside_hydras_grammar_are_taken_as_text() -> None:
 def test_a_sweep_is_every_combination() -> None:
     words = sweep(parse_overrides(["beta=0.05,0.1,0.3", "seed=1,2", "data=hh"]))
     assert len(words) == 6 and words[0] == ["beta=0.05", "seed=1", "data=hh"]
+
+
+def test_a_sweep_is_checked_whole_before_its_first_run(command: Command, tmp_path: Path, pairs_file: Path) -> None:
+    words = tiny_words(pairs_file, tmp_path / "run")
+    ended = command("dpo-train", "-m", "beta=0.1,-1", *words[:-1])
+    assert ended.code == 2 and ended.err.startswith("error: beta=-1.0: must be above 0") and ended.out == ""
+    ended = command("dpo-train", "-m", "beta=0.1,0.2", *words)
+    assert ended.err == "error: output_dir: the runs of a sweep cannot share one; leave it out\n"
 
 
 def test_a_sweep_runs_each_in_a_directory_of_its_own(tmp_path: Path, pairs_file: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ended, records, sample_rows, tiny_words, write_jsonl
+from conftest import Ended, records, sample_rows, write_jsonl
 
 Command = Callable[..., Ended]
 Trained = Callable[..., Path]
@@ -110,6 +110,26 @@ def test_other_data_of_the_run_is_set_by_key(trained: Trained, command: Command,
     held = write_jsonl(tmp_path / "other.jsonl", sample_rows(33)[30:])
     folder = evaluated(command, trained(), f"data.eval={held}", "data.max_length=300")
     assert [line["index"] for line in lines(folder)] == [0, 1, 2]
+    assert folder.name == "other-final"
+    three = evaluated(command, folder.parent.parent, "++data.eval_limit=2")
+    assert len(lines(three)) == 2
+
+
+def test_a_bare_adapter_remembers_the_sft_adapter_under_it(trained: Trained, command: Command, tmp_path: Path) -> None:
+    import shutil
+
+    sft = trained("sft", "optimizer.lr=1e-2", "max_steps=8")
+    run = trained("run", f"model.adapter={sft / 'final'}")
+    shutil.copytree(run / "final", tmp_path / "bare")
+    held = write_jsonl(tmp_path / "held.jsonl", sample_rows(26)[20:])
+    words = ("data=jsonl", f"data.eval={held}")
+    of_run = lines(evaluated(command, run, *words, f"output_dir={tmp_path / 'a'}"))
+    of_bare = lines(evaluated(command, tmp_path / "bare", *words, f"output_dir={tmp_path / 'b'}"))
+    key = "reference_logps_chosen"
+    assert [line[key] for line in of_bare] == pytest.approx([line[key] for line in of_run], rel=5e-3)
+    shutil.copytree(sft / "final", tmp_path / "plain")
+    of_plain = lines(evaluated(command, tmp_path / "plain", *words, f"output_dir={tmp_path / 'c'}"))
+    assert abs(of_plain[0][key] - of_run[0][key]) > 0.5
 
 
 def test_a_stopped_run_is_evaluated_at_its_newest_checkpoint(trained: Trained, command: Command) -> None:
@@ -139,6 +159,21 @@ def test_an_adapter_of_another_shape_is_refused(trained: Trained, command: Comma
     assert ended.code == 4 and "this adapter does not fit the model" in ended.err
 
 
+def test_an_adapter_that_lacks_tensors_or_comes_as_a_pickle_is_refused(trained: Trained, command: Command) -> None:
+    from safetensors.torch import load_file, save_file
+
+    run = trained()
+    file = run / "final" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    lost = min(tensors)
+    save_file({name: value for name, value in tensors.items() if name != lost}, file)
+    ended = command("dpo-eval", f"checkpoint={run}")
+    assert ended.code == 4 and f"lacks 1 tensors of the adapter, {lost} first" in ended.err
+    file.rename(run / "final" / "adapter_model.bin")
+    ended = command("dpo-eval", f"checkpoint={run}")
+    assert ended.code == 4 and "has no adapter_model.safetensors; only safetensors are read" in ended.err
+
+
 def test_a_config_with_an_interpolation_is_not_resolved(trained: Trained, command: Command) -> None:
     run = trained()
     text = (run / "config.yaml").read_text().replace("output_dir: ", "output_dir: ${oc.env:HOME}", 1)
@@ -147,8 +182,7 @@ def test_a_config_with_an_interpolation_is_not_resolved(trained: Trained, comman
     assert ended.code == 4 and "holds an interpolation" in ended.err
 
 
-def test_words_of_the_run_are_not_needed_twice(trained: Trained, command: Command, pairs_file: Path) -> None:
-    assert tiny_words(pairs_file, Path("x"))
+def test_beta_and_loss_are_those_of_the_run(trained: Trained, command: Command) -> None:
     run = trained("smooth", "loss.label_smoothing=0.2", "beta=0.5")
     found = report(evaluated(command, run))
     margins = [line["margin"] for line in lines(run / "eval" / "held-out-final")]

@@ -181,6 +181,12 @@ def test_hinge_is_zero_exactly_where_the_margin_reaches_one(margin: float) -> No
     assert (loss == 0) == (BETA * margin >= 1)
 
 
+def test_discopop_stays_finite_where_the_margin_is_far_below_zero() -> None:
+    # b d = -100: exp(100) m with m = sigmoid(-2000) = 0 is 0, and the logistic part 100.
+    got = make_objective("discopop", BETA, temperature=0.05)(POLICY, ratios_of(torch.tensor([-1000.0])))
+    assert got.tolist() == pytest.approx([100.0])
+
+
 def test_losses_a_token_see_the_length_and_losses_of_sums_do_not() -> None:
     # Three shared leading tokens moved from both responses into the prompt: their log-ratios cancel in d = 2 - (-1).
     before = LogRatios(torch.tensor([2.5]), torch.tensor([-0.5]), torch.tensor([8]), torch.tensor([6]))

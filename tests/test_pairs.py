@@ -78,6 +78,24 @@ def test_columns_may_have_other_names(load: Load) -> None:
     assert len(data.train) == 1
 
 
+def test_a_named_column_is_taken_from_there_and_from_nowhere_else(load: Load, tiny_tokenizer: Any) -> None:
+    two = {"prompt": "p", "chosen": "old", "preferred": "new", "rejected": "no"}
+    data = load([two], "data.columns.chosen=preferred")
+    assert tiny_tokenizer.decode(data.train[0].chosen) == "new<|im_end|>"
+    swapped = load([two], "data.columns.chosen=rejected", "data.columns.rejected=chosen")
+    assert tiny_tokenizer.decode(swapped.train[0].chosen) == "no<|im_end|>"
+    with pytest.raises(
+        DataError, match=r"no 'preferred' key \(data\.columns\.chosen\); it has prompt, chosen, rejected"
+    ):
+        load([row()], "data.columns.chosen=preferred")
+
+
+def test_eval_limit_is_counted_where_a_hash_holds_out(load: Load) -> None:
+    data = load(sample_rows(40), "data.eval_fraction=0.5", "data.eval_limit=3")
+    assert len(data.held_out) == data.held_out_report.kept == 3
+    assert data.train_report.kept == len(data.train)
+
+
 def test_no_usable_pair_says_why(load: Load) -> None:
     with pytest.raises(DataError, match=r"no usable pair \(1 identical\)"):
         load([row(chosen="a", rejected="a")])

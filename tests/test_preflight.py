@@ -15,7 +15,7 @@ from dpo_cli.models.reference import FrozenReference
 from dpo_cli.theory.losses import PairLogps
 from dpo_cli.training import preflight as module
 from dpo_cli.training.preflight import (
-    Subject,
+    PreflightSubject,
     check_chain_rule,
     check_closing,
     check_company,
@@ -32,15 +32,15 @@ Assembled = Callable[..., Any]
 Command = Callable[..., Ended]
 
 
-def subject_of(run: Any) -> Subject:
+def subject_of(run: Any) -> PreflightSubject:
     pairs, texts = choose_pairs(run.data.train, run.data.train_texts)
-    return Subject(
+    return PreflightSubject(
         run.policy, run.reference, run.objective, run.config.beta, run.encoder, pairs, texts, run.device,
         run.dtype.value, at_start=True,
     )  # fmt: skip
 
 
-def logps(subject: Subject) -> PairLogps:
+def logps(subject: PreflightSubject) -> PairLogps:
     with torch.no_grad():
         return pair_logps(subject.policy, make_batch(subject.pairs[:4], subject.device))
 
@@ -61,6 +61,12 @@ def logps(subject: Subject) -> PairLogps:
 def test_a_sound_run_passes(assembled: Assembled, words: tuple[str, ...]) -> None:
     said = preflight(subject_of(assembled(*words)))
     assert said.startswith("preflight passed in ") and "(off by 0)" in said
+    # hinge, ipo and the others start elsewhere: 25 = (1 / (2 * 0.1))^2, 1 = sigmoid(0) + 1 - sigmoid(0)
+    start = "25 " if "loss=ipo" in words else "0.6931 " if not any("loss" in word for word in words) else ""
+    assert f"the loss starts at {start}" in said
+    assert ("gradient reaches all 14 adapters and nothing else" in said) == (
+        words[:1] != ("lora=off",) and "lora=attention" not in words
+    )
 
 
 def test_it_leaves_mode_gradients_and_generators_as_they_were(assembled: Assembled) -> None:
@@ -124,6 +130,13 @@ def test_an_adapter_outside_the_forward_pass_is_named(assembled: Assembled) -> N
         check_gradients(subject, subject.pairs[:4])
 
 
+def test_a_base_weight_that_trains_beside_the_adapters_is_named(assembled: Assembled) -> None:
+    subject = subject_of(assembled())
+    next(weight for name, weight in subject.policy.named_parameters() if "norm" in name).requires_grad_(True)
+    with pytest.raises(CheckpointError, match="1 weights of the base train beside the adapters"):
+        check_gradients(subject, subject.pairs[:4])
+
+
 def off_by_one(model: Any, batch: Batch) -> PairLogps:
     return pair_logps(model, replace(batch, positions=batch.positions - 1))
 
@@ -153,9 +166,7 @@ def test_a_closing_token_that_is_not_scored_is_named(assembled: Assembled, monke
     check_closing(subject, subject.pairs[:4])
 
     def without_closing(pairs: Any, device: torch.device) -> Batch:
-        closing = subject.encoder.closing
-        cut = [replace(one, chosen=one.chosen[:-1]) if int(one.chosen[-1]) == closing else one for one in pairs]
-        return make_batch(cut, device)
+        return make_batch([replace(one, chosen=one.chosen[:-1]) for one in pairs], device)
 
     monkeypatch.setattr(module, "make_batch", without_closing)
     with pytest.raises(CheckpointError, match=r"the closing EOS of row \d+ is not scored"):
@@ -165,6 +176,8 @@ def test_a_closing_token_that_is_not_scored_is_named(assembled: Assembled, monke
 def test_tokens_that_do_not_read_back_are_named(assembled: Assembled) -> None:
     subject = subject_of(assembled())
     check_round_trip(subject)
+    own_eos = [replace(text, pair=replace(text.pair, chosen=text.pair.chosen + "<|im_end|>")) for text in subject.texts]
+    check_round_trip(replace(subject, texts=own_eos))  # a text may bring its own, which is taken once
     texts = [replace(text, pair=replace(text.pair, chosen="something else")) for text in subject.texts]
     with pytest.raises(CheckpointError, match=r"row \d+ does not read back from its tokens"):
         check_round_trip(replace(subject, texts=texts))
@@ -180,13 +193,38 @@ def test_a_dry_run_shows_what_a_run_would_cost_and_writes_nothing(
     assert "step 0" not in ended.out and not (tmp_path / "run").exists()
 
 
-def test_the_radar_stops_a_run_it_is_asked_to_stop(command: Command, pairs_file: Path, tmp_path: Path) -> None:
-    words = [*tiny_words(pairs_file, tmp_path / "run"), "max_steps=40", "optimizer.lr=0.5", "data.eval_fraction=0"]
+def test_a_dry_run_of_a_resume_leaves_the_run_as_it_was(
+    trained: Callable[..., Path], command: Command, pairs_file: Path
+) -> None:
+    import shutil
+
+    run = trained("run", "save_every=1", "keep_checkpoints=9")
+    shutil.rmtree(run / "final")
+    for newest in sorted((run / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(newest)
+    before = (run / "metrics.jsonl").read_bytes()
+    ended = command("dpo-train", *tiny_words(pairs_file, run), "resume=auto", "dry_run=true")
+    assert ended.code == 0, ended.err
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_radar_stops_a_run_it_is_asked_to_stop(
+    command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpo_cli.training import radar
+
+    monkeypatch.setattr(radar, "ENOUGH", 8)
+    monkeypatch.setattr(radar, "RULES", (radar.Rule("far", lambda d: d.pairs >= 8, lambda d: "too far", ruins=True),))
+    words = tiny_words(pairs_file, tmp_path / "run")
     ended = command("dpo-train", *words, "radar=stop")
-    assert ended.code == 5, ended.out[-2000:]
-    assert ended.err.startswith("error: step ") and "stopped by the radar (radar=stop), saved as" in ended.err
-    assert any("alarms" in record for record in records(tmp_path / "run"))
-    assert not (tmp_path / "run" / "final").exists()
+    saved = tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert ended.code == 5
+    assert ended.err == f"error: step 2: stopped by the radar (radar=stop), saved as {saved}: too far\n"
+    assert "warning: step 2: too far" in ended.out and "verdict  " in ended.out
+    assert records(tmp_path / "run")[-1]["alarms"] == {"far": "too far"}
+    assert saved.is_dir() and not (tmp_path / "run" / "final").exists()
+    other = [word for word in words if not word.startswith("output_dir")]
+    assert command("dpo-train", *other, f"output_dir={tmp_path / 'warned'}", "radar=warn").code == 0
 
 
 def test_a_run_ends_with_a_verdict(command: Command, pairs_file: Path, tmp_path: Path) -> None:

@@ -105,8 +105,25 @@ def test_an_alarm_gives_its_numbers_and_a_remedy_and_sounds_once() -> None:
         "chosen fell 40 nats a response (4.00 a token) while the margin grows: likelihood displacement; "
         "a smaller optimizer.lr or loss.sft_weight=0.1 usually stops it"
     )
-    assert alarms["displacement"].ruins
     assert radar.alarms(radar.drift()) == []
+
+
+def test_stop_ends_a_run_for_what_holds_now_said_before_or_not() -> None:
+    radar = Radar(0.1, "stop")
+    radar.restore(torch.zeros(4, 0), ["displacement"])
+    radar.add(ALARMS["displacement"][0])
+    ruin = radar.ruin(radar.drift())
+    assert ruin is not None and ruin.name == "displacement"
+    warned, calm = Radar(0.1, "warn"), Radar(0.1, "stop")
+    warned.add(ALARMS["displacement"][0])
+    calm.add(ALARMS["length"][0])  # an alarm, and no ruin
+    assert warned.ruin(warned.drift()) is None and calm.ruin(calm.drift()) is None
+
+
+def test_saturation_is_a_matter_of_the_sigmoid_loss() -> None:
+    radar = Radar(2.0, "warn", loss="sigmoid_norm")
+    radar.add(ALARMS["saturated"][0])
+    assert "saturated" not in [alarm.name for alarm in radar.alarms(radar.drift())]
 
 
 def test_off_is_silent_and_few_pairs_prove_nothing() -> None:
@@ -142,19 +159,21 @@ def history(
     correlation: float = 0.1,
     saturated: float = 0.0,
     worst: float = 0.7,
+    start: float = math.log(2),
+    name: str = "sigmoid",
 ) -> History:
     """A healthy history, but for what a test changes."""
     train = [
         {
-            "split": "train", "step": step, "loss": worst if step == 6 else 0.6, "rewards/margins": margin,
-            "rewards/accuracies": early_accuracy if step < 11 else train_accuracy,
+            "split": "train", "step": step, "loss": start if step == 0 else worst if step == 6 else 0.6,
+            "rewards/margins": margin, "rewards/accuracies": early_accuracy if step < 11 else train_accuracy,
             "drift/chosen_per_token": chosen, "drift/rejected_per_token": rejected, "drift/pairs": 256,
             "drift/margin_length_correlation": correlation, "drift/saturated": saturated,
         }
-        for step in range(1, 21)
+        for step in range(21)
     ]  # fmt: skip
     end = {"split": "eval", "step": 20, "rewards/accuracies": accuracy, "rewards/margins": margin, "loss": loss}
-    return History.of([*train, end] if held_out else train, held_out, lr=5e-5, beta=0.1)
+    return History.of([*train, end] if held_out else train, held_out, lr=5e-5, beta=0.1, loss=name)
 
 
 VERDICTS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
@@ -188,6 +207,13 @@ def test_every_verdict_is_given_when_it_should_and_not_otherwise(name: str) -> N
 @pytest.mark.parametrize("changes", [{"loss": 1.2}, {"worst": 2.5}])
 def test_a_loss_that_explodes_reads_as_too_high_a_rate(changes: dict[str, float]) -> None:
     assert [finding.name for finding in judge(history(**changes)).findings] == ["lr_too_high"]  # type: ignore[arg-type]
+
+
+def test_the_loss_is_judged_by_where_it_started_whatever_the_loss() -> None:
+    # ipo starts at 25, bco_pair at 2 ln 2: neither is an explosion.
+    for start, now in ((25.0, 20.0), (2 * math.log(2), 1.3)):
+        assert judge(history(start=start, loss=now, worst=now, name="ipo")).color == "green"
+    assert judge(history(saturated=0.8, name="sigmoid_norm")).color == "green"
 
 
 def test_a_healthy_run_is_green_with_its_numbers() -> None:

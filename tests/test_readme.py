@@ -64,15 +64,15 @@ def test_the_loss_in_the_diff_works() -> None:
 
     from dpo_cli.theory.losses import LogRatios
 
-    diff = re.search(r"```diff\n(.*?def hinge.*?)```", README, re.S)
+    diff = re.search(r"```diff\n(.*?def cubic.*?)```", README, re.S)
     assert diff
-    added = "\n".join(line[1:] for line in diff[1].splitlines() if line.startswith("+") and 'hinge":' not in line)
+    added = "\n".join(line[1:] for line in diff[1].splitlines() if line.startswith("+") and 'cubic":' not in line)
     names: dict[str, object] = {"LogRatios": LogRatios, "Tensor": Tensor, "F": F}
     exec(added, names)  # the README is ours
     d = torch.tensor([0.0, 10.0, 20.0])
-    hinge = names["hinge"]
-    assert callable(hinge)
-    assert hinge(LogRatios(d, torch.zeros(3), torch.ones(3), torch.ones(3)), 0.1).tolist() == [1, 0, 0]
+    cubic = names["cubic"]
+    assert callable(cubic)
+    assert cubic(LogRatios(d, torch.zeros(3), torch.ones(3), torch.ones(3)), 0.1).tolist() == [1, 0, 0]
 
 
 def test_the_files_of_the_map_exist_and_the_make_targets_too() -> None:

@@ -12,7 +12,7 @@ import torch
 from conftest import Ended, records, sample_rows, tiny_words, write_jsonl
 from safetensors.torch import load_file
 
-from dpo_cli.training.checkpoint import checkpoints, save_checkpoint, validate
+from dpo_cli.training.checkpoint import checkpoints, validate
 from dpo_cli.training.runner import Run, train_step
 
 Command = Callable[..., Ended]
@@ -148,7 +148,11 @@ def test_a_gradient_longer_than_max_grad_norm_is_scaled_down_to_it(assembled: Ca
 
 
 def test_gradient_checkpointing_changes_nothing(assembled: Callable[..., Run]) -> None:
-    plain, checkpointed = gradients(assembled(), 4), gradients(assembled("engine.gradient_checkpointing=true"), 4)
+    plain, run = gradients(assembled(), 4), assembled("engine.gradient_checkpointing=true")
+    forwards: list[int] = []
+    run.policy.get_base_model().model.layers[0].register_forward_hook(lambda *_: forwards.append(1))
+    checkpointed = gradients(run, 4)
+    assert len(forwards) == 2  # once forward, once more in the backward pass
     assert all(torch.allclose(value, checkpointed[name], atol=1e-7) for name, value in plain.items())
 
 
@@ -202,6 +206,8 @@ def test_final_loads_with_peft_as_it_is(trained: Trained, tiny_path: str) -> Non
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
     assert model(**tokenizer("hello", return_tensors="pt")).logits.isfinite().all()
     card = (run / "final" / "README.md").read_text()
+    named = json.loads((run / "final" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == "dpo-cli/tiny-random"  # the name, not a path in somebody's cache
     assert "library_name: peft" in card and 'PeftModel.from_pretrained(model, "final")' in card
 
 
@@ -222,34 +228,63 @@ def test_the_manifest_says_what_the_numbers_depend_on(trained: Trained) -> None:
 # Checkpoints and resume
 
 
-@pytest.mark.parametrize("forward_pass", [1, 2, 4, 7, 9])
+@pytest.mark.parametrize("forward_pass", [1, 2, 4, 7, 9, "evaluation"])
 def test_a_stopped_run_resumes_to_the_same_bytes(
-    trained: Trained, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward_pass: int
+    trained: Trained, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward_pass: int | str
 ) -> None:
     """Stopped by a signal in the middle of a step or an evaluation, with dropout on and a half-full log window."""
-    import dpo_cli.training.runner as runner
+    from dpo_cli.evaluation import scores
+    from dpo_cli.training import runner
 
     words = ("max_steps=5", "micro_batch_size=2", "lora.dropout=0.1", "log_every=2", "eval_every=3", "save_every=2")
     straight = trained("straight", *words)
-    original, seen = runner.pair_logps, []
+    place = scores if forward_pass == "evaluation" else runner
+    original, seen = place.pair_logps, []
 
     def interrupted(*arguments: Any) -> Any:
         seen.append(1)
-        if len(seen) == forward_pass:
+        if len(seen) == (1 if forward_pass == "evaluation" else forward_pass):
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
     stopped_words = [*tiny_words(tmp_path / "pairs.jsonl", tmp_path / "stopped"), *words]
-    monkeypatch.setattr(runner, "pair_logps", interrupted)
+    monkeypatch.setattr(place, "pair_logps", interrupted)
     stopped = command("dpo-train", *stopped_words)
     assert stopped.code == 75, stopped.err
     assert stopped.err.startswith("error: stopped by SIGTERM at step ")
-    monkeypatch.setattr(runner, "pair_logps", original)
+    monkeypatch.setattr(place, "pair_logps", original)
     resumed = command("dpo-train", *stopped_words, "resume=auto")
     assert resumed.code == 0, resumed.err
     for name in ("adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors"):
         assert same_bytes(straight, tmp_path / "stopped", f"checkpoints/step-00000005/{name}"), name
     assert without_timings(straight) == without_timings(tmp_path / "stopped")
+
+
+def test_resume_auto_without_a_checkpoint_begins_anew(trained: Trained, command: Command, pairs_file: Path) -> None:
+    import shutil
+
+    run = trained()
+    once = without_timings(run)
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints")  # as a crash before the first save leaves it
+    ended = command("dpo-train", *tiny_words(pairs_file, run), "resume=auto")
+    assert ended.code == 0, ended.err
+    assert f"no checkpoint in {run} yet: beginning anew" in ended.out
+    assert without_timings(run) == once
+
+
+def test_an_older_checkpoint_sets_the_newer_ones_aside(trained: Trained, command: Command, pairs_file: Path) -> None:
+    run = stopped_run(trained("run", "save_every=1", "keep_checkpoints=9"))
+    words = [word for word in tiny_words(pairs_file, run) if not word.startswith("output_dir")]
+    kept = ("save_every=1", "keep_checkpoints=9")
+    ended = command("dpo-train", *words, *kept, f"resume={run / 'checkpoints' / 'step-00000001'}")
+    assert ended.code == 0, ended.err
+    assert "step-00000003 lies after step 1 and is set aside" in ended.out
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["abandoned-step-00000002", "abandoned-step-00000003", "step-00000001", "step-00000002",
+                     "step-00000003"]  # fmt: skip
+    elsewhere = command("dpo-train", *words, f"resume={run}", "output_dir=elsewhere")
+    assert elsewhere.code == 2 and "leave output_dir out" in elsewhere.err
 
 
 def test_resume_of_a_finished_run_says_so(trained: Trained, command: Command, pairs_file: Path) -> None:
@@ -346,7 +381,6 @@ def test_a_failed_save_leaves_earlier_checkpoints(
     left = list(run.directory.checkpoints.iterdir())
     assert [path.name for path in left] == ["step-00000000"]
     validate(left[0])
-    assert save_checkpoint is checkpoint.save_checkpoint
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_a_weight_moves(assembled: Callable[..., Run]) -> None:

@@ -101,9 +101,8 @@ def sparkline(values: list[float], width: int, marks: str = SPARKS) -> str:
 class Reporter:
     """Everything a command shows; the same in plain text goes to train.log once a run directory is there."""
 
-    def __init__(self, stream: TextIO | None = None, error_stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = _Unbreakable(stream or sys.stdout)
-        self._error_stream = _Unbreakable(error_stream or sys.stderr)
         self.console = Console(
             file=self._stream,  # type: ignore[arg-type]
             highlight=False,
@@ -144,12 +143,6 @@ class Reporter:
     def warn(self, text: str) -> None:
         """A warning: yellow, on standard output and in the log, so that it is not lost."""
         self.say(f"warning: {text}", style="yellow")
-
-    def error(self, text: str) -> None:
-        """The one line a failed command ends with, on standard error."""
-        self._write_log(text)
-        self._error_stream.write(text + "\n")
-        self._error_stream.flush()
 
     def facts(self, rows: list[tuple[str, str]]) -> None:
         """Labelled lines, aligned; a label may repeat as an empty one."""

@@ -19,27 +19,19 @@ def _escape(character: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def safe_text(text: object, limit: int | None = None, keep_newlines: bool = False) -> str:
+def safe_text(text: object, limit: int | None = None) -> str:
     """The text on one line with every control, bidi and invisible character escaped, tokens of the hub redacted.
 
-    Cut to `limit` characters with an ellipsis; with `keep_newlines` line breaks stay line breaks.
+    Cut to `limit` characters with an ellipsis.
     """
     raw = _SECRET.sub("[redacted]", str(text))
     if limit is not None and len(raw) > limit:
         raw = raw[: max(0, limit - 3)] + "..."
     if raw.isascii() and raw.isprintable():
         return raw
-    shown = []
-    for character in raw:
-        plain = character == "\n" and keep_newlines
-        unsafe = unicodedata.category(character) in _UNSAFE_CATEGORIES
-        shown.append(character if plain or not unsafe else _escape(character))
-    return "".join(shown)
-
-
-def count(number: int) -> str:
-    """A count with thousands separated: 42,537."""
-    return f"{number:,}"
+    return "".join(
+        _escape(character) if unicodedata.category(character) in _UNSAFE_CATEGORIES else character for character in raw
+    )
 
 
 def plural(number: int, noun: str) -> str:

@@ -86,7 +86,7 @@ class PairData:
     held_out_report: Report
     train_texts: list[TextPair]  # of the first few of `train`: enough to check and to show
     held_out_texts: list[TextPair]  # in the order of `held_out`
-    fingerprint: str  # of every token of every pair, in order
+    fingerprint: str  # of every token of every training pair, in order
 
     def reports(self) -> list[tuple[str, Report]]:
         """The reports of the sides that there are."""
@@ -119,7 +119,6 @@ def is_held_out(pair: PreferencePair, fraction: float, seed: int) -> bool:
 
 def _text_pairs(rows: Iterator[RowInFile], config: DataConfig, limit: int | None, report: Report) -> Iterator[TextPair]:
     to_pair = FORMATS[config.format]
-    names = {theirs: ours for ours, theirs in config.columns.items()}
     for row in rows:
         if limit is not None and row.index >= limit:
             return
@@ -127,8 +126,7 @@ def _text_pairs(rows: Iterator[RowInFile], config: DataConfig, limit: int | None
         problem = row.problem
         if row.value is not None:
             try:
-                value = {names.get(key, key): cell for key, cell in row.value.items()}
-                pair = to_pair(value)
+                pair = to_pair(_renamed(row.value, config.columns))
             except BadRowError as error:
                 problem = safe_text(error, limit=300)
             else:
@@ -138,6 +136,17 @@ def _text_pairs(rows: Iterator[RowInFile], config: DataConfig, limit: int | None
         if config.on_bad_row == "error":
             raise DataError(f"{row.place}: {problem} (data.on_bad_row=skip counts and drops such rows)")
         report.dropped["bad_row"] += 1
+
+
+def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """The row under our names; a column that is named is taken from there and from nowhere else."""
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            raise BadRowError(
+                f"no '{theirs}' key (data.columns.{ours}); it has {', '.join(map(str, row)) or 'nothing'}"
+            )
+    rest = {key: cell for key, cell in row.items() if key not in columns and key not in columns.values()}
+    return rest | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
 def _tokenize(
@@ -159,7 +168,6 @@ def _tokenize(
             else:
                 report.kept += 1
                 report.truncation.prompts_cut += tally.prompts_cut
-                report.truncation.prompt_tokens_cut += tally.prompt_tokens_cut
                 report.truncation.responses_cut += tally.responses_cut
                 ids = (token_ids(cut.prompt), token_ids(cut.chosen), token_ids(cut.rejected))
                 yield TokenizedPair(*ids, index=text.index, key=content_key(text.pair)), text
@@ -223,13 +231,13 @@ def load_pairs(
             by_hash = held_source is None and is_held_out(item[1].pair, config.eval_fraction, seed)
             (held_rows if by_hash else train_rows).append(item)
         if held_source is None and config.eval_fraction > 0:
-            held_out = Report(f"{train.source} (held out by a hash of the prompt)", len(held_rows), len(held_rows))
             train.kept -= len(held_rows)
+            held_rows = held_rows[: config.eval_limit]
+            held_out = Report(f"{train.source} (held out by a hash of the prompt)", len(held_rows), len(held_rows))
     if held_source is not None:
         rows, held_out.source = _open(held_source, config.subset, held_split)
         texts = _text_pairs(rows, config, config.eval_limit, held_out)
         held_rows = list(_tokenize(texts, encoder, config, held_out, poll))
-    held_rows = held_rows[: config.eval_limit]
 
     if not held_out_only:
         _require_pairs(train_rows, train)

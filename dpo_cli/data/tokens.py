@@ -35,7 +35,6 @@ class Truncation:
 
     prompts_cut: int = 0
     responses_cut: int = 0  # each lost its closing EOS with the cut
-    prompt_tokens_cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,6 @@ def truncate(encoded: Encoded, max_length: int, max_prompt_length: int | None, t
     room = max_length - len(prompt)
     chosen, rejected = encoded.chosen[:room], encoded.rejected[:room]
     tally.prompts_cut += len(prompt) < len(encoded.prompt)
-    tally.prompt_tokens_cut += len(encoded.prompt) - len(prompt)
     tally.responses_cut += len(chosen) < len(encoded.chosen)
     tally.responses_cut += len(rejected) < len(encoded.rejected)
     return Encoded(prompt, chosen, rejected)

@@ -4,7 +4,6 @@ One idea to keep in mind: policy and reference take the same weights, the same d
 that before the first update every log-ratio is exactly zero.
 """
 
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,6 +22,9 @@ from dpo_cli.config import LoraConfig, ModelConfig
 from dpo_cli.console.text import safe_text
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.models.builtin import resolve_builtin
+
+ADAPTER_FILE = "adapter_model.safetensors"
+START_FILE = "dpo_start.json"  # beside an adapter: the SFT adapter that was folded into its base first
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,10 @@ class ModelSource:
 
 def find_model(config: ModelConfig, say: Callable[[str], None] = lambda _: None) -> ModelSource:
     """Resolve a model's name; a built-in one is prepared in the cache if it is not there yet."""
-    path, origin = resolve_builtin(config.name_or_path, say)
+    # A revision asks for the hub's model: the built-in copies have none.
+    path, origin = (
+        resolve_builtin(config.name_or_path, say) if config.revision is None else (config.name_or_path, "hub")
+    )
     local = config.name_or_path.startswith((".", "/", "~")) or config.name_or_path.count("/") > 1
     if local and not Path(path).expanduser().is_dir():
         raise CheckpointError(f"model.name_or_path={safe_text(path)}: no such folder")
@@ -136,40 +143,55 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
 
 
 def _not_loaded(part: str, source: ModelSource, error: Exception) -> CheckpointError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return CheckpointError(
-        f"{safe_text(source.name)}: its {part} cannot be loaded ({safe_text(first, limit=200)}); "
+        f"{safe_text(source.name)}: its {part} cannot be loaded ({_first_line(error)}); "
         "a local folder or a model on the hub is needed"
     )
 
 
-def load_adapter(model: Any, adapter: str, *, trainable: bool = False) -> Any:
+def load_adapter(model: Any, adapter: str) -> Any:
     """A PEFT adapter on a model; CheckpointError where it is missing or does not fit in every tensor."""
+    folder = _adapter_folder(adapter)
     try:
-        loaded = PeftModel.from_pretrained(model, adapter, is_trainable=trainable, use_safetensors=True)
-        problem = _missing_tensors(loaded, adapter)
+        loaded = PeftModel.from_pretrained(model, folder)
+        lacking = _missing_tensors(loaded, folder / ADAPTER_FILE)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{safe_text(adapter)}: this adapter does not fit the model ({safe_text(first, limit=200)})"
+            f"{safe_text(adapter)}: this adapter does not fit the model ({_first_line(error)})"
         ) from None
-    if problem:
-        raise CheckpointError(f"{safe_text(adapter)}: {problem}")
+    if lacking:
+        raise CheckpointError(f"{safe_text(adapter)}: lacks {len(lacking)} tensors of the adapter, {lacking[0]} first")
     return loaded
 
 
-def _missing_tensors(model: Any, adapter: str) -> str | None:
-    """What an adapter's file lacks of what the model expects: PEFT itself only warns."""
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
+def _adapter_folder(adapter: str) -> Path:
+    """The local folder of an adapter, fetched from the hub if it is not here; its weights must be safetensors.
 
-    file = Path(adapter) / "adapter_model.safetensors"
-    if not file.is_file():
-        return None  # on the hub; PEFT has loaded it already
+    PEFT would fall back to a pickle, which can run code when it is read.
+    """
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(adapter, allow_patterns=["adapter_config.json", ADAPTER_FILE]))
+        except Exception as error:
+            raise CheckpointError(
+                f"{safe_text(adapter)}: no such adapter, neither a folder nor on the hub ({_first_line(error)})"
+            ) from None
+    if not (folder / ADAPTER_FILE).is_file():
+        raise CheckpointError(f"{safe_text(adapter)}: has no {ADAPTER_FILE}; only safetensors are read")
+    return folder
+
+
+def _missing_tensors(model: Any, file: Path) -> list[str]:
+    """What an adapter's file lacks of what the model expects: PEFT itself only warns."""
     with safe_open(file, framework="pt") as tensors:
         stored = set(tensors.keys())
-    lacking = sorted(set(get_peft_model_state_dict(model, save_embedding_layers=False)) - stored)
-    return f"lacks {len(lacking)} tensors of the adapter, {lacking[0]} first" if lacking else None
+    return sorted(set(get_peft_model_state_dict(model, save_embedding_layers=False)) - stored)
+
+
+def _first_line(error: Exception) -> str:
+    words = str(error).strip()
+    return safe_text(words.splitlines()[0], limit=200) if words else type(error).__name__
 
 
 def fold_adapter(model: Any, adapter: str) -> Any:
@@ -187,8 +209,11 @@ def disable_dropout(model: Any) -> None:
                 setattr(module, name, 0.0)
 
 
-def attach_lora(model: Any, config: LoraConfig) -> Any:
-    """The policy: the model with fresh LoRA adapters, which leave its output unchanged bit for bit (B = 0)."""
+def attach_lora(model: Any, config: LoraConfig, source: ModelSource | None = None) -> Any:
+    """The policy: the model with fresh LoRA adapters, which leave its output unchanged bit for bit (B = 0).
+
+    The adapter's config names `source` as its base by the name a user knows, not by a path in a cache folder.
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     lora = PeftLoraConfig(
@@ -199,23 +224,20 @@ def attach_lora(model: Any, config: LoraConfig) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, lora)
+        policy = get_peft_model(model, lora)
     except ValueError as error:
         names = sorted({name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
         raise ConfigError(
             f"lora.target_modules={config.target_modules}: {safe_text(error, limit=120)} "
             f"(this model has {', '.join(names)})"
         ) from None
+    if source is not None:
+        local = Path(source.name).expanduser()
+        policy.peft_config["default"].base_model_name_or_path = str(local.resolve()) if local.is_dir() else source.name
+    return policy
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
     """Parameters that train, and all of them."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return trainable, sum(parameter.numel() for parameter in model.parameters())
-
-
-def release(device: torch.device) -> None:
-    """Give memory of models that are gone back to the device."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

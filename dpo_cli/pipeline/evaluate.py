@@ -18,6 +18,7 @@ from dpo_cli.evaluation.generate import greedy_answers
 from dpo_cli.evaluation.report import write_report
 from dpo_cli.evaluation.scores import score_pairs, summarize
 from dpo_cli.models.loading import (
+    START_FILE,
     Decision,
     ModelSource,
     choose_device,
@@ -105,8 +106,19 @@ def _adapter_subject(path: Path, config: EvalConfig) -> Subject:
         base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{path / 'adapter_config.json'}: names no base model") from None
-    name = config.reference_model or str(base)
-    return Subject(str(path), True, _plain_model(name), None, None, path.name)
+    start = replace(_plain_model(config.reference_model or str(base)), adapter=_sft_adapter(path))
+    return Subject(str(path), True, start, None, None, path.name)
+
+
+def _sft_adapter(path: Path) -> str | None:
+    """The SFT adapter that was folded into the base before this adapter was trained."""
+    try:
+        found = json.loads((path / START_FILE).read_text(encoding="utf-8")).get("sft_adapter")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise CheckpointError(f"{path / START_FILE}: cannot be read") from None
+    return str(found) if found else None
 
 
 def _model_subject(name: str, config: EvalConfig) -> Subject:
@@ -122,8 +134,8 @@ def _plain_model(name: str) -> ModelConfig:
     return ModelConfig(name_or_path=name, revision=None, dtype="auto", adapter=None, trust_remote_code=False)
 
 
-def evaluate(config: EvalConfig, overrides: list[str], reporter: Reporter) -> Path:
-    """Evaluate as the config says; returns the folder of the report."""
+def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Reporter) -> Path:
+    """Evaluate as the config says, with `overrides` of the run's own data dials; returns the report's folder."""
     subject = find_subject(config)
     data_dials = _data_dials(config, subject, overrides)
     check_sources(data_dials)
@@ -145,7 +157,8 @@ def evaluate(config: EvalConfig, overrides: list[str], reporter: Reporter) -> Pa
         reporter.stop()
         seconds = time.monotonic() - started
         estimates = summarize(scores, objective, beta)
-        folder = _folder(config, subject, data.held_out_report.source)
+        held_out_by_run = config.data is None and not overrides
+        folder = _folder(config, subject, "held-out" if held_out_by_run else data.held_out_report.source)
         facts = {
             "checkpoint": subject.weights,
             "reference": source.name,
@@ -173,15 +186,18 @@ def _objective(subject: Subject, beta: float) -> Objective:
     return make_objective(loss.name, beta, loss.sft_weight, **loss.dials())
 
 
-def _data_dials(config: EvalConfig, subject: Subject, overrides: list[str]) -> Any:
+def _data_dials(config: EvalConfig, subject: Subject, overrides: list[tuple[str, Any]]) -> Any:
     """The data to evaluate on: a chosen group, or what the run held out, with `data.*` overrides on top."""
     if config.data is not None:
         dials = data_config(config.data)
     elif subject.run is not None:
         container = to_container(subject.run)["data"]
-        for override in overrides:
-            key, _, value = override.partition("=")
-            _set(container, key.removeprefix("data.").split("."), value)
+        for key, value in overrides:
+            *groups, leaf = key.removeprefix("data.").split(".")
+            place = container
+            for group in groups:
+                place = place[group]
+            place[leaf] = value
         dials = data_config(container)
     else:
         raise ConfigError(
@@ -194,15 +210,6 @@ def _data_dials(config: EvalConfig, subject: Subject, overrides: list[str]) -> A
     if dials.eval is None and dials.eval_split is None and dials.eval_fraction == 0:
         raise ConfigError("data.eval_fraction=0: the run held nothing out; name pairs with data.eval=PATH")
     return dials
-
-
-def _set(container: dict[str, Any], path: list[str], value: str) -> None:
-    from omegaconf import OmegaConf
-
-    parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={value}"]))["x"]  # type: ignore[index, call-overload]
-    for part in path[:-1]:
-        container = container[part]
-    container[path[-1]] = parsed
 
 
 def _dtype(subject: Subject, device: torch.device) -> Decision:
@@ -224,10 +231,10 @@ def _load(subject: Subject, source: ModelSource, dtype: torch.dtype, device: tor
     return policy, FrozenReference(base)
 
 
-def _folder(config: EvalConfig, subject: Subject, data_source: str) -> Path:
-    of_run = subject.run is not None and config.data is None
-    data_name = "held-out" if of_run else Path(data_source.split(" ")[0].replace(":", "-")).name.split(".")[0]
-    plain = "".join(c if c.isalnum() or c in "._-" else "_" for c in f"{data_name}-{subject.label}")
+def _folder(config: EvalConfig, subject: Subject, data: str) -> Path:
+    """Where the report goes: named after the data and the weights, so that two evaluations do not collide."""
+    stem = Path(data.split(" ")[0].replace(":", "-")).name.split(".")[0]
+    plain = "".join(c if c.isalnum() or c in "._-" else "_" for c in f"{stem}-{subject.label}")
     name = config.name or plain
     if config.output_dir is not None:
         return Path(config.output_dir).expanduser() / name

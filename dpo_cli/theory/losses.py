@@ -180,8 +180,9 @@ def discopop(ratios: LogRatios, beta: float, *, temperature: float) -> Tensor:
     Log-ratio modulated loss, Eq. 5 of https://arxiv.org/abs/2406.08414; tau is `temperature`.
     """
     logits = beta * ratios.margin
-    modulation = torch.sigmoid(logits / temperature)
-    return -F.logsigmoid(logits) * (1 - modulation) + torch.exp(-logits) * modulation
+    # As one exponential: for a very negative margin exp(-b d) overflows where m is 0.
+    exponential = torch.exp(F.logsigmoid(logits / temperature) - logits)
+    return -F.logsigmoid(logits) * torch.sigmoid(-logits / temperature) + exponential
 
 
 # Chosen by `loss.name`. Keyword-only parameters are the dials of a loss, named as in conf/loss/.

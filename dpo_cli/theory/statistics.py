@@ -15,10 +15,6 @@ class Estimate:
     high: float
     n: int
 
-    def as_dict(self) -> dict[str, float | int | list[float]]:
-        """For a report: the mean and `[low, high]`."""
-        return {"mean": self.mean, "interval95": [self.low, self.high], "n": self.n}
-
 
 def mean_estimate(values: list[float]) -> Estimate:
     """The mean with its normal 95% interval, mean +- 1.96 s/sqrt(n); s has n-1 in the denominator."""

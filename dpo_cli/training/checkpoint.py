@@ -121,6 +121,16 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.startswith("step-") and path.is_dir())
 
 
+def set_aside_newer(folder: Path, step: int) -> list[Path]:
+    """Rename checkpoints after `step` out of the way: a run that goes on from `step` makes them anew."""
+    newer = [path for path in checkpoints(folder) if path.name > checkpoint_name(step)]
+    for path in newer:
+        aside = path.with_name(f"abandoned-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    return newer
+
+
 def validate(checkpoint: Path) -> None:
     """CheckpointError, with file and reason, unless every file is what the manifest says."""
     manifest = checkpoint / MANIFEST

@@ -3,12 +3,9 @@
 from typing import Any
 
 from dpo_cli.config import RunConfig
-from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
-from dpo_cli.data.batches import Schedule
-from dpo_cli.data.pairs import PairData
-from dpo_cli.data.tokens import PairEncoder
-from dpo_cli.models.loading import Decision, ModelSource, parameter_counts
+from dpo_cli.models.loading import parameter_counts
+from dpo_cli.training.run import Run
 
 SHOWN_TOKENS = 160  # of a long prompt, its end is what matters
 
@@ -46,29 +43,17 @@ def _optimizer_in_words(config: RunConfig) -> str:
     return f"{dials.name}, lr {significant(dials.lr)} {dials.schedule}, {warmup}, {clip}"
 
 
-def show_header(
-    reporter: Reporter,
-    config: RunConfig,
-    source: ModelSource,
-    policy: Any,
-    device: Decision,
-    dtype: Decision,
-    encoder: PairEncoder,
-    data: PairData,
-    schedule: Schedule,
-    total_steps: int,
-    cut: str,
-    run_path: str,
-) -> None:
+def show_header(run: Run, cut: str) -> None:
     """Print the header: one fact a line, then one pair as the model sees it."""
+    config, encoder, data, reporter = run.config, run.encoder, run.data, run.reporter
     closing = encoder.tokenizer.decode([encoder.closing])
-    dtype_name = str(dtype.value).removeprefix("torch.")
+    dtype_name = str(run.dtype.value).removeprefix("torch.")
     rows = [
-        ("model", f"{safe_text(source.name)} ({source.origin})"),
-        ("policy", policy_in_words(config, policy)),
+        ("model", f"{safe_text(run.source.name)} ({run.source.origin})"),
+        ("policy", policy_in_words(config, run.policy)),
         ("reference", reference_in_words(config)),
-        ("device", f"{device.value}: {device.reason}"),
-        ("dtype", f"{dtype_name}: {dtype.reason}" + ("; adapters float32" if config.lora.enabled else "")),
+        ("device", f"{run.device}: {run.device_reason}"),
+        ("dtype", f"{dtype_name}: {run.dtype.reason}" + ("; adapters float32" if config.lora.enabled else "")),
         ("objective", f"{config.loss.name} loss, beta {significant(config.beta)}"),
         ("optimizer", _optimizer_in_words(config)),
         ("template", f"{encoder.kind}: {encoder.reason}; {safe_text(closing)} closes a response"),
@@ -82,10 +67,10 @@ def show_header(
     ):
         if number:
             rows.append(("", f"{plural(number, 'response')} {words}"))
-    epochs = total_steps / schedule.steps_per_epoch
-    size = f"{plural(total_steps, 'step')} of {plural(config.batch_size, 'pair')}"
+    epochs = run.total_steps / run.schedule.steps_per_epoch
+    size = f"{plural(run.total_steps, 'step')} of {plural(config.batch_size, 'pair')}"
     rows.append(("steps", f"{size}, {significant(epochs)} epochs; {cut}"))
-    rows.append(("run", safe_text(run_path)))
+    rows.append(("run", safe_text(run.directory.path)))
     if config.model.trust_remote_code:
         reporter.say("model.trust_remote_code=true: Python of the model's authors runs on this machine", style="red")
     reporter.facts(rows)

@@ -46,7 +46,7 @@ TOLERANCES = {
 
 
 @dataclass(frozen=True)
-class Subject:
+class PreflightSubject:
     """What is checked."""
 
     policy: Any
@@ -61,7 +61,7 @@ class Subject:
     at_start: bool  # false for a resumed run, whose policy has moved
 
 
-def preflight(subject: Subject) -> str:
+def preflight(subject: PreflightSubject) -> str:
     """Run every check; the line that says all hold. CheckpointError names the cause and the remedy."""
     started = time.perf_counter()
     first, second = subject.pairs[:PAIRS_A_BATCH], subject.pairs[PAIRS_A_BATCH : 2 * PAIRS_A_BATCH]
@@ -71,9 +71,9 @@ def preflight(subject: Subject) -> str:
         check_finite(together, subject.dtype)
         said = []
         if subject.at_start:
-            apart = check_start(subject, [first, second or first], together)
-            said.append(f"the loss starts at ln 2 and margins at 0 (off by {apart:.1g})")
-        said.append(f"gradient reaches {check_gradients(subject, first)} adapter weights and nothing else")
+            loss, off = check_start(subject, [first, second or first], together)
+            said.append(f"the loss starts at {loss:.4g} and margins at 0 (off by {off:.1g})")
+        said.append(f"gradient reaches {check_gradients(subject, first)} and nothing else")
         said.append(f"the chain rule holds to {check_chain_rule(subject, first):.1g} nats")
         said.append(f"a pair alone equals the pair in a batch to {check_company(subject, first, together):.1g}")
         check_closing(subject, first)
@@ -109,7 +109,7 @@ def _undisturbed(policy: Any) -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def _logps(subject: Subject, pairs: list[TokenizedPair]) -> PairLogps:
+def _logps(subject: PreflightSubject, pairs: list[TokenizedPair]) -> PairLogps:
     with torch.no_grad():
         return pair_logps(subject.policy, make_batch(pairs, subject.device))
 
@@ -119,7 +119,7 @@ def _both(logps: PairLogps) -> Tensor:
     return torch.stack([logps.chosen, logps.rejected])
 
 
-def check_distinct(subject: Subject) -> None:
+def check_distinct(subject: PreflightSubject) -> None:
     """Policy and reference share no memory, and no weight of the reference takes a gradient."""
     if not isinstance(subject.reference, FrozenReference):
         return
@@ -151,12 +151,14 @@ def check_finite(logps: PairLogps, dtype: torch.dtype) -> None:
         raise CheckpointError(f"preflight: a log-prob of {float(values.max()):g} is above 0: the head is not a softmax")
 
 
-def check_start(subject: Subject, batches: list[list[TokenizedPair]], together: PairLogps) -> float:
-    """Before the policy has moved every log-ratio is 0; returns by how much the margin is off at most.
+def check_start(
+    subject: PreflightSubject, batches: list[list[TokenizedPair]], together: PairLogps
+) -> tuple[float, float]:
+    """Before the policy has moved every log-ratio is 0, and the loss what it is there: ln 2 for DPO.
 
-    So the loss is what it is at a margin of 0: ln 2 for DPO.
+    Returns the loss, and by how much it or a margin is off at most.
     """
-    off = 0.0
+    worst, loss = 0.0, 0.0
     for batch in batches:
         policy = together if batch is batches[0] else _logps(subject, batch)
         reference = subject.reference.logps(make_batch(batch, subject.device))
@@ -169,41 +171,43 @@ def check_start(subject: Subject, batches: list[list[TokenizedPair]], together: 
                 "dtype, and that model.revision names one commit"
             )
         ratios = LogRatios.between(policy, reference)
-        off = max(off, float((subject.beta * ratios.margin).abs().max()))
-    return off
+        still = LogRatios.between(policy, policy)
+        loss = float(subject.objective(policy, ratios).mean())
+        off = abs(loss - float(subject.objective(policy, still).mean()))
+        worst = max(worst, off, float((subject.beta * ratios.margin).abs().max()))
+    return loss, worst
 
 
-def check_gradients(subject: Subject, pairs: list[TokenizedPair]) -> int:
-    """A backward pass reaches every trainable module and nothing frozen; returns how many weights train."""
+def check_gradients(subject: PreflightSubject, pairs: list[TokenizedPair]) -> str:
+    """With LoRA only adapters train, and a backward pass reaches each of them; returns in words what was reached."""
+    weights = {name: weight for name, weight in subject.policy.named_parameters() if weight.requires_grad}
+    adapters = {name.split(".lora_")[0] for name in weights if ".lora_" in name}
+    strangers = sorted(name for name in weights if adapters and ".lora_" not in name)
+    if strangers:
+        raise CheckpointError(
+            f"preflight: {len(strangers)} weights of the base train beside the adapters ({safe_text(strangers[0])} "
+            "first): the reference would no longer be where the policy began"
+        )
     layout = make_batch(pairs, subject.device)
     reference = subject.reference.logps(layout)
     policy = pair_logps(subject.policy, layout)
     losses = subject.objective(policy, LogRatios.between(policy, reference))
     if losses.requires_grad:
         losses.sum().backward()
-    weights = dict(subject.policy.named_parameters())
-    trainable = {name: weight for name, weight in weights.items() if weight.requires_grad}
-    leaked = [name for name, weight in weights.items() if not weight.requires_grad and weight.grad is not None]
-    if leaked:
-        raise CheckpointError(f"preflight: the frozen weight {safe_text(leaked[0])} received a gradient")
-    reached = [name for name, weight in trainable.items() if weight.grad is not None and bool(weight.grad.any())]
+    reached = [name for name, weight in weights.items() if weight.grad is not None and bool(weight.grad.any())]
     if not reached:
         raise CheckpointError(
             "preflight: no gradient reaches the trainable weights, so nothing would be learned: is the reference the "
             "policy itself, or loss.name one that is flat at the start?"
         )
-    # At the start LoRA's B is 0, so A has no gradient yet: a module counts as reached by either of its matrices.
-    modules = {name.split(".lora_")[0] for name in trainable}
-    silent = sorted(modules - {name.split(".lora_")[0] for name in reached})
-    if silent and subject.at_start and any(".lora_" in name for name in trainable):
+    # At the start LoRA's B is 0, so A has no gradient yet: an adapter counts as reached by either of its matrices.
+    silent = sorted(adapters - {name.split(".lora_")[0] for name in reached})
+    if silent:
         raise CheckpointError(
-            f"preflight: no gradient reaches {len(silent)} of {len(modules)} adapters ({safe_text(silent[0])} first): "
+            f"preflight: no gradient reaches {len(silent)} of {len(adapters)} adapters ({safe_text(silent[0])} first): "
             "they take no part in the forward pass; leave them out of lora.target_modules"
         )
-    frozen = subject.reference.model if isinstance(subject.reference, FrozenReference) else None
-    if frozen is not None and any(weight.grad is not None for weight in frozen.parameters()):
-        raise CheckpointError("preflight: the reference received a gradient: it must be frozen")
-    return len(trainable)
+    return f"all {len(adapters)} adapters" if adapters else f"{len(reached)} of {len(weights)} weights"
 
 
 def _sequence_logp(model: Any, ids: Tensor, start: int) -> Tensor:
@@ -213,7 +217,7 @@ def _sequence_logp(model: Any, ids: Tensor, start: int) -> Tensor:
     return each[start - 1 :].sum()
 
 
-def check_chain_rule(subject: Subject, pairs: list[TokenizedPair]) -> float:
+def check_chain_rule(subject: PreflightSubject, pairs: list[TokenizedPair]) -> float:
     """log p(y | x) = log p(x y) - log p(x), on the shortest pair, by another route; returns the difference."""
     pair = min(pairs, key=lambda one: len(one.prompt) + len(one.chosen))
     prompt = torch.from_numpy(pair.prompt).long().to(subject.device)
@@ -231,7 +235,7 @@ def check_chain_rule(subject: Subject, pairs: list[TokenizedPair]) -> float:
     return off
 
 
-def check_company(subject: Subject, pairs: list[TokenizedPair], together: PairLogps) -> float:
+def check_company(subject: PreflightSubject, pairs: list[TokenizedPair], together: PairLogps) -> float:
     """A pair scored alone has the numbers it has in a batch; returns the largest difference."""
     worst = 0.0
     for place in {0, len(pairs) - 1}:
@@ -247,30 +251,36 @@ def check_company(subject: Subject, pairs: list[TokenizedPair], together: PairLo
     return worst
 
 
-def check_closing(subject: Subject, pairs: list[TokenizedPair]) -> None:
-    """Taking the closing EOS away from a response raises its log-prob by -log p(EOS): so it was scored, once."""
+def check_closing(subject: PreflightSubject, pairs: list[TokenizedPair]) -> None:
+    """Another token in the place of the closing EOS changes the log-prob, all else being equal: so it is scored.
+
+    That it is scored once, and as the last token, is what the chain rule says.
+    """
     closing = subject.encoder.closing
-    closed = next((one for one in pairs if int(one.chosen[-1]) == closing and len(one.chosen) > 1), None)
+    closed = next((one for one in pairs if int(one.chosen[-1]) == closing), None)
     if closed is None:
         return  # every one of them was cut, and the header has said so
-    opened = replace(closed, chosen=closed.chosen[:-1])
-    gain = float(_logps(subject, [opened]).chosen[0] - _logps(subject, [closed]).chosen[0])
-    if not gain > 0:
+    other = closed.chosen.copy()
+    other[-1] = next(token for token in range(2) if token != closing)
+    logps = _logps(subject, [closed, replace(closed, chosen=other)]).chosen
+    if float(logps[0]) == float(logps[1]):
         raise CheckpointError(
-            f"preflight: the closing EOS of row {closed.index} is not scored "
-            f"(without it the log-prob changes by {gain:g} nats)"
+            f"preflight: the closing EOS of row {closed.index} is not scored: another token there changes nothing"
         )
 
 
-def check_round_trip(subject: Subject) -> None:
+def check_round_trip(subject: PreflightSubject) -> None:
     """The tokens of a response read back as its text, white space aside."""
     decode = subject.encoder.tokenizer.decode
+    closing = decode([subject.encoder.closing])
     for pair, text in zip(subject.pairs, subject.texts, strict=True):
         for ids, original in ((pair.chosen, text.pair.chosen), (pair.rejected, text.pair.rejected)):
             if int(ids[-1]) != subject.encoder.closing:
                 continue  # cut
             read = "".join(decode(ids[:-1].tolist()).split())
-            if read != "".join(subject.encoder.response_text(original).split()):
+            # A closing token that the text brings along is taken once.
+            expected = subject.encoder.response_text(original).removesuffix(closing)
+            if read != "".join(expected.split()):
                 raise CheckpointError(
                     f"preflight: row {pair.index} does not read back from its tokens ({safe_text(read, 60)}): "
                     "the tokenizer loses text, or is not the model's"

@@ -22,7 +22,6 @@ class Alarm:
 
     name: str
     text: str
-    ruins: bool  # whether radar=stop ends the run for it
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Rule:
     name: str
     holds: Callable[[Drift], bool]
     says: Callable[[Drift], str]
-    ruins: bool = False
+    ruins: bool = False  # whether radar=stop ends the run for it
 
 
 RULES = (
@@ -69,7 +68,7 @@ RULES = (
         lambda d: (
             f"the margin follows the length gap (correlation {d.margin_length_correlation:+.2f}): the policy may learn "
             f"to be {'longer' if d.margin_length_correlation > 0 else 'shorter'} and little else; compare "
-            "loss=sigmoid_norm, or balance the lengths of the pairs"
+            "loss=sigmoid_norm beta=2, or balance the lengths of the pairs"
         ),
     ),
     Rule(
@@ -86,9 +85,11 @@ RULES = (
 class Radar:
     """Keeps the log-ratios of the last pairs and says each alarm once."""
 
-    def __init__(self, beta: float, mode: str) -> None:
+    def __init__(self, beta: float, mode: str, loss: str = "sigmoid") -> None:
         self.beta = beta
         self.mode = mode
+        # Gradient weights are those of DPO: only there does a small one mean that a pair no longer pulls.
+        self._rules = [rule for rule in RULES if rule.name != "saturated" or loss == "sigmoid"]
         self.sounded: list[str] = []
         self._columns = torch.zeros(4, 0)  # c, r, n+, n- of the last pairs, oldest first
 
@@ -106,9 +107,16 @@ class Radar:
         """The alarms that hold and have not been said yet."""
         if self.mode == "off" or drift.pairs < ENOUGH:
             return []
-        new = [rule for rule in RULES if rule.name not in self.sounded and rule.holds(drift)]
+        new = [rule for rule in self._rules if rule.name not in self.sounded and rule.holds(drift)]
         self.sounded += [rule.name for rule in new]
-        return [Alarm(rule.name, rule.says(drift), rule.ruins) for rule in new]
+        return [Alarm(rule.name, rule.says(drift)) for rule in new]
+
+    def ruin(self, drift: Drift) -> Alarm | None:
+        """Under radar=stop the alarm that ends the run: one that means ruin and holds now, said before or not."""
+        if self.mode != "stop" or drift.pairs < ENOUGH:
+            return None
+        holding = (rule for rule in self._rules if rule.ruins and rule.holds(drift))
+        return next((Alarm(rule.name, rule.says(drift)) for rule in holding), None)
 
     def state(self) -> Tensor:
         """The window, for a checkpoint: (4, W)."""

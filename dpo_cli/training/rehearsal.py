@@ -3,13 +3,14 @@
 import time
 
 import numpy as np
+import torch
 
 from dpo_cli.console.text import duration, plural, significant
 from dpo_cli.data.batches import longest_side
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.models.logps import make_batch, pair_logps
 from dpo_cli.theory.losses import LogRatios
-from dpo_cli.training.runner import Run, peak_memory_gib
+from dpo_cli.training.run import Run, peak_memory_gib
 
 
 def rehearse(run: Run) -> None:
@@ -26,7 +27,10 @@ def rehearse(run: Run) -> None:
     started = time.perf_counter()
     _forward_backward(run, typical)
     seconds = time.perf_counter() - started
-    evaluation = len(run.data.held_out) / len(typical) * seconds * 0.6  # no backward pass: policy and reference forward
+    every = run.config.eval_every
+    evaluations = 1 + ((run.total_steps - 1) // every if every else 0)
+    # No backward pass: two of the four forward passes' worth of work that a step is.
+    evaluation = evaluations * len(run.data.held_out) / len(typical) * seconds / 2
     run.reporter.say()
     run.reporter.facts(
         [
@@ -35,7 +39,8 @@ def rehearse(run: Run) -> None:
             (
                 "time",
                 f"about {duration(seconds * run.total_steps + evaluation)}: {plural(run.total_steps, 'step')} of "
-                f"{duration(seconds)}, and {plural(len(run.data.held_out), 'held-out pair')}",
+                f"{duration(seconds)}, and {plural(evaluations, 'evaluation')} of "
+                f"{plural(len(run.data.held_out), 'held-out pair')}",
             ),
             ("dry run", "nothing was trained and nothing written; leave dry_run out to begin"),
         ]
@@ -59,9 +64,11 @@ def _forward_backward(run: Run, batch: list[TokenizedPair]) -> None:
         policy = pair_logps(run.policy, layout)
         (run.objective(policy, LogRatios.between(policy, reference)).sum() / len(batch)).backward()
     run.optimizer.zero_grad(set_to_none=True)
+    if run.device.type == "cuda":
+        torch.cuda.synchronize(run.device)  # the clock must not stop before the work does
 
 
 def _optimizer_gib(run: Run) -> float:
-    """Two float32 values a trained weight for AdamW, one for RMSprop, none for SGD; and its gradient."""
+    """Two float32 values a trained weight for AdamW, one for RMSprop, none for SGD."""
     values = {"adamw": 2, "rmsprop": 1, "sgd": 0}[run.config.optimizer.name]
     return values * 4 * sum(weight.numel() for weight in run.trainable) / 2**30

@@ -10,12 +10,10 @@ it needs; what the parts do is theirs.
 """
 
 import json
-import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,12 @@ from dpo_cli.config import OptimizerConfig, RunConfig, read_config
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural, safe_text, significant
 from dpo_cli.data.batches import Cut, Schedule, by_size, by_tokens
-from dpo_cli.data.pairs import PairData, check_sources, load_pairs
+from dpo_cli.data.pairs import check_sources, load_pairs
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.errors import CheckpointError, ConfigError, DivergedError, StoppedError, StorageError
 from dpo_cli.evaluation.scores import score_pairs
 from dpo_cli.models.loading import (
+    START_FILE,
     Decision,
     ModelSource,
     attach_lora,
@@ -42,7 +41,7 @@ from dpo_cli.models.loading import (
 )
 from dpo_cli.models.logps import make_batch, pair_logps
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
-from dpo_cli.theory.losses import LogRatios, Objective, make_objective
+from dpo_cli.theory.losses import LogRatios, make_objective
 from dpo_cli.theory.metrics import MeanOverPairs, pair_metrics
 from dpo_cli.theory.schedules import lr_factor
 from dpo_cli.training.checkpoint import (
@@ -52,16 +51,18 @@ from dpo_cli.training.checkpoint import (
     rng_states,
     save_checkpoint,
     save_policy,
+    set_aside_newer,
     set_rng_states,
 )
 from dpo_cli.training.header import show_header
 from dpo_cli.training.model_card import model_card
-from dpo_cli.training.preflight import Subject as Preflight
-from dpo_cli.training.preflight import choose_pairs, preflight
-from dpo_cli.training.radar import Alarm, Radar
+from dpo_cli.training.preflight import PreflightSubject, choose_pairs, preflight
+from dpo_cli.training.radar import Radar
+from dpo_cli.training.rehearsal import rehearse
+from dpo_cli.training.run import Run, Window, peak_memory_gib
 from dpo_cli.training.run_directory import RunDirectory, config_changes, default_directory, find_resume
 from dpo_cli.training.signals import StopSignals
-from dpo_cli.training.verdict import History, judge
+from dpo_cli.training.verdict import History, Verdict, judge
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], OptimizerConfig], torch.optim.Optimizer]] = {
     "adamw": lambda weights, dials: torch.optim.AdamW(
@@ -81,47 +82,6 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], OptimizerConfig], torch.
 AUTO_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
 
 
-@dataclass
-class Window:
-    """What has been measured since the last logged step."""
-
-    metrics: MeanOverPairs = field(default_factory=MeanOverPairs)
-    tokens: int = 0
-    seconds: float = 0.0
-    grad_norm: float = 0.0  # of the latest step, before clipping
-
-
-@dataclass
-class Run:
-    """The parts of a run, put together."""
-
-    config: RunConfig
-    directory: RunDirectory
-    reporter: Reporter
-    poll: Callable[[], None]
-    device: torch.device
-    dtype: Decision
-    source: ModelSource
-    encoder: PairEncoder
-    data: PairData
-    policy: Any
-    reference: Reference
-    optimizer: torch.optim.Optimizer
-    objective: Objective
-    cut: Cut
-    schedule: Schedule
-    total_steps: int
-    radar: Radar
-    window: Window = field(default_factory=Window)
-    step: int = 0  # optimizer steps done
-    seconds: float = 0.0  # spent training, this run and those it resumes
-
-    @property
-    def trainable(self) -> list[nn.Parameter]:
-        """The weights that the optimizer moves."""
-        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-
-
 def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
     """Train as the config says; returns the run directory, by default `outputs/<job>/<date_time>`.
 
@@ -131,6 +91,8 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
     check_sources(config.data)
     resumed, checkpoint, passed_over = find_resume(config)
     asked = Path(config.output_dir).expanduser() if config.output_dir is not None else None
+    if resumed is not None and asked is not None and asked.resolve() != resumed.resolve():
+        raise ConfigError(f"output_dir={asked}: resume={config.resume} goes on in {resumed}; leave output_dir out")
     directory = RunDirectory(resumed or asked or default_directory(job, time.time()))
     if directory.finished and resumed is not None:
         reporter.say(f"already complete: {directory.final}")
@@ -148,11 +110,12 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
         run = put_together(config, directory, reporter, signals.poll, checkpoint)
         reporter.say(_preflight(run))
         if config.dry_run:
-            from dpo_cli.training.rehearsal import rehearse  # it builds on the parts above
-
             rehearse(run)
             return directory.path
+        directory.cut_metrics(run.records_kept)
         if checkpoint is None:
+            if resumed is not None:
+                reporter.say(f"no checkpoint in {directory.path} yet: beginning anew")
             directory.write_config(config)
             directory.write_manifest(_manifest(run))
         try:
@@ -198,7 +161,7 @@ def put_together(
     policy = load_model(source, dtype.value, device.value)
     _check_vocabulary(policy, encoder, data.train)
     if config.lora.enabled:
-        policy = attach_lora(policy, config.lora)
+        policy = attach_lora(policy, config.lora, source)
     else:
         policy.requires_grad_(True)
     if config.engine.gradient_checkpointing:
@@ -211,6 +174,7 @@ def put_together(
         reporter=reporter,
         poll=poll,
         device=device.value,
+        device_reason=device.reason,
         dtype=dtype,
         source=source,
         encoder=encoder,
@@ -224,17 +188,14 @@ def put_together(
         cut=choose_cut(config.micro_batch_size, device.value),
         schedule=schedule,
         total_steps=schedule.total_steps(config.epochs, config.max_steps),
-        radar=Radar(config.beta, config.radar),
+        radar=Radar(config.beta, config.radar, config.loss.name),
     )
     cut = (
         f"cut at {AUTO_TOKENS[device.value.type]:,} padded tokens"
         if config.micro_batch_size == "auto"
         else f"{plural(config.micro_batch_size, 'pair')} a forward pass"
     )
-    show_header(
-        reporter, config, source, policy, device, dtype, encoder, data, schedule, run.total_steps, cut,
-        str(directory.path),
-    )  # fmt: skip
+    show_header(run, cut)
     if checkpoint is not None and state is not None:
         _resume(run, checkpoint, state)
     return run
@@ -272,7 +233,10 @@ def _resume(run: Run, checkpoint: Path, state: TrainingState) -> None:
     run.radar.restore(window["last_pairs"], state.alarms_sounded)
     run.step, run.seconds = state.step, state.seconds
     run.window = Window(MeanOverPairs.from_sums(state.sums, state.sums_pairs), state.sums_tokens, state.sums_seconds)
-    run.directory.cut_metrics(state.records)
+    run.records_kept = state.records
+    abandoned = set_aside_newer(run.directory.checkpoints, state.step)
+    for path in abandoned:
+        run.reporter.warn(f"{path.name} lies after step {state.step} and is set aside")
     run.reporter.say(f"going on from {checkpoint} at step {state.step}")
 
 
@@ -280,7 +244,7 @@ def _preflight(run: Run) -> str:
     """The line of a passed preflight; CheckpointError where an identity of the mathematics does not hold."""
     pairs, texts = choose_pairs(run.data.train, run.data.train_texts)
     return preflight(
-        Preflight(
+        PreflightSubject(
             policy=run.policy,
             reference=run.reference,
             objective=run.objective,
@@ -316,21 +280,33 @@ def train_to_end(run: Run) -> None:
     """Every optimizer step from where the run stands to its last, with its logs, evaluations and checkpoints."""
     config = run.config
     run.reporter.start("step", run.total_steps, run.step)
-    for batch in run.schedule.batches(run.step, run.total_steps):
-        rng = rng_states()  # a stop in the middle of a step goes back to its beginning
-        try:
-            train_step(run, [run.data.train[place] for place in batch])
-        except StoppedError:
-            save(run, rng)
-            raise
-        run.reporter.advance()
-        last = run.step == run.total_steps
-        if _due(run.step, config.log_every) or last:
-            log_train(run)
-        if _due(run.step, config.eval_every) and not last:
+    rng = rng_states()
+    try:
+        if _evaluation_was_cut_off(run):
             log_eval(run)
-        if _due(run.step, config.save_every) and not last:
-            _save_or_go_on(run)
+        for batch in run.schedule.batches(run.step, run.total_steps):
+            rng = rng_states()  # a stop in the middle of a step goes back to its beginning
+            train_step(run, [run.data.train[place] for place in batch])
+            rng = rng_states()
+            run.reporter.advance()
+            last = run.step == run.total_steps
+            if _due(run.step, config.log_every) or last:
+                log_train(run)
+            if _due(run.step, config.eval_every) and not last:
+                log_eval(run)
+            if _due(run.step, config.save_every) and not last:
+                _save_or_go_on(run)
+    except StoppedError:
+        save(run, rng)
+        raise
+
+
+def _evaluation_was_cut_off(run: Run) -> bool:
+    """Whether the run that this one resumes was stopped in the evaluation after its last step."""
+    if not _due(run.step, run.config.eval_every) or run.step in (0, run.total_steps):
+        return False
+    lines = run.directory.metrics.read_text(encoding="utf-8").splitlines()
+    return not any(r["split"] == "eval" and r["step"] == run.step for r in map(json.loads, lines))
 
 
 def train_step(run: Run, batch: list[TokenizedPair]) -> None:
@@ -407,13 +383,11 @@ def log_train(run: Run) -> None:
     run.window = Window()
     for alarm in alarms:
         run.reporter.warn(f"step {run.step}: {alarm.text}")
-    _stop_if_ruined(run, alarms)
-
-
-def _stop_if_ruined(run: Run, alarms: list[Alarm]) -> None:
-    ruin = next((alarm for alarm in alarms if alarm.ruins), None)
-    if ruin is not None and run.config.radar == "stop":
+    ruin = run.radar.ruin(drift)
+    if ruin is not None:
         checkpoint = save(run)
+        run.reporter.stop()
+        _show_verdict(run, _judge(run))
         raise DivergedError(f"step {run.step}: stopped by the radar (radar=stop), saved as {checkpoint}: {ruin.text}")
 
 
@@ -444,14 +418,6 @@ def write_record(run: Run, split: str, means: dict[str, float], **more: Any) -> 
     }
     run.directory.append_metrics(record)
     run.reporter.record(record)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory used so far: the allocator's on CUDA, else this process's resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 # Keeping
@@ -489,6 +455,7 @@ def finish(run: Run) -> Path:
     save(run)
     means = log_eval(run)
     run.reporter.stop()
+    verdict = _judge(run)
     write_final(run, means)
     run.reporter.say()
     memory = f"peak memory {significant(peak_memory_gib(run.device))} GiB"
@@ -499,22 +466,25 @@ def finish(run: Run) -> Path:
             ("next", f"dpo-eval checkpoint={run.directory.path} samples=3"),
         ]
     )
-    _judge(run)
+    _show_verdict(run, verdict)
     return run.directory.path
 
 
-def _judge(run: Run) -> None:
-    """Say how the run went, and keep it in the manifest."""
-    lines = run.directory.metrics.read_text(encoding="utf-8").splitlines()
-    history = History.of(
-        [json.loads(line) for line in lines], len(run.data.held_out), run.config.optimizer.lr, run.config.beta
-    )
+def _judge(run: Run) -> Verdict:
+    """How the run went, from its metrics; kept in the manifest."""
+    records = [json.loads(line) for line in run.directory.metrics.read_text(encoding="utf-8").splitlines()]
+    config = run.config
+    history = History.of(records, len(run.data.held_out), config.optimizer.lr, config.beta, config.loss.name)
     verdict = judge(history)
+    run.directory.write_manifest({**_manifest(run), "verdict": verdict.as_dict()})
+    return verdict
+
+
+def _show_verdict(run: Run, verdict: Verdict) -> None:
     run.reporter.say(f"verdict  {verdict.color}: {verdict.summary}", style=verdict.color)
     for finding in verdict.findings:
         run.reporter.say(f"  {finding.name}: {finding.reason}", style=finding.color)
         run.reporter.say(f"    next: {finding.next_step}")
-    run.directory.write_manifest({**_manifest(run), "verdict": verdict.as_dict()})
 
 
 def write_final(run: Run, means: dict[str, float] | None) -> None:
@@ -524,6 +494,9 @@ def write_final(run: Run, means: dict[str, float] | None) -> None:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         save_policy(run.policy, beside)
+        if run.config.model.adapter is not None:  # without it the adapter would sit on the wrong base
+            note = json.dumps({"sft_adapter": run.config.model.adapter})
+            (beside / START_FILE).write_text(note, encoding="utf-8")
         run.encoder.tokenizer.save_pretrained(str(beside))
         card = model_card(run.config, run.source, means, len(run.data.train))
         (beside / "README.md").write_text(card, encoding="utf-8")

@@ -4,14 +4,12 @@ The rules are a table. Each looks at the history alone and, where it holds, give
 next experiment. One red finding makes the run red, one yellow makes it yellow; none makes it green.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from dpo_cli.theory.statistics import Estimate, proportion_estimate
 
-LN2 = math.log(2)
 FAR = 0.3  # nats a token by which the chosen response may fall before the model reads as damaged
 
 
@@ -24,12 +22,18 @@ class History:
     held_out_pairs: int
     lr: float
     beta: float
+    loss: str
+    start_loss: float  # before the first update: ln 2 for DPO, something else for most other losses
 
     @classmethod
-    def of(cls, records: list[dict[str, Any]], held_out_pairs: int, lr: float, beta: float) -> "History":
-        """From the lines of metrics.jsonl."""
-        train = [record for record in records if record["split"] == "train" and record["step"] > 0]
-        return cls(train, [record for record in records if record["split"] == "eval"], held_out_pairs, lr, beta)
+    def of(
+        cls, records: list[dict[str, Any]], held_out_pairs: int, lr: float, beta: float, loss: str = "sigmoid"
+    ) -> "History":
+        """From the lines of metrics.jsonl, the one of step 0 first."""
+        of_training = [record for record in records if record["split"] == "train"]
+        train = [record for record in of_training if record["step"] > 0]
+        held_out = [record for record in records if record["split"] == "eval"]
+        return cls(train, held_out, held_out_pairs, lr, beta, loss, float(of_training[0]["loss"]))
 
     def late(self, key: str) -> float:
         """The mean of a train metric over the last quarter of the logged steps."""
@@ -111,8 +115,8 @@ def _wrong_way(h: History) -> bool:
 
 def _lr_too_high(h: History) -> bool:
     fell = h.last("drift/chosen_per_token") < -FAR
-    worse = h.evaluated and float(h.held_out[-1]["loss"]) > 1.5 * LN2 and h.beta <= 1
-    spiked = len(h.train) > 8 and max(float(r["loss"]) for r in h.train[4:]) > 3 * LN2
+    worse = h.evaluated and float(h.held_out[-1]["loss"]) > 1.5 * h.start_loss
+    spiked = len(h.train) > 8 and max(float(r["loss"]) for r in h.train[4:]) > 3 * h.start_loss
     return fell or worse or spiked
 
 
@@ -212,7 +216,7 @@ RULES = (
     Rule(
         "saturated",
         "yellow",
-        lambda h: h.last("drift/saturated") > 0.5,
+        lambda h: h.loss == "sigmoid" and h.last("drift/saturated") > 0.5,
         lambda h: (
             f"{_percent(h.last('drift/saturated'))} of the last pairs no longer pulled (gradient weight under 0.01): "
             "the later steps only drifted"
@@ -239,5 +243,5 @@ def judge(history: History) -> Verdict:
         )
     else:
         summary = f"no held-out pairs, so nothing says that it generalises; train margin {history.margin:.3g}"
-        color = "yellow" if color == "green" else color
+        color = "yellow" if color == "green" else color  # a green light would be a claim
     return Verdict(color, findings, summary)

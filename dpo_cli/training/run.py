@@ -1,0 +1,73 @@
+"""The parts of a run, put together: what the runner, the header and the rehearsal hand to each other."""
+
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpo_cli.config import RunConfig
+from dpo_cli.console.reporter import Reporter
+from dpo_cli.data.batches import Cut, Schedule
+from dpo_cli.data.pairs import PairData
+from dpo_cli.data.tokens import PairEncoder
+from dpo_cli.models.loading import Decision, ModelSource
+from dpo_cli.models.reference import Reference
+from dpo_cli.theory.losses import Objective
+from dpo_cli.theory.metrics import MeanOverPairs
+from dpo_cli.training.radar import Radar
+from dpo_cli.training.run_directory import RunDirectory
+
+
+@dataclass
+class Window:
+    """What has been measured since the last logged step."""
+
+    metrics: MeanOverPairs = field(default_factory=MeanOverPairs)
+    tokens: int = 0
+    seconds: float = 0.0
+    grad_norm: float = 0.0  # of the latest step, before clipping
+
+
+@dataclass
+class Run:
+    """The parts of a run, put together."""
+
+    config: RunConfig
+    directory: RunDirectory
+    reporter: Reporter
+    poll: Callable[[], None]
+    device: torch.device
+    device_reason: str
+    dtype: Decision
+    source: ModelSource
+    encoder: PairEncoder
+    data: PairData
+    policy: Any
+    reference: Reference
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    cut: Cut
+    schedule: Schedule
+    total_steps: int
+    radar: Radar
+    window: Window = field(default_factory=Window)
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # spent training, this run and those it resumes
+    records_kept: int = 0  # lines of metrics.jsonl that a resumed run keeps
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The weights that the optimizer moves."""
+        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory used so far: the allocator's on CUDA, else this process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

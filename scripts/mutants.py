@@ -1,0 +1,154 @@
+"""Break the program on purpose, one small way at a time, and report which tests notice.
+
+    python scripts/mutants.py [NAME ...]
+
+Each mutant is one replacement in one file of a copy of the tree: a sign, a shift, a forgotten factor, the silent
+mistakes of preference training. A mutant that no test kills is a hole in the tests; the exit code counts them.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOSSES, METRICS = "dpo_cli/theory/losses.py", "dpo_cli/theory/metrics.py"
+LOGPS, HEAD, TOKENS = "dpo_cli/models/logps.py", "dpo_cli/models/head.py", "dpo_cli/data/tokens.py"
+RUNNER, SCORES = "dpo_cli/training/runner.py", "dpo_cli/evaluation/scores.py"
+OF_LOSSES = "tests/test_losses.py tests/test_theorem.py"
+OF_RUNS = "tests/test_training.py tests/test_evaluate.py tests/test_preflight.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mistake: what stands in a file, what stands there instead, and the tests that should see it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = [
+    Mutant("sign of the loss", LOSSES, "-(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.log",
+           "-(1 - label_smoothing) * F.logsigmoid(-logits) - label_smoothing * F.log", OF_LOSSES),
+    Mutant("sign of the margin", LOSSES, "return self.chosen - self.rejected", "return self.rejected - self.chosen",
+           OF_LOSSES),
+    Mutant("beta forgotten", LOSSES, "    logits = beta * ratios.margin\n    return -(1", "    logits = ratios.margin\n"
+           "    return -(1", OF_LOSSES),
+    Mutant("reference forgotten", LOSSES, "chosen=policy.chosen - reference.chosen", "chosen=policy.chosen", OF_LOSSES),
+    Mutant("smoothing on the wrong side", LOSSES, "- label_smoothing * F.logsigmoid(-logits)\n\n\ndef robust",
+           "- label_smoothing * F.logsigmoid(logits)\n\n\ndef robust", OF_LOSSES),
+    Mutant("robust not rescaled", LOSSES, " / (1 - 2 * label_smoothing)", "", OF_LOSSES),
+    Mutant("ipo on sums", LOSSES, "    chosen, rejected = _per_token(ratios)\n    return (chosen - rejected - 1",
+           "    chosen, rejected = ratios.chosen, ratios.rejected\n    return (chosen - rejected - 1", OF_LOSSES),
+    Mutant("gradient weight upside down", LOSSES, "torch.sigmoid(-beta * ratios.margin)",
+           "torch.sigmoid(beta * ratios.margin)", OF_LOSSES),
+    Mutant("a tie counts nothing", METRICS, "0.5 * (margins == 0)", "0.0 * (margins == 0)", "tests/test_theory.py"),
+    Mutant("mean of batch means", METRICS, "self.pairs += next(iter(metrics.values())).shape[0]", "self.pairs += 1",
+           "tests/test_theory.py"),
+    Mutant("mask shifted by one", LOGPS, "np.arange(len(prompt) - 1, end - 1)", "np.arange(len(prompt), end)",
+           "tests/test_logps.py"),
+    Mutant("mean for sum", LOGPS, "    chosen, rejected = sums.split(batch.pairs)",
+           "    chosen, rejected = (sums / tokens).split(batch.pairs)", "tests/test_logps.py"),
+    Mutant("softmax part of the head's gradient lost", HEAD, ".exp_().neg_()", ".exp_().mul_(0.0)",
+           "tests/test_logps.py"),
+    Mutant("head in chunks drops the gradient", HEAD, "return (gradients * upstream[0][:, None])", "return (gradients)",
+           "tests/test_logps.py"),
+    Mutant("EOS missing", TOKENS, "return [*ids, self.closing]", "return ids", "tests/test_tokens.py"),
+    Mutant("EOS twice", TOKENS, "if ids and ids[-1] == self.closing:", "if False:", "tests/test_tokens.py"),
+    Mutant("BOS missing", TOKENS, "self.opening = [bos] if adds_bos else []", "self.opening = []",
+           "tests/test_tokens.py"),
+    Mutant("the prompt's end is cut", TOKENS, "prompt = prompt[-max(max_length - longer, min(len(prompt), max_length //"
+           " 2)) :]", "prompt = prompt[: max(max_length - longer, min(len(prompt), max_length // 2))]",
+           "tests/test_tokens.py"),
+    Mutant("a token straddles the border", TOKENS, "if whole[: len(prompt)] == prompt:", "if True:",
+           "tests/test_tokens.py"),
+    Mutant("prompt ends at the common prefix", "dpo_cli/data/formats.py",
+           "cut = chosen.rfind(ASSISTANT, 0, _shared(chosen, rejected))",
+           "cut = _shared(chosen, rejected) - len(ASSISTANT)", "tests/test_formats.py"),
+    Mutant("reference not frozen", "dpo_cli/models/reference.py", "model.eval().requires_grad_(False)", "model.eval()",
+           OF_RUNS),
+    Mutant("the policy is its own reference", RUNNER, "return FrozenReference(load_model(source, dtype, device))",
+           "return FrozenReference(policy)", OF_RUNS),
+    Mutant("adapter left on in the reference", "dpo_cli/models/reference.py", "torch.no_grad(), "
+           "self.policy.disable_adapter()", "torch.no_grad()", "tests/test_identities.py tests/test_training.py"),
+    Mutant("reduction by micro-batch", RUNNER, "(losses.sum() / len(batch)).backward()", "losses.mean().backward()",
+           OF_RUNS),
+    Mutant("a short batch counts as a full one", RUNNER, "(losses.sum() / len(batch)).backward()",
+           "(losses.sum() / config.batch_size).backward()", OF_RUNS),
+    Mutant("gradients pile up", RUNNER, "    run.optimizer.step()\n    run.optimizer.zero_grad(set_to_none=True)\n",
+           "    run.optimizer.step()\n", OF_RUNS),
+    Mutant("no clipping", RUNNER, "clip_grad_norm_(run.trainable, config.max_grad_norm)",
+           "clip_grad_norm_(run.trainable, float('inf'))", OF_RUNS),
+    Mutant("warm-up begins at zero", "dpo_cli/theory/schedules.py", "return (update + 1) / warmup_steps",
+           "return update / warmup_steps", "tests/test_theory.py"),
+    Mutant("every epoch in one order", "dpo_cli/data/batches.py", "key=[seed, epoch]", "key=[seed, 0]",
+           "tests/test_pairs.py"),
+    Mutant("the split ignores the seed", "dpo_cli/data/pairs.py", 'f"split {seed}"', '"split"', "tests/test_pairs.py"),
+    Mutant("dropout in evaluation", SCORES, "    policy.eval()\n", "", "tests/test_evaluate.py"),
+    Mutant("resume forgets the optimizer", "dpo_cli/training/checkpoint.py",
+           'optimizer.state[parameter][key] = value', 'value = value', "tests/test_training.py"),
+    Mutant("resume forgets the generators", RUNNER, "    set_rng_states(rng)\n", "", "tests/test_training.py"),
+    Mutant("a stop in an evaluation saves nothing", RUNNER, "    except StoppedError:\n        save(run, rng)\n",
+           "    except DivergedError:\n        save(run, rng)\n", "tests/test_training.py"),
+    Mutant("the log is not cut back", RUNNER, "        directory.cut_metrics(run.records_kept)\n", "",
+           "tests/test_training.py"),
+    Mutant("named columns ignored", "dpo_cli/data/pairs.py", "to_pair(_renamed(row.value, config.columns))",
+           "to_pair(row.value)", "tests/test_pairs.py"),
+    Mutant("chosen and rejected swapped in a batch", LOGPS, "for pair in pairs] + [(pair.prompt, pair.rejected)",
+           "for pair in pairs] + [(pair.prompt, pair.chosen)", "tests/test_logps.py"),
+]  # fmt: skip
+
+
+def killers(mutant: Mutant) -> tuple[list[str], float]:
+    """The tests that fail under a mutant (at most three), and how long it took, in seconds."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        tree = Path(folder) / "tree"
+        tree.mkdir()
+        for part in ("dpo_cli", "conf", "tests", "scripts"):
+            shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "Makefile"):
+            shutil.copy(ROOT / name, tree / name)
+        file = tree / mutant.file
+        text = file.read_text(encoding="utf-8")
+        if text.count(mutant.old) != 1:
+            raise SystemExit(f"{mutant.name}: stands {text.count(mutant.old)} times in {mutant.file}, not once")
+        file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        ended = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "--maxfail=3", "-p", "no:cacheprovider", *mutant.tests.split()],
+            cwd=tree,
+            env={**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if ended.returncode not in (0, 1):
+            # An import that fails is no test that noticed.
+            raise SystemExit(f"{mutant.name}: the tests did not run\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
+    found = re.findall(r"^FAILED \S+?::(\S+)", ended.stdout, re.M)
+    return found, time.monotonic() - started
+
+
+def main() -> int:
+    """Run every mutant, or those whose names contain a word given; the number that survived."""
+    wanted = [mutant for mutant in MUTANTS if not sys.argv[1:] or any(word in mutant.name for word in sys.argv[1:])]
+    survived = 0
+    for mutant in wanted:
+        tests, seconds = killers(mutant)
+        survived += not tests
+        first = tests[0] if tests else "SURVIVED"
+        print(f"{mutant.name:<42} {seconds:5.0f} s  {len(tests)} {first}", flush=True)
+    print(f"{len(wanted)} mutants, {len(wanted) - survived} killed, {survived} survived")
+    return survived
+
+
+if __name__ == "__main__":
+    sys.exit(main())
