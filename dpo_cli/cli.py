@@ -6,6 +6,7 @@ torch is imported only once the command line is known to be right, so that --hel
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -39,8 +40,8 @@ Examples
   dpo-train -m beta=0.05,0.1,0.3                   a sweep, one run after the other
   dpo-train output_dir=outputs/a resume=auto       go on where a stopped run left off
 
---config prints the composed config and stops. Results go to outputs/<model>-<data>/<date_time>/:
-metrics.jsonl, checkpoints/, final/ (the adapter).
+Results go to outputs/<model>-<data>/<date_time>/: metrics.jsonl, checkpoints/, final/ (the adapter).
+--config prints the composed config and stops.
 Every key with what turning it does: the YAML files in {conf}
 Exit codes: 0 done, 2 command line, 3 data, 4 checkpoint or model, 5 diverged, 6 memory, 7 storage,
 75 stopped by a signal with a checkpoint saved, 130 Ctrl-C.
@@ -263,5 +264,5 @@ def train_help() -> str:
     lines = []
     for group, choices in groups().items():
         marked = [f"{choice}*" if defaults.get(group) == choice else choice for choice in choices]
-        lines.append(f"  {group:<11}{'  '.join(marked)}")
+        lines += textwrap.wrap("  ".join(marked), 90, initial_indent=f"  {group:<11}", subsequent_indent=" " * 13)
     return TRAIN_HELP.format(groups="\n".join(lines), conf=conf_dir())

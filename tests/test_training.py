@@ -150,7 +150,7 @@ def test_a_gradient_longer_than_max_grad_norm_is_scaled_down_to_it(assembled: Ca
 def test_gradient_checkpointing_changes_nothing(assembled: Callable[..., Run]) -> None:
     plain, run = gradients(assembled(), 4), assembled("engine.gradient_checkpointing=true")
     forwards: list[int] = []
-    run.policy.get_base_model().model.layers[0].register_forward_hook(lambda *_: forwards.append(1))
+    run.policy.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
     checkpointed = gradients(run, 4)
     assert len(forwards) == 2  # once forward, once more in the backward pass
     assert all(torch.allclose(value, checkpointed[name], atol=1e-7) for name, value in plain.items())

@@ -5,6 +5,7 @@ that before the first update every log-ratio is exactly zero.
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +154,9 @@ def load_adapter(model: Any, adapter: str) -> Any:
     """A PEFT adapter on a model; CheckpointError where it is missing or does not fit in every tensor."""
     folder = _adapter_folder(adapter)
     try:
-        loaded = PeftModel.from_pretrained(model, folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing tensors PEFT only warns; they are refused below
+            loaded = PeftModel.from_pretrained(model, folder)
         lacking = _missing_tensors(loaded, folder / ADAPTER_FILE)
     except Exception as error:
         raise CheckpointError(
