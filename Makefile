@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
-.PHONY: help setup demo test check format wheel clean train eval mutants theorem test-peer
+.PHONY: help setup demo test check format wheel clean train eval bench mutants theorem test-peer
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -47,6 +47,9 @@ check: $(STAMP) ## Check format, lint and types
 
 mutants: $(STAMP) ## Break the program in some thirty ways and see that the tests notice (many minutes)
 	$(BIN)/python scripts/mutants.py
+
+bench: $(STAMP) ## Measure what preflight and radar cost beside training
+	$(BIN)/python scripts/bench.py
 
 theorem: $(STAMP) ## Print the numbers of docs/theorem.md and draw its figure
 	$(BIN)/python scripts/theorem.py

@@ -108,7 +108,7 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
         reporter.warn(f"passed over a checkpoint: {reason}")
     with StopSignals(reporter.warn) as signals:
         run = put_together(config, directory, reporter, signals.poll, checkpoint)
-        reporter.say(_preflight(run))
+        reporter.say(preflight_of(run))
         if config.dry_run:
             rehearse(run)
             return directory.path
@@ -240,7 +240,7 @@ def _resume(run: Run, checkpoint: Path, state: TrainingState) -> None:
     run.reporter.say(f"going on from {checkpoint} at step {state.step}")
 
 
-def _preflight(run: Run) -> str:
+def preflight_of(run: Run) -> str:
     """The line of a passed preflight; CheckpointError where an identity of the mathematics does not hold."""
     pairs, texts = choose_pairs(run.data.train, run.data.train_texts)
     return preflight(
