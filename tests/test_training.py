@@ -252,6 +252,8 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     stopped = command("dpo-train", *stopped_words)
     assert stopped.code == 75, stopped.err
     assert stopped.err.startswith("error: stopped by SIGTERM at step ")
+    step = int(stopped.err.split("at step ")[1].split(";")[0])
+    assert checkpoints(tmp_path / "stopped" / "checkpoints")[-1].name == f"step-{step:08d}"  # nothing done is lost
     monkeypatch.setattr(place, "pair_logps", original)
     resumed = command("dpo-train", *stopped_words, "resume=auto")
     assert resumed.code == 0, resumed.err
