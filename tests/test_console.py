@@ -48,6 +48,12 @@ RECORD = {
 }  # fmt: skip
 
 
+WATCHED = {
+    "gradient_weight": 0.4567, "gradient_weight/over_0.9": 0.05, "gradient_weight/under_0.1": 0.125,
+    "drift/case": "both down", "drift/chosen_per_token": -0.0213, "drift/rejected_per_token": -0.1,
+}  # fmt: skip
+
+
 class Terminal(io.StringIO):
     encoding = "utf-8"  # type: ignore[assignment]
 
@@ -65,6 +71,14 @@ def test_without_a_terminal_a_record_is_one_plain_line() -> None:
     )
 
 
+def test_how_hard_the_pairs_pull_ends_the_line() -> None:
+    stream = io.StringIO()
+    reporter = Reporter(stream)
+    reporter.start("step", 10)
+    reporter.record({**RECORD, **WATCHED})
+    assert stream.getvalue().endswith("pairs/s 4  GiB 1.5  pull 0.457\n")
+
+
 def test_on_a_terminal_a_table_a_sparkline_and_a_bar_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "80")
@@ -72,11 +86,12 @@ def test_on_a_terminal_a_table_a_sparkline_and_a_bar_are_shown(monkeypatch: pyte
     reporter = Reporter(stream)
     reporter.start("step", 10)
     for step in (1, 2, 3):
-        reporter.record({**RECORD, "step": step, "rewards/margins": step / 10})
+        reporter.record({**RECORD, **WATCHED, "step": step, "rewards/margins": step / 10})
         reporter.advance()
     reporter.stop()
     shown = stream.getvalue()
     assert "5e-07" in shown and "3/10" in shown and "ETA" in shown and "margin ▁▅█ 0.3" in shown
+    assert "pull 0.46, 5% over 0.9, 12% under 0.1   both down: -0.021 -0.100 nats a token" in shown
 
 
 @pytest.mark.parametrize("columns", ["20", "80"])

@@ -98,6 +98,16 @@ def sparkline(values: list[float], width: int, marks: str = SPARKS) -> str:
     return "".join(marks[min(len(marks) - 1, int((mean - low) / span * len(marks)))] for mean in means)
 
 
+def watch_line(record: dict[str, Any]) -> str:
+    """How hard the pairs still pull and where the policy drifts, from a logged train step."""
+    over, under = (100 * record[f"gradient_weight/{name}"] for name in ("over_0.9", "under_0.1"))
+    chosen, rejected = (record[f"drift/{side}_per_token"] for side in ("chosen", "rejected"))
+    return (
+        f"pull {significant(record['gradient_weight'], 2)}, {over:.0f}% over 0.9, {under:.0f}% under 0.1   "
+        f"{record['drift/case']}: {chosen:+.3f} {rejected:+.3f} nats a token"
+    )
+
+
 class Reporter:
     """Everything a command shows; the same in plain text goes to train.log once a run directory is there."""
 
@@ -257,7 +267,8 @@ class Reporter:
     def _plain_line(self, record: dict[str, Any]) -> str:
         split = "eval " if record["split"] == "eval" else ""
         cells = [f"{heading} {significant(record[key], digits)}" for heading, key, digits in COLUMNS if key in record]
-        return f"{split}step {record['step']}/{self._total}  " + "  ".join(cells)
+        pull = f"  pull {significant(record['gradient_weight'])}" if "gradient_weight" in record else ""
+        return f"{split}step {record['step']}/{self._total}  " + "  ".join(cells) + pull
 
     def _frame(self) -> RenderableType:
         parts: list[RenderableType] = []
@@ -279,6 +290,9 @@ class Reporter:
             marks = ASCII_SPARKS if self.console.options.ascii_only else SPARKS
             line = sparkline(self._margins, width=max(8, self.console.width - 24), marks=marks)
             parts.append(Text(f"margin {line} {significant(self._margins[-1])}", no_wrap=True, overflow="crop"))
+        watched = [row for row in self._rows if "drift/case" in row]
+        if watched:
+            parts.append(Text(watch_line(watched[-1]), style="dim", no_wrap=True, overflow="ellipsis"))
         if self._progress is not None:
             parts.append(self._progress)
         return Group(*parts)
