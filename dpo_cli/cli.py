@@ -151,7 +151,7 @@ def _train(words: list[str]) -> int:
         print(yaml.safe_dump(to_container(config), sort_keys=False), end="")
         return 0
     _check_files_early(config.data.train, config.data.eval)
-    _quiet_libraries()
+    quiet_libraries()
     from dpo_cli.console.reporter import Reporter
     from dpo_cli.training.runner import train as run_training
 
@@ -180,7 +180,7 @@ def _evaluate(words: list[str]) -> int:
     rest = [override for override in overrides if override not in of_run]
     container = {"data": None, **composed("eval", rest, EvalSchema).container}
     config: EvalConfig = eval_config(container)
-    _quiet_libraries()
+    quiet_libraries()
     from dpo_cli.console.reporter import Reporter
     from dpo_cli.pipeline.evaluate import evaluate as run_evaluation
 
@@ -220,9 +220,10 @@ def _sweep(jobs: list[list[str]]) -> int:
     return worst
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """No progress bars and advice of libraries between our lines; their errors become ours."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     import warnings

@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from dpo_cli.cli import quiet_libraries
 from dpo_cli.composition import composed, parse_overrides
 from dpo_cli.config import RunConfig, run_config
 from dpo_cli.console.reporter import Reporter
@@ -32,6 +33,7 @@ def assembled(folder: Path) -> Run:
 
 def main() -> None:
     """Measure and print."""
+    quiet_libraries()
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 6
     with tempfile.TemporaryDirectory() as folder:
         run = assembled(Path(folder))
