@@ -1,5 +1,6 @@
 """The parts of a run, put together: what the runner, the header and the rehearsal hand to each other."""
 
+import ctypes
 import resource
 import sys
 from collections.abc import Callable
@@ -63,6 +64,17 @@ class Run:
     def trainable(self) -> list[nn.Parameter]:
         """The weights that the optimizer moves."""
         return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+
+
+def give_memory_back(device: torch.device) -> None:
+    """Hand memory that is free inside the process back to the system.
+
+    Batches of ever-new shapes leave glibc's heap in pieces: of 3.5 GiB resident after a step 1.2 were in use.
+    """
+    if device.type == "cpu" and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
 
 
 def peak_memory_gib(device: torch.device) -> float:

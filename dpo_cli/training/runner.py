@@ -59,7 +59,7 @@ from dpo_cli.training.model_card import model_card
 from dpo_cli.training.preflight import PreflightSubject, choose_pairs, preflight
 from dpo_cli.training.radar import Radar
 from dpo_cli.training.rehearsal import rehearse
-from dpo_cli.training.run import Run, Window, peak_memory_gib
+from dpo_cli.training.run import Run, Window, give_memory_back, peak_memory_gib
 from dpo_cli.training.run_directory import RunDirectory, config_changes, default_directory, find_resume
 from dpo_cli.training.signals import StopSignals
 from dpo_cli.training.verdict import History, Verdict, judge
@@ -335,6 +335,7 @@ def train_step(run: Run, batch: list[TokenizedPair]) -> None:
         write_record(run, "train", metrics.means(), lr=0.0)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
+    give_memory_back(run.device)
     run.step += 1
     elapsed = time.perf_counter() - started
     for ratios in moved:
