@@ -200,12 +200,13 @@ def test_a_dry_run_of_a_resume_leaves_the_run_as_it_was(
 
     run = trained("run", "save_every=1", "keep_checkpoints=9")
     shutil.rmtree(run / "final")
-    for newest in sorted((run / "checkpoints").iterdir())[1:]:
-        shutil.rmtree(newest)
     before = (run / "metrics.jsonl").read_bytes()
-    ended = command("dpo-train", *tiny_words(pairs_file, run), "resume=auto", "dry_run=true")
+    older = run / "checkpoints" / "step-00000001"
+    ended = command("dpo-train", *tiny_words(pairs_file, run), f"resume={older}", "dry_run=true")
     assert ended.code == 0, ended.err
     assert (run / "metrics.jsonl").read_bytes() == before
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step-00000001", "step-00000002", "step-00000003"]
 
 
 def test_the_radar_stops_a_run_it_is_asked_to_stop(

@@ -113,6 +113,8 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
             rehearse(run)
             return directory.path
         directory.cut_metrics(run.records_kept)
+        for path in set_aside_newer(directory.checkpoints, run.step):
+            reporter.warn(f"{path.name} lies after step {run.step} and is set aside")
         if checkpoint is None:
             if resumed is not None:
                 reporter.say(f"no checkpoint in {directory.path} yet: beginning anew")
@@ -234,9 +236,6 @@ def _resume(run: Run, checkpoint: Path, state: TrainingState) -> None:
     run.step, run.seconds = state.step, state.seconds
     run.window = Window(MeanOverPairs.from_sums(state.sums, state.sums_pairs), state.sums_tokens, state.sums_seconds)
     run.records_kept = state.records
-    abandoned = set_aside_newer(run.directory.checkpoints, state.step)
-    for path in abandoned:
-        run.reporter.warn(f"{path.name} lies after step {state.step} and is set aside")
     run.reporter.say(f"going on from {checkpoint} at step {state.step}")
 
 
