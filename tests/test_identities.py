@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_logps import CPU, LORA, PAIRS, both_sides, tiny
+from test_logps import PAIRS, both_sides
+from tiny_models import CPU, LORA, tiny
 
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.models.loading import attach_lora
-from dpo_cli.models.logps import make_batch, pair_logps
+from dpo_cli.models.logps import Way, make_batch, pair_logps, plain_attention
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference
 from dpo_cli.theory.bradley_terry import fit_strengths, win_probability
 from dpo_cli.theory.losses import LogRatios, gradient_weight, sigmoid
@@ -36,14 +37,14 @@ def test_the_gradient_is_the_formula_of_the_paper() -> None:
     # grad L = -b sigmoid(-b d) (grad log pi+ - grad log pi-), summed over pairs, on every adapter weight
     policy, reference = moved_policy(), FrozenReference(tiny())
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    batch = make_batch(PAIRS, CPU)
+    batch = make_batch(PAIRS, CPU, Way.SEGMENTS)
     ratios = LogRatios.between(pair_logps(policy, batch), reference.logps(batch))
     got = torch.autograd.grad(sigmoid(ratios, BETA).sum(), weights)
     expected = [torch.zeros_like(weight) for weight in weights]
     pull = gradient_weight(ratios, BETA).detach()
     assert float((pull - 0.5).abs().max()) > 1e-3  # the policy has moved
     for place, pair in enumerate(PAIRS):
-        logps = pair_logps(policy, make_batch([pair], CPU))
+        logps = pair_logps(policy, make_batch([pair], CPU, Way.SEGMENTS))
         direction = torch.autograd.grad(logps.chosen[0] - logps.rejected[0], weights)
         for total, part in zip(expected, direction, strict=True):
             total.sub_(BETA * pull[place] * part)
@@ -54,7 +55,7 @@ def test_the_gradient_is_the_formula_of_the_paper() -> None:
 def test_autograd_agrees_with_finite_differences_in_float64() -> None:
     policy = moved_policy("gpt_neox").double()  # its norms compute in float64; Llama's in float32 whatever comes in
     weight = next(weight for name, weight in policy.named_parameters() if "lora_B" in name)
-    batch = make_batch(PAIRS, CPU)
+    batch = make_batch(PAIRS, CPU, Way.SEGMENTS)
     # log-probs are summed in float32 on purpose; here the definition is written out in float64.
 
     def margin() -> torch.Tensor:
@@ -62,7 +63,9 @@ def test_autograd_agrees_with_finite_differences_in_float64() -> None:
         for pair in PAIRS:
             for sign, side in ((1, pair.chosen), (-1, pair.rejected)):
                 ids = torch.tensor([*pair.prompt.tolist(), *side.tolist()])[None]
-                logps = policy(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+                with plain_attention(policy):
+                    logits = policy(input_ids=ids).logits[0, :-1]
+                logps = logits.log_softmax(-1).gather(1, ids[0, 1:, None])
                 total = total + sign * logps[len(pair.prompt) - 1 :].sum()
         return total
 
@@ -86,7 +89,7 @@ def test_swapping_chosen_and_rejected_turns_every_margin_around() -> None:
     swapped = [TokenizedPair(pair.prompt, pair.rejected, pair.chosen, pair.index, pair.key) for pair in PAIRS]
     margins = []
     for pairs in (PAIRS, swapped):
-        batch = make_batch(pairs, CPU)
+        batch = make_batch(pairs, CPU, Way.SEGMENTS)
         with torch.no_grad():
             margins.append(LogRatios.between(pair_logps(policy, batch), reference.logps(batch)).margin)
     assert torch.allclose(margins[0], -margins[1], atol=1e-4)
@@ -96,7 +99,7 @@ def test_swapping_chosen_and_rejected_turns_every_margin_around() -> None:
 
 def test_the_second_model_equals_the_adapter_switched_off() -> None:
     policy = moved_policy()
-    batch = make_batch(PAIRS, CPU)
+    batch = make_batch(PAIRS, CPU, Way.SEGMENTS)
     frozen, off = FrozenReference(tiny()).logps(batch), AdapterOffReference(policy).logps(batch)
     assert torch.allclose(frozen.chosen, off.chosen, atol=1e-6)
     assert torch.allclose(frozen.rejected, off.rejected, atol=1e-6)
@@ -110,7 +113,7 @@ def test_the_adapter_off_reference_runs_without_dropout_and_gives_the_mode_back(
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.9
     policy.train()
-    batch = make_batch(PAIRS, CPU)
+    batch = make_batch(PAIRS, CPU, Way.SEGMENTS)
     assert torch.equal(AdapterOffReference(policy).logps(batch).chosen, FrozenReference(tiny()).logps(batch).chosen)
     assert policy.training
 

@@ -8,43 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import CPU, LORA, VOCABULARY, pair, tiny
 from torch import Tensor
 
 from dpo_cli.config import LoraConfig
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.models.head import head_logits, head_trains, token_logps
-from dpo_cli.models.loading import attach_lora, disable_dropout
-from dpo_cli.models.logps import make_batch, pair_logps
+from dpo_cli.models.loading import attach_lora
+from dpo_cli.models.logps import Way, make_batch, pair_logps
 
-CPU = torch.device("cpu")
-VOCABULARY = 61
-LORA = LoraConfig(enabled=True, r=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
-
-
-def tiny(family: str = "llama", **changes: Any) -> Any:
-    """A small random model of a family, in float32 and eval mode."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    shape = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "head_dim": 8,
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**shape, **changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():  # larger weights, so that differences show
-        for parameter in model.parameters():
-            parameter.mul_(3.0)
-    disable_dropout(model)
-    return model.eval()
-
-
-def pair(prompt: int, chosen: int, rejected: int, seed: int = 0) -> TokenizedPair:
-    random = np.random.default_rng(seed)
-    ids = (token_ids(random.integers(2, VOCABULARY, size).tolist()) for size in (prompt, chosen, rejected))
-    return TokenizedPair(*ids, index=seed, key=str(seed))
-
+WAYS = [Way.PADDED, Way.SEGMENTS]
 
 PAIRS = [pair(5, 3, 7, 1), pair(1, 1, 1, 2), pair(9, 2, 1, 3), pair(3, 8, 8, 4)]
 
@@ -59,9 +32,9 @@ def naive(model: Any, prompt: Any, response: Any) -> Tensor:
     return total
 
 
-def both_sides(model: Any, pairs: list[TokenizedPair]) -> Tensor:
+def both_sides(model: Any, pairs: list[TokenizedPair], way: Way = Way.SEGMENTS) -> Tensor:
     """(2, B): chosen and rejected."""
-    logps = pair_logps(model, make_batch(pairs, CPU))
+    logps = pair_logps(model, make_batch(pairs, CPU, way))
     return torch.stack([logps.chosen, logps.rejected])
 
 
@@ -76,12 +49,12 @@ def test_logps_equal_the_naive_forward(family: str) -> None:
         for name in ("chosen", "rejected")
     ]
     with torch.no_grad():
-        got = both_sides(model, PAIRS)
+        got = both_sides(model, PAIRS, Way.PADDED)
     assert got.tolist() == [pytest.approx(row, abs=1e-4) for row in expected]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "granite", "cohere"])
-def test_adapter_gradients_equal_those_of_the_naive_forward(family: str) -> None:
+def test_adapter_gradients_in_padded_rows_equal_those_of_the_naive_forward(family: str) -> None:
     model = attach_lora(tiny(family), LORA)
     with torch.no_grad():  # B is zero at the start, and then A has no gradient
         for name, parameter in model.named_parameters():
@@ -90,35 +63,37 @@ def test_adapter_gradients_equal_those_of_the_naive_forward(family: str) -> None
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     margin = sum((naive(model, one.prompt, one.chosen) - naive(model, one.prompt, one.rejected)) for one in PAIRS)
     expected = torch.autograd.grad(margin, weights)  # type: ignore[arg-type]
-    logps = pair_logps(model, make_batch(PAIRS, CPU))
+    logps = pair_logps(model, make_batch(PAIRS, CPU, Way.PADDED))
     got = torch.autograd.grad((logps.chosen - logps.rejected).sum(), weights)
     for one, other in zip(got, expected, strict=True):
         assert (one - other).norm() <= 1e-4 * other.norm() + 1e-6
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.tuples(*[st.integers(1, 12)] * 3), min_size=1, max_size=5))
-def test_company_in_the_batch_changes_nothing(lengths: list[tuple[int, int, int]]) -> None:
+@given(st.lists(st.tuples(*[st.integers(1, 12)] * 3), min_size=1, max_size=5), st.sampled_from(WAYS))
+def test_company_in_the_batch_changes_nothing(lengths: list[tuple[int, int, int]], way: Way) -> None:
     model = tiny()
     pairs = [pair(*some, seed=seed) for seed, some in enumerate(lengths)]
     with torch.no_grad():
-        together = both_sides(model, pairs)
-        alone = torch.cat([both_sides(model, [one]) for one in pairs], dim=1)
-        backwards = both_sides(model, pairs[::-1]).flip(1)
+        together = both_sides(model, pairs, way)
+        alone = torch.cat([both_sides(model, [one], way) for one in pairs], dim=1)
+        backwards = both_sides(model, pairs[::-1], way).flip(1)
     assert torch.allclose(together, alone, atol=1e-4)
     assert torch.allclose(together, backwards, atol=1e-4)
 
 
-def test_probabilities_of_all_one_token_responses_sum_to_one() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_probabilities_of_all_one_token_responses_sum_to_one(way: Way) -> None:
     model = tiny()
     prompt = pair(6, 1, 1).prompt
     pairs = [TokenizedPair(prompt, token_ids([t]), token_ids([t]), t, str(t)) for t in range(VOCABULARY)]
     with torch.no_grad():
-        total = both_sides(model, pairs)[0].double().exp().sum()
+        total = both_sides(model, pairs, way)[0].double().exp().sum()
     assert float(total) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_chain_rule_moving_tokens_from_response_to_prompt_splits_the_sum() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_chain_rule_moving_tokens_from_response_to_prompt_splits_the_sum(way: Way) -> None:
     # log p(abc | x) = log p(a | x) + log p(bc | xa)
     model = tiny()
     one = pair(4, 5, 5)
@@ -128,8 +103,8 @@ def test_chain_rule_moving_tokens_from_response_to_prompt_splits_the_sum() -> No
         TokenizedPair(np.concatenate([one.prompt, first]), rest, rest, 1, ""),
     ]
     with torch.no_grad():
-        whole = both_sides(model, [one])[0, 0]
-        split = both_sides(model, parts)[0].sum()
+        whole = both_sides(model, [one], way)[0, 0]
+        split = both_sides(model, parts, way)[0].sum()
     assert float(whole) == pytest.approx(float(split), abs=1e-4)
 
 
@@ -137,29 +112,31 @@ def test_changing_a_prompt_or_last_token_changes_the_sum_and_padding_does_not() 
     model = tiny()
     one = pair(4, 3, 12)  # the chosen side is padded by 9
     with torch.no_grad():
-        before = both_sides(model, [one])[0, 0]
-        batch = make_batch([one], CPU)
+        before = both_sides(model, [one], Way.PADDED)[0, 0]
+        batch = make_batch([one], CPU, Way.PADDED)
         batch.input_ids[0, 7:] = 5  # whatever lies in the padding
         assert pair_logps(model, batch).chosen[0] == pytest.approx(float(before), abs=1e-5)
         last = TokenizedPair(one.prompt, token_ids([*one.chosen[:-1], (one.chosen[-1] + 1) % VOCABULARY]),
                              one.rejected, 0, "")  # fmt: skip
-        assert abs(both_sides(model, [last])[0, 0] - before) > 1e-3
+        assert abs(both_sides(model, [last], Way.PADDED)[0, 0] - before) > 1e-3
 
 
-def test_the_closing_token_is_scored_once() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_the_closing_token_is_scored_once(way: Way) -> None:
     one = pair(4, 3, 2)
-    logps = pair_logps(tiny(), make_batch([one], CPU))
+    logps = pair_logps(tiny(), make_batch([one], CPU, way))
     assert (logps.chosen_tokens.tolist(), logps.rejected_tokens.tolist()) == ([3], [2])
 
 
-def test_a_model_that_favours_one_token_gives_its_closed_form() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_that_favours_one_token_gives_its_closed_form(way: Way) -> None:
     # Zero hidden weights leave the head a constant: with logits z, log p = z_y - log sum exp z at every position.
     model = tiny()
     with torch.no_grad():
         model.lm_head.weight.zero_()
     one = pair(4, 3, 2)
     with torch.no_grad():
-        assert both_sides(model, [one])[:, 0].tolist() == pytest.approx(
+        assert both_sides(model, [one], way)[:, 0].tolist() == pytest.approx(
             [-3 * math.log(VOCABULARY), -2 * math.log(VOCABULARY)], abs=1e-5
         )
 

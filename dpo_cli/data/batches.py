@@ -5,7 +5,7 @@ number and nothing else. A resumed run has no state to restore and nothing to sk
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,8 +75,8 @@ def by_size(size: int) -> Cut:
     return cut
 
 
-def by_tokens(budget: int) -> Cut:
-    """Cut a batch into pieces of at most `budget` padded tokens, long pairs with long ones.
+def by_padded_tokens(budget: int) -> Cut:
+    """Cut a batch into pieces of at most `budget` tokens in padded rows, long pairs with long ones.
 
     A pair longer than the budget is a piece of its own.
     """
@@ -92,3 +92,52 @@ def by_tokens(budget: int) -> Cut:
         return pieces
 
     return cut
+
+
+def packed_tokens(pairs: Sequence[TokenizedPair]) -> int:
+    """Tokens of the packed row that these pairs make: every prompt once, every response to it once."""
+    pieces = {pair.prompt.tobytes(): {b"": len(pair.prompt)} for pair in pairs}
+    for pair in pairs:
+        for response in (pair.chosen, pair.rejected):
+            pieces[pair.prompt.tobytes()][b"response" + response.tobytes()] = len(response)
+    return sum(sum(lengths.values()) for lengths in pieces.values())
+
+
+def by_packed_tokens(budget: int) -> Cut:
+    """Cut a batch into few pieces of at most `budget` tokens in packed rows, alike in size.
+
+    Pairs of one prompt stay together where the budget allows, so that they share it. A pair longer than the budget
+    is a piece of its own.
+    """
+
+    def cut(batch: list[TokenizedPair]) -> list[list[TokenizedPair]]:
+        by_prompt: dict[bytes, list[TokenizedPair]] = {}
+        for pair in batch:
+            by_prompt.setdefault(pair.prompt.tobytes(), []).append(pair)
+        items = [
+            item
+            for group in by_prompt.values()
+            for item in ([group] if packed_tokens(group) <= budget else [[pair] for pair in group])
+        ]
+        sized = sorted(((packed_tokens(item), item) for item in items), key=lambda one: one[0], reverse=True)
+        pieces = max(1, math.ceil(sum(size for size, _ in sized) / budget))
+        while True:
+            filled, sizes = _longest_first(sized, min(pieces, len(sized)))
+            if pieces >= len(sized) or max(sizes) <= max(budget, sized[0][0]):
+                return filled
+            pieces += 1
+
+    return cut
+
+
+def _longest_first(
+    sized: list[tuple[int, list[TokenizedPair]]], pieces: int
+) -> tuple[list[list[TokenizedPair]], list[int]]:
+    """Each item, the longest first, into the piece that holds least; the pieces and their sizes."""
+    filled: list[list[TokenizedPair]] = [[] for _ in range(pieces)]
+    sizes = [0] * pieces
+    for size, item in sized:
+        least = sizes.index(min(sizes))
+        filled[least] += item
+        sizes[least] += size
+    return filled, sizes

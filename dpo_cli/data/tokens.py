@@ -5,6 +5,7 @@ is exactly what it would then have to produce, its closing EOS included. So no t
 log p(response | prompt) is a probability of something the model can do.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,14 @@ class TokenizedPair:
     rejected: TokenIds  # (rejected tokens,)
     index: int  # the row in its file, from 0
     key: str  # hash of the pair's texts
+
+    @property
+    def token_key(self) -> bytes:
+        """16 bytes that stand for these very tokens: what a cached log-prob of the pair is filed under."""
+        digest = hashlib.blake2b(digest_size=16)
+        for ids in (self.prompt, self.chosen, self.rejected):
+            digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
+        return digest.digest()
 
 
 @dataclass

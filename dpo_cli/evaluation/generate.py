@@ -7,6 +7,7 @@ import torch
 
 from dpo_cli.data.formats import PreferencePair
 from dpo_cli.data.tokens import PairEncoder
+from dpo_cli.models.logps import plain_attention
 
 PROMPTS_AT_ONCE = 8
 
@@ -34,7 +35,7 @@ def greedy_answers(
             width = max(len(prompt) for prompt in some)
             padded = [[encoder.closing] * (width - len(prompt)) + prompt for prompt in some]
             mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in some]
-            with torch.no_grad():
+            with torch.no_grad(), plain_attention(model):
                 output = model.generate(
                     input_ids=torch.tensor(padded, device=device),
                     attention_mask=torch.tensor(mask, device=device),

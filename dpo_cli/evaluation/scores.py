@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from dpo_cli.data.batches import Cut
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.models.logps import make_batch, pair_logps
+from dpo_cli.models.logps import Batching, pair_logps
 from dpo_cli.models.reference import Reference
 from dpo_cli.theory.losses import LogRatios, Objective, PairLogps
 from dpo_cli.theory.metrics import pair_metrics
@@ -35,8 +34,7 @@ def score_pairs(
     policy: Any,
     reference: Reference,
     pairs: list[TokenizedPair],
-    cut: Cut,
-    device: torch.device,
+    batching: Batching,
     poll: Callable[[], None] = lambda: None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> PairScores:
@@ -47,14 +45,13 @@ def score_pairs(
     policy.eval()
     try:
         for start in range(0, len(pairs), 64):  # a window, so that pieces of like length can be cut from it
-            for piece in cut(pairs[start : start + 64]):
+            for batch in batching.batches(pairs[start : start + 64]):
                 poll()
-                batch = make_batch(piece, device)
                 with torch.no_grad():
                     rows = [*_columns(pair_logps(policy, batch)), *_columns(reference.logps(batch))]
-                where = torch.tensor([place[id(pair)] for pair in piece])
+                where = torch.tensor([place[id(pair)] for pair in batch.pairs])
                 columns[:, where] = torch.stack([row.float().cpu() for row in rows])
-                advance(len(piece))
+                advance(len(batch.pairs))
     finally:
         policy.train(was_training)
     return PairScores(PairLogps(*columns[:4]), PairLogps(*columns[4:]))

@@ -6,10 +6,11 @@ that before the first update every log-ratio is exactly zero.
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -19,10 +20,13 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_cli.config import LoraConfig, ModelConfig
 from dpo_cli.console.text import safe_text
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.models.builtin import resolve_builtin
+from dpo_cli.models.lora_function import fuse_lora
+
+if TYPE_CHECKING:  # the schema needs Hydra's OmegaConf, which a machine that only measures has not
+    from dpo_cli.config import LoraConfig, ModelConfig
 
 ADAPTER_FILE = "adapter_model.safetensors"
 START_FILE = "dpo_start.json"  # beside an adapter: the SFT adapter that was folded into its base first
@@ -93,7 +97,7 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
 class ModelSource:
     """Where the SFT model and its tokenizer are loaded from."""
 
-    config: ModelConfig
+    config: "ModelConfig"
     path: str  # a folder or a hub id
     origin: str  # in words
 
@@ -103,7 +107,7 @@ class ModelSource:
         return self.config.name_or_path
 
 
-def find_model(config: ModelConfig, say: Callable[[str], None] = lambda _: None) -> ModelSource:
+def find_model(config: "ModelConfig", say: Callable[[str], None] = lambda _: None) -> ModelSource:
     """Resolve a model's name; a built-in one is prepared in the cache if it is not there yet."""
     # A revision asks for the hub's model: the built-in copies have none.
     path, origin = (
@@ -164,6 +168,7 @@ def load_adapter(model: Any, adapter: str) -> Any:
         ) from None
     if lacking:
         raise CheckpointError(f"{safe_text(adapter)}: lacks {len(lacking)} tensors of the adapter, {lacking[0]} first")
+    fuse_lora(loaded)
     return loaded
 
 
@@ -212,7 +217,7 @@ def disable_dropout(model: Any) -> None:
                 setattr(module, name, 0.0)
 
 
-def attach_lora(model: Any, config: LoraConfig, source: ModelSource | None = None) -> Any:
+def attach_lora(model: Any, config: "LoraConfig", source: ModelSource | None = None) -> Any:
     """The policy: the model with fresh LoRA adapters, which leave its output unchanged bit for bit (B = 0).
 
     The adapter's config names `source` as its base by the name a user knows, not by a path in a cache folder.
@@ -227,17 +232,52 @@ def attach_lora(model: Any, config: LoraConfig, source: ModelSource | None = Non
         task_type="CAUSAL_LM",
     )
     try:
-        policy = get_peft_model(model, lora)
+        with warnings.catch_warnings():
+            # GPT-2's layers store their weights the other way round; PEFT notices, sets itself right, and says so.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+            # Experts that are one parameter are no linear layers: all-linear leaves them out, and the header counts.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+            policy = get_peft_model(model, lora)
     except ValueError as error:
         names = sorted({name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
         raise ConfigError(
             f"lora.target_modules={config.target_modules}: {safe_text(error, limit=120)} "
             f"(this model has {', '.join(names)})"
         ) from None
+    fuse_lora(policy)
     if source is not None:
         local = Path(source.name).expanduser()
         policy.peft_config["default"].base_model_name_or_path = str(local.resolve()) if local.is_dir() else source.name
     return policy
+
+
+def compile_layers(model: Any, backend: str = "inductor") -> int:
+    """Compile each decoder layer of a causal model by itself, for rows of any length; returns how many there are.
+
+    Layers are alike, so that one compilation serves them all, and attention stays outside the compiled code.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    for layer in layers:
+        layer.compile(dynamic=True, backend=backend)
+    return len(layers)
+
+
+@contextmanager
+def undisturbed(policy: Any) -> Iterator[None]:
+    """Eval mode within; mode, gradients and random generators as before after it."""
+    training = policy.training
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    state = torch.get_rng_state()
+    policy.eval()
+    try:
+        yield
+    finally:
+        policy.train(training)
+        policy.zero_grad(set_to_none=True)
+        torch.set_rng_state(state)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:

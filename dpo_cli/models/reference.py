@@ -28,8 +28,8 @@ class FrozenReference:
             return pair_logps(self.model, batch)
 
 
-class AdapterOffReference:
-    """The policy's base weights with the adapter switched off: the same numbers without a second model."""
+class UnmovedPolicy:
+    """A policy before its first update: the reference is a copy of it."""
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
@@ -39,7 +39,16 @@ class AdapterOffReference:
         training = self.policy.training
         self.policy.eval()  # LoRA dropout is the policy's, not the reference's
         try:
-            with torch.no_grad(), self.policy.disable_adapter():
+            with torch.no_grad():
                 return pair_logps(self.policy, batch)
         finally:
             self.policy.train(training)
+
+
+class AdapterOffReference(UnmovedPolicy):
+    """The policy's base weights with the adapter switched off: the same numbers without a second model."""
+
+    def logps(self, batch: Batch) -> PairLogps:
+        """log pi_ref(response | prompt) of each pair, (B,) float32, in nats."""
+        with self.policy.disable_adapter():
+            return super().logps(batch)

@@ -17,7 +17,7 @@ from torch import Tensor
 from dpo_cli.config import LoraConfig
 from dpo_cli.data.tokens import Encoded, PairEncoder, TokenizedPair, token_ids
 from dpo_cli.models.loading import attach_lora
-from dpo_cli.models.logps import make_batch, pair_logps
+from dpo_cli.models.logps import Way, make_batch, pair_logps, plain_attention
 from dpo_cli.models.reference import AdapterOffReference
 from dpo_cli.theory.losses import LOSSES, LogRatios, implicit_rewards
 
@@ -72,7 +72,9 @@ def original_forward(model: Any, pairs: list[TokenizedPair]) -> tuple[Tensor, Te
         whole = torch.tensor([*prompt.tolist(), *response.tolist()])
         ids[row, : len(whole)], mask[row, : len(whole)] = whole, 1
         labels[row, len(prompt) : len(whole)] = whole[len(prompt) :]
-    logps = original_logps(model(input_ids=ids, attention_mask=mask).logits, labels)
+    with plain_attention(model):
+        logits = model(input_ids=ids, attention_mask=mask).logits
+    logps = original_logps(logits, labels)
     return logps[: len(pairs)], logps[len(pairs) :]
 
 
@@ -127,7 +129,7 @@ class Numbers:
 
 @pytest.fixture(scope="module")
 def numbers(policy: Any, pairs: list[TokenizedPair]) -> Numbers:
-    batch = make_batch(pairs, torch.device("cpu"))
+    batch = make_batch(pairs, torch.device("cpu"), Way.SEGMENTS)
     with torch.no_grad():
         mine, reference = pair_logps(policy, batch), AdapterOffReference(policy).logps(batch)
         theirs = original_forward(policy, pairs)
@@ -179,7 +181,7 @@ def test_adapter_gradients_are_those_of_the_original(policy: Any, pairs: list[To
     theirs = torch.autograd.grad(
         original_loss(original_forward(policy, pairs), numbers.reference).losses.mean(), weights
     )
-    batch = make_batch(pairs, torch.device("cpu"))
+    batch = make_batch(pairs, torch.device("cpu"), Way.SEGMENTS)
     ratios = LogRatios.between(pair_logps(policy, batch), AdapterOffReference(policy).logps(batch))
     ours = torch.autograd.grad(LOSSES["sigmoid"](ratios, BETA).mean(), weights)
     for mine, other in zip(ours, theirs, strict=True):

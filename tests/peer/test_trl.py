@@ -32,7 +32,7 @@ from dpo_cli.config import LoraConfig
 from dpo_cli.data.formats import PreferencePair
 from dpo_cli.data.tokens import Encoded, PairEncoder, TokenizedPair, token_ids
 from dpo_cli.models.loading import attach_lora
-from dpo_cli.models.logps import make_batch, pair_logps
+from dpo_cli.models.logps import Way, make_batch, pair_logps
 from dpo_cli.models.reference import AdapterOffReference
 from dpo_cli.theory.losses import LOSSES, LogRatios, PairLogps, loss_dials, sft_loss
 
@@ -174,7 +174,7 @@ def ours(trl_python: str, policy: Any, pairs: list[PreferencePair], tiny_tokeniz
     losses: dict[str, list[Tensor]] = {name: [] for name in names}
     logps: tuple[list[PairLogps], list[PairLogps]] = ([], [])
     for start in range(0, len(tokenized), BATCH):
-        batch = make_batch(tokenized[start : start + BATCH], torch.device("cpu"))
+        batch = make_batch(tokenized[start : start + BATCH], torch.device("cpu"), Way.SEGMENTS)
         mine, reference = pair_logps(policy, batch), AdapterOffReference(policy).logps(batch)
         logps[0].append(mine.detach())
         logps[1].append(reference)

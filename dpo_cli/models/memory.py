@@ -1,0 +1,112 @@
+"""How many tokens one forward and backward pass can hold: measured on two sizes, not guessed from a formula.
+
+What a pass keeps for its backward pass grows in proportion to its tokens. Two rows of unlike length give the slope
+and what there is besides; the memory that is free gives the rest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_cli.console.text import significant
+from dpo_cli.data.batches import longest_side, packed_tokens
+from dpo_cli.data.tokens import TokenizedPair
+from dpo_cli.models.logps import Way, make_batch, pair_logps
+
+# Beyond these a longer row is no faster, only larger.
+ENOUGH_TOKENS = {"cpu": 1536, "mps": 4096, "cuda": 16384}
+TRAINING_BYTES = 12  # of a weight that trains: its gradient and two moments of AdamW, in float32
+SHARE = 0.6  # of the free memory that a pass may take: the backward pass and other programs want some, too
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tokens for one forward and backward pass, and where the number comes from."""
+
+    tokens: int
+    fits: int  # how many would fit into memory
+    bytes_per_token: float
+    free_bytes: int
+
+    def __str__(self) -> str:
+        each = f"{significant(self.bytes_per_token / 2**20)} MiB a token"
+        if self.tokens < self.fits:
+            return f"cut at {self.tokens:,} tokens: longer rows are no faster; {each}, measured"
+        return f"cut at {self.tokens:,} tokens: {each}, {significant(self.free_bytes / 2**30)} GiB free, measured"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take: of the GPU, or of the machine and the container it runs in."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return min(_available_on_machine(), _left_in_container())
+
+
+def _available_on_machine() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return 4 * 2**30  # no such file outside Linux: a careful guess
+
+
+def _left_in_container() -> int:
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return int(Path(limit).read_text()) - int(Path(used).read_text())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return 2**62
+
+
+def kept_bytes(policy: Any, pairs: Sequence[TokenizedPair], device: torch.device, way: Way) -> int:
+    """Bytes that a forward pass on these pairs keeps for its backward pass, weights aside."""
+    weights = {weight.untyped_storage().data_ptr() for weight in policy.parameters()}
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logps = pair_logps(policy, make_batch(pairs, device, way))
+    del logps
+    return sum(storages.values())
+
+
+def measure_budget(policy: Any, pairs: Sequence[TokenizedPair], device: torch.device, way: Way) -> Budget:
+    """The token budget of a forward and backward pass, from what a short and a longer row of real pairs keep."""
+    (few, little), (many, much) = (
+        (packed_tokens(some), kept_bytes(policy, some, device, way)) for some in _two_sizes(pairs)
+    )
+    per_token = (much - little) / (many - few) if many > few and much > little else much / many
+    per_token *= 1.25  # the backward pass holds gradients beside what was kept, a layer's worth at a time
+    trainable = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
+    free = free_memory(device) - TRAINING_BYTES * trainable
+    fits = max(1, int(SHARE * free / per_token))
+    return Budget(min(ENOUGH_TOKENS[device.type], fits), fits, per_token, max(0, free))
+
+
+def _two_sizes(pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
+    """A row of some 100 tokens and one of some 300, of the shortest pairs at hand."""
+    rows: list[list[TokenizedPair]] = []
+    for wanted in (100, 300):
+        row: list[TokenizedPair] = []
+        for pair in sorted(pairs[:256], key=longest_side):
+            row.append(pair)
+            if packed_tokens(row) >= wanted:
+                break
+        rows.append(row)
+    return rows
