@@ -42,6 +42,8 @@ LOSS_DIALS = {
 }
 REFERENCE_NAMES = ("frozen", "adapter_off")
 ENGINE_NAMES = ("single",)
+CACHE_MODES = ("auto", "off")
+BATCHINGS = ("auto", "packed", "padded")
 RADAR_MODES = ("warn", "stop", "off")
 
 
@@ -245,9 +247,11 @@ class ReferenceConfig:
     """Which weights the policy is held to."""
 
     name: str = MISSING
+    cache: str = MISSING
 
     def __post_init__(self) -> None:
         _one_of("reference.name", self.name, REFERENCE_NAMES)
+        _one_of("reference.cache", self.cache, CACHE_MODES)
 
 
 @dataclass
@@ -256,6 +260,7 @@ class EngineConfig:
 
     name: str = MISSING
     gradient_checkpointing: bool = MISSING
+    compile: bool = MISSING
 
     def __post_init__(self) -> None:
         _one_of("engine.name", self.name, ENGINE_NAMES)
@@ -282,6 +287,7 @@ class RunConfig:
     seed: int = MISSING
     batch_size: int = MISSING
     micro_batch_size: Any = MISSING
+    batching: str = MISSING
     epochs: int = MISSING
     max_steps: Optional[int] = MISSING
     log_every: int = MISSING
@@ -308,6 +314,7 @@ class RunConfig:
         _at_least("seed", self.seed, 0)
         _at_least("batch_size", self.batch_size, 1)
         _check_micro_batch_size(self.micro_batch_size)
+        _one_of("batching", self.batching, BATCHINGS)
         _at_least("epochs", self.epochs, 1)
         _at_least("max_steps", self.max_steps, 1)
         for key in ("log_every", "eval_every", "save_every"):
@@ -339,6 +346,8 @@ class EvalConfig:
     samples: int = MISSING
     max_new_tokens: int = MISSING
     micro_batch_size: Any = MISSING
+    batching: str = MISSING
+    reference_cache: str = MISSING
     device: str = MISSING
     output_dir: Optional[str] = MISSING
 
@@ -352,6 +361,8 @@ class EvalConfig:
         _at_least("samples", self.samples, 0)
         _at_least("max_new_tokens", self.max_new_tokens, 1)
         _check_micro_batch_size(self.micro_batch_size)
+        _one_of("batching", self.batching, BATCHINGS)
+        _one_of("reference_cache", self.reference_cache, CACHE_MODES)
         allowed = self.name is None or (bool(self.name) and not set(self.name) & set("/\\\0") and self.name[0] != ".")
         _require(allowed, "name", self.name, "must be a plain folder name")
 

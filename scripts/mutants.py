@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES, METRICS = "dpo_cli/theory/losses.py", "dpo_cli/theory/metrics.py"
 LOGPS, HEAD, TOKENS = "dpo_cli/models/logps.py", "dpo_cli/models/head.py", "dpo_cli/data/tokens.py"
+ATTENTION, CACHE = "dpo_cli/models/attention.py", "dpo_cli/models/reference_cache.py"
 RUNNER, SCORES = "dpo_cli/training/runner.py", "dpo_cli/evaluation/scores.py"
 OF_LOSSES = "tests/test_losses.py tests/test_theorem.py"
 OF_RUNS = "tests/test_training.py tests/test_evaluate.py tests/test_preflight.py"
@@ -55,8 +56,39 @@ MUTANTS = [
            "tests/test_theory.py"),
     Mutant("mask shifted by one", LOGPS, "np.arange(len(prompt) - 1, end - 1)", "np.arange(len(prompt), end)",
            "tests/test_logps.py"),
-    Mutant("mean for sum", LOGPS, "    chosen, rejected = sums.split(batch.pairs)",
-           "    chosen, rejected = (sums / tokens).split(batch.pairs)", "tests/test_logps.py"),
+    Mutant("mask shifted by one in packed rows", LOGPS, "[[start + prompt - 1], end + np",
+           "[[start + prompt], end + np", "tests/test_packing.py"),
+    Mutant("mean for sum", LOGPS, "    sides = (sums[batch.chosen], sums[batch.rejected])",
+           "    sums = sums / batch.tokens\n    sides = (sums[batch.chosen], sums[batch.rejected])",
+           "tests/test_logps.py"),
+    Mutant("rejected positions go on behind chosen", LOGPS, "places.append(prompt + np.arange(len(response)))",
+           "places.append(end - start + np.arange(len(response)))", "tests/test_packing.py"),
+    Mutant("rejected does not see the prompt", ATTENTION, "torch.cat([prompt_keys, next(keys)], dim=2)",
+           "torch.cat([prompt_keys * (number == 0), next(keys)], dim=2)", "tests/test_packing.py"),
+    Mutant("a response sees what follows", ATTENTION, "(distance >= 0) & ", "(distance >= -1) & ",
+           "tests/test_packing.py"),
+    Mutant("the mask lets sisters see each other", ATTENTION, "& same_group & shared", "& same_group",
+           "tests/test_packing.py"),
+    Mutant("soft cap forgotten", ATTENTION, "scores = torch.tanh(scores / softcap) * softcap", "scores = scores",
+           "tests/test_packing.py"),
+    Mutant("the self-check takes any numbers", "dpo_cli/models/packing.py", "if not found.within(noise):", "if False:",
+           "tests/test_packing.py"),
+    Mutant("the self-check sees no leak", "dpo_cli/models/packing.py",
+           "if not leak.within(_Noise(noise.mean / 8, noise.largest / 8)):", "if False:", "tests/test_packing.py"),
+    Mutant("gradient of LoRA's A not scaled", "dpo_cli/models/lora_function.py",
+           "(g @ b.to(g.dtype)).mul_(ctx.scaling)", "(g @ b.to(g.dtype))", "tests/test_lora_function.py"),
+    Mutant("cached values of any length of response", TOKENS, "for ids in (self.prompt, self.chosen, self.rejected):",
+           "for ids in (self.prompt, self.chosen):", "tests/test_reference_cache.py"),
+    Mutant("damaged records are used", CACHE, 'records[_checks(records) == records["check"]]', "records[:]",
+           "tests/test_reference_cache.py"),
+    Mutant("another model's values are used", CACHE, "if at_hand is not None and known:", "if False:",
+           "tests/test_reference_cache.py"),
+    Mutant("the cache does not know the dtype", CACHE, "str(dtype), device.type", "device.type",
+           "tests/test_reference_cache.py"),
+    Mutant("the cache does not know the weights", CACHE, "{hashlib.sha256(content.data).hexdigest()}", "",
+           "tests/test_reference_cache.py"),
+    Mutant("a healthy step behind a bad one moves the weights", "dpo_cli/training/guard.py",
+           "torch.maximum(self._bad, bad)", "bad", "tests/test_guard.py"),
     Mutant("softmax part of the head's gradient lost", HEAD, ".exp_().neg_()", ".exp_().mul_(0.0)",
            "tests/test_logps.py"),
     Mutant("head in chunks drops the gradient", HEAD, "return (gradients * upstream[0][:, None])", "return (gradients)",
@@ -75,10 +107,10 @@ MUTANTS = [
            "cut = _shared(chosen, rejected) - len(ASSISTANT)", "tests/test_formats.py"),
     Mutant("reference not frozen", "dpo_cli/models/reference.py", "model.eval().requires_grad_(False)", "model.eval()",
            OF_RUNS),
-    Mutant("the policy is its own reference", RUNNER, "return FrozenReference(load_model(source, dtype, device))",
+    Mutant("the policy is its own reference", RUNNER, "return FrozenReference(model)",
            "return FrozenReference(policy)", OF_RUNS),
-    Mutant("adapter left on in the reference", "dpo_cli/models/reference.py", "torch.no_grad(), "
-           "self.policy.disable_adapter()", "torch.no_grad()", "tests/test_identities.py tests/test_training.py"),
+    Mutant("adapter left on in the reference", "dpo_cli/models/reference.py", "with self.policy.disable_adapter():",
+           "with torch.no_grad():", "tests/test_identities.py tests/test_training.py"),
     Mutant("reduction by micro-batch", RUNNER, "(losses.sum() / len(batch)).backward()", "losses.mean().backward()",
            OF_RUNS),
     Mutant("a short batch counts as a full one", RUNNER, "(losses.sum() / len(batch)).backward()",
@@ -102,8 +134,8 @@ MUTANTS = [
            "tests/test_training.py"),
     Mutant("named columns ignored", "dpo_cli/data/pairs.py", "to_pair(_renamed(row.value, config.columns))",
            "to_pair(row.value)", "tests/test_pairs.py"),
-    Mutant("chosen and rejected swapped in a batch", LOGPS, "for pair in pairs] + [(pair.prompt, pair.rejected)",
-           "for pair in pairs] + [(pair.prompt, pair.chosen)", "tests/test_logps.py"),
+    Mutant("chosen stands for rejected in a batch", LOGPS, "_place(one.responses, pair.rejected, apart)",
+           "_place(one.responses, pair.chosen, apart)", "tests/test_logps.py"),
 ]  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def trained(command: Callable[..., Ended], pairs_file: Path, tmp_path: Path) -> 
 
 @pytest.fixture
 def assembled(pairs_file: Path, tmp_path: Path) -> Callable[..., Any]:
-    """A run of the tiny model, put together and not yet begun."""
+    """A run of the tiny model, put together and not yet begun; its reference is asked in every step."""
     from dpo_cli.composition import composed, parse_overrides
     from dpo_cli.config import RunConfig, run_config
     from dpo_cli.console.reporter import Reporter
@@ -112,7 +112,7 @@ def assembled(pairs_file: Path, tmp_path: Path) -> Callable[..., Any]:
     from dpo_cli.training.runner import put_together
 
     def run(*words: str) -> Any:
-        everything = [*tiny_words(pairs_file, tmp_path / "assembled"), *words]
+        everything = [*tiny_words(pairs_file, tmp_path / "assembled"), "reference.cache=off", *words]
         config = run_config(composed("train", parse_overrides(everything), RunConfig).container)
         directory = RunDirectory(tmp_path / "assembled")
         directory.create()

@@ -10,7 +10,7 @@ import torch
 from conftest import Ended, records, tiny_words
 
 from dpo_cli.errors import CheckpointError
-from dpo_cli.models.logps import Batch, make_batch, pair_logps
+from dpo_cli.models.logps import Batch, Way, make_batch, pair_logps
 from dpo_cli.models.reference import FrozenReference
 from dpo_cli.theory.losses import PairLogps
 from dpo_cli.training import preflight as module
@@ -36,13 +36,13 @@ def subject_of(run: Any) -> PreflightSubject:
     pairs, texts = choose_pairs(run.data.train, run.data.train_texts)
     return PreflightSubject(
         run.policy, run.reference, run.objective, run.config.beta, run.encoder, pairs, texts, run.device,
-        run.dtype.value, at_start=True,
+        run.batching.way, run.dtype.value, at_start=True,
     )  # fmt: skip
 
 
 def logps(subject: PreflightSubject) -> PairLogps:
     with torch.no_grad():
-        return pair_logps(subject.policy, make_batch(subject.pairs[:4], subject.device))
+        return pair_logps(subject.policy, make_batch(subject.pairs[:4], subject.device, subject.way))
 
 
 @pytest.mark.parametrize(
@@ -87,14 +87,14 @@ def test_a_reference_that_is_the_policy_is_refused(assembled: Assembled) -> None
     subject = subject_of(assembled())
     same = FrozenReference(subject.policy.get_base_model())
     with pytest.raises(CheckpointError, match=r"policy and reference share \d+ weights"):
-        check_distinct(replace(subject, reference=same))
+        check_distinct(subject.policy, same)
 
 
 def test_a_reference_that_is_not_frozen_is_refused(assembled: Assembled) -> None:
     subject = subject_of(assembled())
     subject.reference.model.requires_grad_(True)  # type: ignore[attr-defined]
     with pytest.raises(CheckpointError, match="weights of the reference take a gradient"):
-        check_distinct(subject)
+        check_distinct(subject.policy, subject.reference)
 
 
 def test_a_reference_of_other_weights_is_refused_with_the_size_of_the_gap(assembled: Assembled) -> None:
@@ -165,8 +165,8 @@ def test_a_closing_token_that_is_not_scored_is_named(assembled: Assembled, monke
     subject = subject_of(assembled())
     check_closing(subject, subject.pairs[:4])
 
-    def without_closing(pairs: Any, device: torch.device) -> Batch:
-        return make_batch([replace(one, chosen=one.chosen[:-1]) for one in pairs], device)
+    def without_closing(pairs: Any, device: torch.device, way: Way) -> Batch:
+        return make_batch([replace(one, chosen=one.chosen[:-1]) for one in pairs], device, way)
 
     monkeypatch.setattr(module, "make_batch", without_closing)
     with pytest.raises(CheckpointError, match=r"the closing EOS of row \d+ is not scored"):

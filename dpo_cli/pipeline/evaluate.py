@@ -11,6 +11,7 @@ import torch
 from dpo_cli.config import EvalConfig, ModelConfig, RunConfig, data_config, read_config, to_container
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
+from dpo_cli.data.batches import Cut, by_size
 from dpo_cli.data.pairs import PairData, check_sources, load_pairs
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import CheckpointError, ConfigError
@@ -28,12 +29,23 @@ from dpo_cli.models.loading import (
     load_model,
     load_tokenizer,
 )
+from dpo_cli.models.logps import Batching, Way
+from dpo_cli.models.memory import ENOUGH_TOKENS
+from dpo_cli.models.packing import choose_way
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
+from dpo_cli.models.reference_cache import (
+    CachedReference,
+    Progress,
+    ReferenceCache,
+    cache_path,
+    complete,
+    weights_key,
+)
 from dpo_cli.theory.losses import Objective, make_objective
 from dpo_cli.theory.statistics import Estimate
 from dpo_cli.training.checkpoint import newest_valid, validate
 from dpo_cli.training.run_directory import RunDirectory
-from dpo_cli.training.runner import choose_cut
+from dpo_cli.training.runner import cut_by_tokens
 from dpo_cli.training.signals import StopSignals
 
 DEFAULT_BETA = 0.1
@@ -148,12 +160,16 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         encoder = PairEncoder(load_tokenizer(source), data_dials.template)
         seed = subject.run.seed if subject.run else 0
         data = load_pairs(data_dials, encoder, seed, held_out_only=True, poll=signals.poll)
-        policy, reference = _load(subject, source, dtype.value, device.value)
+        base = load_model(source, dtype.value, device.value)
+        way = _way(config, subject, base, data, device.value)
+        key = weights_key(base, dtype.value, device.value, way) if config.reference_cache == "auto" else None
+        policy, reference = _load(subject, base, dtype.value, device.value)
         _show_header(reporter, subject, source, device, dtype, data, data_dials.max_length, beta)
         started = time.monotonic()
+        batching = Batching(device.value, way, _cut(config, device.value, way))
+        known = _known(key, data, batching, dtype.value, reference, reporter, signals) if key else reference
         reporter.start("pair", len(data.held_out))
-        cut = choose_cut(config.micro_batch_size, device.value)
-        scores = score_pairs(policy, reference, data.held_out, cut, device.value, signals.poll, reporter.advance)
+        scores = score_pairs(policy, known, data.held_out, batching, signals.poll, reporter.advance)
         reporter.stop()
         seconds = time.monotonic() - started
         estimates = summarize(scores, objective, beta)
@@ -167,6 +183,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
             "loss_name": subject.run.loss.name if subject.run else "sigmoid",
             "device": str(device.value),
             "dtype": str(dtype.value).removeprefix("torch."),
+            "way": way.value,
             "pairs_per_second": len(data.held_out) / seconds,
             "seconds": seconds,
         }
@@ -221,8 +238,50 @@ def _dtype(subject: Subject, device: torch.device) -> Decision:
     return choose_dtype(subject.base.dtype, device, lora=True)
 
 
-def _load(subject: Subject, source: ModelSource, dtype: torch.dtype, device: torch.device) -> tuple[Any, Reference]:
-    base = load_model(source, dtype, device)
+def _way(config: EvalConfig, subject: Subject, base: Any, data: PairData, device: torch.device) -> Way:
+    """The way the run made its batches, so that the numbers are the run's own; else chosen anew."""
+    facts = subject.directory.read_manifest() if subject.directory else {}
+    recorded = facts.get("batches")
+    way = recorded.get("way") if isinstance(recorded, dict) else None
+    if (
+        config.batching == "auto"
+        and isinstance(way, str)
+        and way in [*Way]
+        and facts.get("device", "").split(":")[0] == device.type
+    ):
+        return Way(way)
+    chosen: Way = choose_way(config.batching, base, data.held_out, device).value
+    return chosen
+
+
+def _cut(config: EvalConfig, device: torch.device, way: Way) -> Cut:
+    if config.micro_batch_size != "auto":
+        return by_size(int(config.micro_batch_size))
+    return cut_by_tokens(ENOUGH_TOKENS[device.type], way)
+
+
+def _known(
+    key: str,
+    data: PairData,
+    batching: Batching,
+    dtype: torch.dtype,
+    reference: Reference,
+    reporter: Reporter,
+    signals: StopSignals,
+) -> Reference:
+    """The reference's log-probs, read from disk where a training run or an earlier evaluation has left them."""
+    cache = ReferenceCache(cache_path(key))
+    progress = Progress(lambda pairs: reporter.start("reference", pairs), reporter.advance, reporter.warn, signals.poll)
+    computed = complete(cache, data.held_out, batching, dtype, lambda: reference, reference, progress)
+    reporter.stop()
+    there = len(data.held_out) - computed
+    reporter.say(f"reference log-probs: {there:,} of {len(data.held_out):,} were in {cache.path}")
+    if cache.trouble:
+        reporter.warn(cache.trouble)
+    return CachedReference(cache)
+
+
+def _load(subject: Subject, base: Any, dtype: torch.dtype, device: torch.device) -> tuple[Any, Reference]:
     if subject.is_adapter:
         # The base under the adapter is the reference: the same weights need not be loaded twice.
         policy = load_adapter(base, subject.weights).eval()

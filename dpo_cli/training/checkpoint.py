@@ -39,6 +39,8 @@ class TrainingState:
     records: int  # lines of metrics.jsonl so far
     data_fingerprint: str
     dtype: str
+    way: str  # in which batches are made, and
+    token_budget: int | None  # by which they are cut: measured when the run began, kept to its end
     alarms_sounded: list[str]  # by the radar: each is said once a run
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from dpo_cli.config import RunConfig
 from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.models.loading import parameter_counts
+from dpo_cli.models.logps import Way
 from dpo_cli.training.run import Run
 
 SHOWN_TOKENS = 160  # of a long prompt, its end is what matters
@@ -43,7 +44,7 @@ def _optimizer_in_words(config: RunConfig) -> str:
     return f"{dials.name}, lr {significant(dials.lr)} {dials.schedule}, {warmup}, {clip}"
 
 
-def show_header(run: Run, cut: str) -> None:
+def show_header(run: Run, cut: str, reference: str) -> None:
     """Print the header: one fact a line, then one pair as the model sees it."""
     config, encoder, data, reporter = run.config, run.encoder, run.data, run.reporter
     closing = encoder.tokenizer.decode([encoder.closing])
@@ -52,6 +53,7 @@ def show_header(run: Run, cut: str) -> None:
         ("model", f"{safe_text(run.source.name)} ({run.source.origin})"),
         ("policy", policy_in_words(config, run.policy)),
         ("reference", reference_in_words(config)),
+        ("", reference),
         ("device", f"{run.device}: {run.device_reason}"),
         ("dtype", f"{dtype_name}: {run.dtype.reason}" + ("; adapters float32" if config.lora.enabled else "")),
         ("objective", f"{config.loss.name} loss, beta {significant(config.beta)}"),
@@ -69,7 +71,10 @@ def show_header(run: Run, cut: str) -> None:
             rows.append(("", f"{plural(number, 'response')} {words}"))
     epochs = run.total_steps / run.schedule.steps_per_epoch
     size = f"{plural(run.total_steps, 'step')} of {plural(config.batch_size, 'pair')}"
-    rows.append(("steps", f"{size}, {significant(epochs)} epochs; {cut}"))
+    rows.append(("steps", f"{size}, {significant(epochs)} epochs"))
+    layout = "padded rows" if run.batching.way is Way.PADDED else "packed, every prompt once"
+    rows.append(("batches", f"{layout}: {run.batching_reason}"))
+    rows.append(("", cut))
     rows.append(("run", safe_text(run.directory.path)))
     if config.model.trust_remote_code:
         reporter.say("model.trust_remote_code=true: Python of the model's authors runs on this machine", style="red")

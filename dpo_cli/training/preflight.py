@@ -4,10 +4,7 @@ Each check is an identity of the mathematics. It fails with the cause and the re
 hold the run says so in one line. Policy and generators are left as they were found.
 """
 
-import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,31 +15,12 @@ from dpo_cli.console.text import safe_text
 from dpo_cli.data.pairs import TextPair
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.errors import CheckpointError
-from dpo_cli.models.logps import causal_model, make_batch, pair_logps
+from dpo_cli.models.loading import undisturbed
+from dpo_cli.models.logps import TOLERANCES, Batch, Way, causal_model, make_batch, pair_logps, plain_attention
 from dpo_cli.models.reference import FrozenReference, Reference
 from dpo_cli.theory.losses import LogRatios, Objective, PairLogps
 
 PAIRS_A_BATCH = 4
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far two ways of computing one log-prob may differ, in nats a response."""
-
-    fixed: float
-    per_token: float
-
-    def of(self, tokens: int) -> float:
-        """For a response of that many tokens: roundings add up like a random walk."""
-        return self.fixed + self.per_token * math.sqrt(tokens)
-
-
-# bfloat16 keeps 8 bits: a logit of 20 is rounded by up to 0.06.
-TOLERANCES = {
-    torch.float32: Tolerance(1e-3, 1e-3),
-    torch.bfloat16: Tolerance(0.1, 0.1),
-    torch.float16: Tolerance(0.02, 0.02),
-}
 
 
 @dataclass(frozen=True)
@@ -57,6 +35,7 @@ class PreflightSubject:
     pairs: list[TokenizedPair]  # two batches of real pairs
     texts: list[TextPair]  # their texts, in the same order
     device: torch.device
+    way: Way
     dtype: torch.dtype
     at_start: bool  # false for a resumed run, whose policy has moved
 
@@ -65,8 +44,8 @@ def preflight(subject: PreflightSubject) -> str:
     """Run every check; the line that says all hold. CheckpointError names the cause and the remedy."""
     started = time.perf_counter()
     first, second = subject.pairs[:PAIRS_A_BATCH], subject.pairs[PAIRS_A_BATCH : 2 * PAIRS_A_BATCH]
-    with _undisturbed(subject.policy):
-        check_distinct(subject)
+    with undisturbed(subject.policy):
+        check_distinct(subject.policy, subject.reference)
         together = _logps(subject, first)
         check_finite(together, subject.dtype)
         said = []
@@ -92,26 +71,13 @@ def choose_pairs(train: list[TokenizedPair], texts: list[TextPair]) -> tuple[lis
     return [train[place] for place in places], [texts[place] for place in places]
 
 
-@contextmanager
-def _undisturbed(policy: Any) -> Iterator[None]:
-    """Dropout off within; mode, gradients and random generators as before after it."""
-    training = policy.training
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    state = torch.get_rng_state()
-    policy.eval()
-    try:
-        yield
-    finally:
-        policy.train(training)
-        policy.zero_grad(set_to_none=True)
-        torch.set_rng_state(state)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+def _batch(subject: PreflightSubject, pairs: list[TokenizedPair]) -> Batch:
+    return make_batch(pairs, subject.device, subject.way)
 
 
 def _logps(subject: PreflightSubject, pairs: list[TokenizedPair]) -> PairLogps:
     with torch.no_grad():
-        return pair_logps(subject.policy, make_batch(pairs, subject.device))
+        return pair_logps(subject.policy, _batch(subject, pairs))
 
 
 def _both(logps: PairLogps) -> Tensor:
@@ -119,19 +85,19 @@ def _both(logps: PairLogps) -> Tensor:
     return torch.stack([logps.chosen, logps.rejected])
 
 
-def check_distinct(subject: PreflightSubject) -> None:
+def check_distinct(policy: Any, reference: Reference) -> None:
     """Policy and reference share no memory, and no weight of the reference takes a gradient."""
-    if not isinstance(subject.reference, FrozenReference):
+    if not isinstance(reference, FrozenReference):
         return
-    reference = subject.reference.model
-    ours = {weight.data_ptr() for weight in subject.policy.parameters()}
-    shared = [name for name, weight in reference.named_parameters() if weight.data_ptr() in ours]
+    model = reference.model
+    ours = {weight.data_ptr() for weight in policy.parameters()}
+    shared = [name for name, weight in model.named_parameters() if weight.data_ptr() in ours]
     if shared:
         raise CheckpointError(
             f"preflight: policy and reference share {len(shared)} weights ({safe_text(shared[0])} first): "
             "training would move both; the reference must be loaded a second time"
         )
-    trains = [name for name, weight in reference.named_parameters() if weight.requires_grad]
+    trains = [name for name, weight in model.named_parameters() if weight.requires_grad]
     if trains:
         raise CheckpointError(
             f"preflight: {len(trains)} weights of the reference take a gradient ({safe_text(trains[0])} first): "
@@ -161,7 +127,7 @@ def check_start(
     worst, loss = 0.0, 0.0
     for batch in batches:
         policy = together if batch is batches[0] else _logps(subject, batch)
-        reference = subject.reference.logps(make_batch(batch, subject.device))
+        reference = subject.reference.logps(_batch(subject, batch))
         gap = float((_both(policy) - _both(reference)).abs().max())
         tokens = int(torch.stack([policy.chosen_tokens, policy.rejected_tokens]).max())
         if not gap <= TOLERANCES[subject.dtype].of(tokens):
@@ -188,7 +154,7 @@ def check_gradients(subject: PreflightSubject, pairs: list[TokenizedPair]) -> st
             f"preflight: {len(strangers)} weights of the base train beside the adapters ({safe_text(strangers[0])} "
             "first): the reference would no longer be where the policy began"
         )
-    layout = make_batch(pairs, subject.device)
+    layout = _batch(subject, pairs)
     reference = subject.reference.logps(layout)
     policy = pair_logps(subject.policy, layout)
     losses = subject.objective(policy, LogRatios.between(policy, reference))
@@ -212,7 +178,8 @@ def check_gradients(subject: PreflightSubject, pairs: list[TokenizedPair]) -> st
 
 def _sequence_logp(model: Any, ids: Tensor, start: int) -> Tensor:
     """log p(ids[start:] | ids[:start]) by the definition: full logits of one sequence, shifted by one."""
-    logits = causal_model(model)(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+    with plain_attention(model):
+        logits = causal_model(model)(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
     each = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
     return each[start - 1 :].sum()
 

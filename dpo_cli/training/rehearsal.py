@@ -8,7 +8,7 @@ import torch
 from dpo_cli.console.text import duration, plural, significant
 from dpo_cli.data.batches import longest_side
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.models.logps import make_batch, pair_logps
+from dpo_cli.models.logps import pair_logps
 from dpo_cli.theory.losses import LogRatios
 from dpo_cli.training.run import Run, peak_memory_gib
 
@@ -57,9 +57,8 @@ def _lengths(pairs: list[TokenizedPair]) -> list[tuple[str, list[int]]]:
 
 
 def _forward_backward(run: Run, batch: list[TokenizedPair]) -> None:
-    for piece in run.cut(batch):
+    for layout in run.batching.batches(batch):
         run.poll()
-        layout = make_batch(piece, run.device)
         reference = run.reference.logps(layout)
         policy = pair_logps(run.policy, layout)
         (run.objective(policy, LogRatios.between(policy, reference)).sum() / len(batch)).backward()

@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dpo_cli.config import OptimizerConfig, RunConfig, read_config
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural, safe_text, significant
-from dpo_cli.data.batches import Cut, Schedule, by_size, by_tokens
+from dpo_cli.data.batches import Cut, Schedule, by_packed_tokens, by_padded_tokens, by_size, packed_tokens
 from dpo_cli.data.pairs import check_sources, load_pairs
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.errors import CheckpointError, ConfigError, DivergedError, StoppedError, StorageError
@@ -35,12 +35,24 @@ from dpo_cli.models.loading import (
     attach_lora,
     choose_device,
     choose_dtype,
+    compile_layers,
     find_model,
     load_model,
     load_tokenizer,
+    undisturbed,
 )
-from dpo_cli.models.logps import make_batch, pair_logps
-from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
+from dpo_cli.models.logps import Batching, Way, causal_model, pair_logps
+from dpo_cli.models.memory import Budget, measure_budget
+from dpo_cli.models.packing import choose_way
+from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference, UnmovedPolicy
+from dpo_cli.models.reference_cache import (
+    CachedReference,
+    Progress,
+    ReferenceCache,
+    cache_path,
+    complete,
+    weights_key,
+)
 from dpo_cli.theory.losses import LogRatios, make_objective
 from dpo_cli.theory.metrics import MeanOverPairs, pair_metrics
 from dpo_cli.theory.schedules import lr_factor
@@ -54,9 +66,10 @@ from dpo_cli.training.checkpoint import (
     set_aside_newer,
     set_rng_states,
 )
+from dpo_cli.training.guard import NonFiniteGuard
 from dpo_cli.training.header import show_header
 from dpo_cli.training.model_card import model_card
-from dpo_cli.training.preflight import PreflightSubject, choose_pairs, preflight
+from dpo_cli.training.preflight import PreflightSubject, check_distinct, choose_pairs, preflight
 from dpo_cli.training.radar import Radar
 from dpo_cli.training.rehearsal import rehearse
 from dpo_cli.training.run import Run, Window, give_memory_back, peak_memory_gib
@@ -64,22 +77,20 @@ from dpo_cli.training.run_directory import RunDirectory, config_changes, default
 from dpo_cli.training.signals import StopSignals
 from dpo_cli.training.verdict import History, Verdict, judge
 
-OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], OptimizerConfig], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], OptimizerConfig], torch.optim.Optimizer]] = {
     "adamw": lambda weights, dials: torch.optim.AdamW(
         weights,
         lr=dials.lr,
         betas=(dials.betas[0], dials.betas[1]),
         eps=dials.eps,
         weight_decay=dials.weight_decay,
+        fused=weights[0].device.type == "cuda",
     ),
     "rmsprop": lambda weights, dials: torch.optim.RMSprop(
         weights, lr=dials.lr, eps=dials.eps, weight_decay=dials.weight_decay
     ),
     "sgd": lambda weights, dials: torch.optim.SGD(weights, lr=dials.lr, weight_decay=dials.weight_decay),
 }
-
-# Padded tokens of one forward pass under micro_batch_size=auto.
-AUTO_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
 
 
 def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
@@ -108,6 +119,7 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
         reporter.warn(f"passed over a checkpoint: {reason}")
     with StopSignals(reporter.warn) as signals:
         run = put_together(config, directory, reporter, signals.poll, checkpoint)
+        complete_reference(run)
         reporter.say(preflight_of(run))
         if config.dry_run:
             rehearse(run)
@@ -162,14 +174,31 @@ def put_together(
     torch.manual_seed(config.seed)
     policy = load_model(source, dtype.value, device.value)
     _check_vocabulary(policy, encoder, data.train)
+    if state is None:
+        way = choose_way(config.batching, policy, data.train, device.value)
+    else:
+        way = Decision(Way(state.way), "as the run began")
+    # A dry run writes nothing, so it asks the reference in every step.
+    cached = config.reference.cache == "auto" and not config.dry_run
+    key = weights_key(policy, dtype.value, device.value, way.value, config.engine.compile) if cached else None
     if config.lora.enabled:
         policy = attach_lora(policy, config.lora, source)
     else:
         policy.requires_grad_(True)
     if config.engine.gradient_checkpointing:
         policy.activation_checkpointing_enable()
+    if config.engine.compile:
+        compile_layers(causal_model(policy))
     policy.train()
     schedule = Schedule(len(data.train), config.batch_size, config.seed, config.data.shuffle)
+    if key is not None:
+        reference: Reference = CachedReference(ReferenceCache(cache_path(key)))
+    else:
+        reference = _reference(config, policy, source, dtype.value, device.value)
+    cut, budget, cut_words = _choose_cut(config, policy, data.train, device.value, way.value, state, reporter)
+    optimizer = OPTIMIZERS[config.optimizer.name](
+        [parameter for parameter in policy.parameters() if parameter.requires_grad], config.optimizer
+    )
     run = Run(
         config=config,
         directory=directory,
@@ -182,22 +211,18 @@ def put_together(
         encoder=encoder,
         data=data,
         policy=policy,
-        reference=_reference(config, policy, source, dtype.value, device.value),
-        optimizer=OPTIMIZERS[config.optimizer.name](
-            [parameter for parameter in policy.parameters() if parameter.requires_grad], config.optimizer
-        ),
+        reference=reference,
+        optimizer=optimizer,
+        guard=NonFiniteGuard.of(optimizer, device.value),
         objective=make_objective(config.loss.name, config.beta, config.loss.sft_weight, **config.loss.dials()),
-        cut=choose_cut(config.micro_batch_size, device.value),
+        batching=Batching(device.value, way.value, cut),
+        batching_reason=way.reason,
+        token_budget=budget,
         schedule=schedule,
         total_steps=schedule.total_steps(config.epochs, config.max_steps),
         radar=Radar(config.beta, config.radar, config.loss.name),
     )
-    cut = (
-        f"cut at {AUTO_TOKENS[device.value.type]:,} padded tokens"
-        if config.micro_batch_size == "auto"
-        else f"{plural(config.micro_batch_size, 'pair')} a forward pass"
-    )
-    show_header(run, cut)
+    show_header(run, cut_words, reference_of(run))
     if checkpoint is not None and state is not None:
         _resume(run, checkpoint, state)
     return run
@@ -208,14 +233,107 @@ def _reference(
 ) -> Reference:
     if config.reference.name == "adapter_off":
         return AdapterOffReference(policy)
-    return FrozenReference(load_model(source, dtype, device))
+    model = load_model(source, dtype, device)
+    if config.engine.compile:  # as the policy: one code path, or margins would not start at 0
+        compile_layers(model)
+    return FrozenReference(model)
 
 
-def choose_cut(micro_batch_size: int | str, device: torch.device) -> Cut:
-    """How a batch is cut into forward passes."""
-    if micro_batch_size == "auto":
-        return by_tokens(AUTO_TOKENS[device.type])
-    return by_size(int(micro_batch_size))
+def _choose_cut(
+    config: RunConfig,
+    policy: Any,
+    pairs: list[TokenizedPair],
+    device: torch.device,
+    way: Way,
+    state: TrainingState | None,
+    reporter: Reporter,
+) -> tuple[Cut, int | None, str]:
+    """How a batch is cut into forward passes, the token budget if there is one, and both in words."""
+    if config.micro_batch_size != "auto":
+        size = int(config.micro_batch_size)
+        return by_size(size), None, f"{plural(size, 'pair')} a forward pass"
+    if state is not None and state.token_budget is not None:
+        tokens, words = state.token_budget, f"cut at {state.token_budget:,} tokens, as the run began"
+    else:
+        with undisturbed(policy):
+            policy.train()
+            budget = measure_budget(policy, pairs, device, way)
+        tokens, words = budget.tokens, str(budget)
+        _warn_of_long_pairs(pairs, budget, reporter)
+    return cut_by_tokens(tokens, way), tokens, words
+
+
+def cut_by_tokens(tokens: int, way: Way) -> Cut:
+    """Cut a batch by a token budget, counted as the way lays tokens out."""
+    return by_padded_tokens(tokens) if way is Way.PADDED else by_packed_tokens(tokens)
+
+
+def _warn_of_long_pairs(pairs: list[TokenizedPair], budget: Budget, reporter: Reporter) -> None:
+    longest = max(packed_tokens([pair]) for pair in pairs)
+    if longest > budget.fits:
+        reporter.warn(
+            f"the longest pair has {longest:,} tokens, and the memory that is free holds some {budget.fits:,}: it may "
+            "not fit; engine.gradient_checkpointing=true or a smaller data.max_length need less"
+        )
+
+
+def needed_pairs(run: Run) -> list[TokenizedPair]:
+    """Every pair whose reference log-probs this run will ask for, in the order of the data."""
+    train = run.data.train
+    if run.total_steps >= run.schedule.steps_per_epoch:
+        seen = list(train)
+    else:
+        places = {int(place) for batch in run.schedule.batches(0, run.total_steps) for place in batch}
+        first, _ = choose_pairs(train, run.data.train_texts)
+        seen = [train[place] for place in sorted(places)] + first
+    return list({pair.token_key: pair for pair in seen + run.data.held_out}.values())
+
+
+def reference_of(run: Run) -> str:
+    """In words, where the reference's log-probs come from."""
+    if not isinstance(run.reference, CachedReference):
+        return "its log-probs are computed in every step"
+    cache, needed = run.reference.cache, needed_pairs(run)
+    lacking = len(cache.missing(needed))
+    there = f"{len(needed) - lacking:,} of {len(needed):,} log-probs are in {cache.path} ({cache.size_in_words})"
+    return f"not loaded: {there}" if lacking == 0 else there
+
+
+def complete_reference(run: Run) -> None:
+    """Compute the reference's log-probs that are not in the cache yet; what was loaded for it is freed."""
+    if not isinstance(run.reference, CachedReference):
+        return
+    cache, config, reporter = run.reference.cache, run.config, run.reporter
+    if cache.damaged:
+        reporter.warn(f"{cache.path}: {plural(cache.damaged, 'record')} torn or damaged, computed anew")
+    at_hand: Reference | None = None
+    if config.lora.enabled:
+        at_hand = AdapterOffReference(run.policy)
+    elif run.step == 0:
+        at_hand = UnmovedPolicy(run.policy)
+
+    def load() -> Reference:
+        reference = _reference(config, run.policy, run.source, run.dtype.value, run.device)
+        check_distinct(run.policy, reference)
+        return reference
+
+    started = time.perf_counter()
+    computed = complete(
+        cache,
+        needed_pairs(run),
+        run.batching,
+        run.dtype.value,
+        load,
+        at_hand,
+        Progress(lambda pairs: reporter.start("reference", pairs), reporter.advance, reporter.warn, run.poll),
+    )
+    if computed:
+        reporter.stop()
+        seconds = time.perf_counter() - started
+        reporter.say(f"reference log-probs of {plural(computed, 'pair')} computed in {duration(seconds)}")
+    if cache.trouble:
+        reporter.warn(cache.trouble)
+    give_memory_back(run.device)
 
 
 def _check_vocabulary(model: Any, encoder: PairEncoder, pairs: list[TokenizedPair]) -> None:
@@ -252,6 +370,7 @@ def preflight_of(run: Run) -> str:
             pairs=pairs,
             texts=texts,
             device=run.device,
+            way=run.batching.way,
             dtype=run.dtype.value,
             at_start=run.step == 0,
         )
@@ -265,6 +384,7 @@ def _manifest(run: Run) -> dict[str, Any]:
         "device": str(run.device),
         "dtype": str(run.dtype.value).removeprefix("torch."),
         "model": {"name": run.source.name, "path": run.source.path, "origin": run.source.origin},
+        "batches": {"way": run.batching.way.value, "token_budget": run.token_budget},
         "template": {"kind": run.encoder.kind, "closing_token": run.encoder.closing},
         "data_fingerprint": run.data.fingerprint,
         "data": {name.replace(" ", "_"): report.as_dict() for name, report in run.data.reports()},
@@ -289,7 +409,7 @@ def train_to_end(run: Run) -> None:
             rng = rng_states()
             run.reporter.advance()
             last = run.step == run.total_steps
-            if _due(run.step, config.log_every) or last:
+            if _is_logged(run):
                 log_train(run)
             if _due(run.step, config.eval_every) and not last:
                 log_eval(run)
@@ -316,9 +436,8 @@ def train_step(run: Run, batch: list[TokenizedPair]) -> None:
     for group in run.optimizer.param_groups:
         group["lr"] = config.optimizer.lr * factor
     metrics, tokens, moved = MeanOverPairs(), 0, []
-    for piece in run.cut(batch):
+    for layout in run.batching.batches(batch):
         run.poll()
-        layout = make_batch(piece, run.device)
         reference_logps = run.reference.logps(layout)
         policy_logps = pair_logps(run.policy, layout)
         ratios = LogRatios.between(policy_logps, reference_logps)
@@ -329,43 +448,36 @@ def train_step(run: Run, batch: list[TokenizedPair]) -> None:
         moved.append(ratios.detach())
         tokens += layout.real_tokens
     grad_norm = nn.utils.clip_grad_norm_(run.trainable, config.max_grad_norm)
-    _stop_if_not_finite(run, batch, metrics, grad_norm)
+    run.guard.before_update(run.step + 1, batch, metrics.sum_of("loss"), grad_norm)
     if run.step == 0:
         write_record(run, "train", metrics.means(), lr=0.0)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    give_memory_back(run.device)
     run.step += 1
+    if run.device.type == "cuda" and _is_logged(run):
+        torch.cuda.synchronize(run.device)  # the clock stops when the work is done, not when it is queued
     elapsed = time.perf_counter() - started
     for ratios in moved:
         run.radar.add(ratios)
     run.window.metrics.merge(metrics)
-    run.window.grad_norm = float(grad_norm)
+    run.window.grad_norm = grad_norm
     run.window.tokens += tokens
     run.window.seconds += elapsed
     run.seconds += elapsed
-
-
-def _stop_if_not_finite(run: Run, batch: list[TokenizedPair], metrics: MeanOverPairs, grad_norm: Tensor) -> None:
-    """DivergedError before the optimizer has touched a weight."""
-    loss = metrics.means()["loss"]
-    if torch.isfinite(grad_norm) and loss - loss == 0:
-        return
-    run.optimizer.zero_grad(set_to_none=True)
-    rows = ", ".join(str(pair.index) for pair in batch[:8])
-    raise DivergedError(
-        f"step {run.step + 1}: loss {loss:g}, gradient norm {float(grad_norm):g}, on rows {rows} of the data; the "
-        f"weights were not touched. Usual remedies: a smaller optimizer.lr (now {run.config.optimizer.lr:g}), "
-        "model.dtype=float32"
-    )
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def _is_logged(run: Run) -> bool:
+    """Whether the step just done ends with a line in metrics.jsonl."""
+    return _due(run.step, run.config.log_every) or run.step == run.total_steps
+
+
 def log_train(run: Run) -> None:
     """Log the mean over the pairs since the last logged step, sound new alarms, and begin a new window."""
+    run.guard.look()
     window = run.window
     drift = run.radar.drift()
     alarms = run.radar.alarms(drift)
@@ -373,7 +485,7 @@ def log_train(run: Run) -> None:
         run,
         "train",
         window.metrics.means(),
-        grad_norm=window.grad_norm,
+        grad_norm=float(window.grad_norm),
         lr=run.optimizer.param_groups[0]["lr"],
         pairs_per_second=window.metrics.pairs / window.seconds,
         tokens_per_second=window.tokens / window.seconds,
@@ -395,7 +507,7 @@ def log_eval(run: Run) -> dict[str, float] | None:
     """Log the mean over all held-out pairs; None where none are held out."""
     if not run.data.held_out:
         return None
-    scores = score_pairs(run.policy, run.reference, run.data.held_out, run.cut, run.device, run.poll)
+    scores = score_pairs(run.policy, run.reference, run.data.held_out, run.batching, run.poll)
     metrics = MeanOverPairs()
     metrics.add(
         pair_metrics(scores.policy, scores.ratios, run.objective(scores.policy, scores.ratios), run.config.beta)
@@ -425,6 +537,7 @@ def write_record(run: Run, split: str, means: dict[str, float], **more: Any) -> 
 
 def save(run: Run, rng: dict[str, Tensor] | None = None) -> Path:
     """Write a checkpoint of the run as it stands after its last complete step."""
+    run.guard.look()
     state = TrainingState(
         step=run.step,
         seconds=run.seconds,
@@ -435,6 +548,8 @@ def save(run: Run, rng: dict[str, Tensor] | None = None) -> Path:
         records=run.directory.records,
         data_fingerprint=run.data.fingerprint,
         dtype=str(run.dtype.value).removeprefix("torch."),
+        way=run.batching.way.value,
+        token_budget=run.token_budget,
         alarms_sounded=run.radar.sounded,
     )
     folder = run.directory.checkpoints

@@ -1,0 +1,112 @@
+"""The token budget: measured on two sizes, kept by a resumed run, and honest where memory is short."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ended, records, tiny_words
+from tiny_models import CPU, LORA, pair, tiny
+
+from dpo_cli.data.batches import packed_tokens
+from dpo_cli.models import memory
+from dpo_cli.models.loading import attach_lora
+from dpo_cli.models.logps import Way
+from dpo_cli.models.memory import ENOUGH_TOKENS, SHARE, TRAINING_BYTES, kept_bytes, measure_budget
+from dpo_cli.training.checkpoint import read_state
+
+Command = Callable[..., Ended]
+MANY = [pair(20, 15, 15, seed) for seed in range(12)]
+
+
+def test_kept_bytes_are_those_of_the_tensors_that_the_backward_pass_reads() -> None:
+    # y = (x w)^2: the product keeps x for w's gradient, the square keeps its input; w is a weight and does not count.
+    class Squared(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(8))
+
+    model = Squared()
+
+    def logps(*_: Any) -> Any:
+        return (torch.ones(100, 8) * model.weight) ** 2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "pair_logps", logps)
+        assert kept_bytes(model, MANY[:1], CPU, Way.SEGMENTS) == 2 * 100 * 8 * 4
+
+
+def test_what_is_kept_grows_with_tokens_and_shrinks_with_checkpointing() -> None:
+    policy = attach_lora(tiny(), LORA)
+    few, many = (kept_bytes(policy, MANY[:n], CPU, Way.SEGMENTS) for n in (2, 8))
+    assert 3 * few < many < 5 * few  # four times the tokens
+    policy.activation_checkpointing_enable()
+    policy.train()
+    assert kept_bytes(policy, MANY[:8], CPU, Way.SEGMENTS) < many / 3
+
+
+def test_the_budget_is_what_fits_into_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = attach_lora(tiny(), LORA)
+    trained = TRAINING_BYTES * sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
+    monkeypatch.setattr(memory, "free_memory", lambda _: trained + 10_000_000)
+    budget = measure_budget(policy, MANY, CPU, Way.SEGMENTS)
+    assert budget.fits == int(SHARE * 10_000_000 / budget.bytes_per_token)
+    assert budget.tokens == min(budget.fits, ENOUGH_TOKENS["cpu"])
+    rows = [packed_tokens(MANY[:n]) for n in (2, 8)]
+    kept = [kept_bytes(policy, MANY[:n], CPU, Way.SEGMENTS) for n in (2, 8)]
+    assert budget.bytes_per_token == pytest.approx(1.25 * (kept[1] - kept[0]) / (rows[1] - rows[0]), rel=0.1)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 2**40)
+    assert measure_budget(policy, MANY, CPU, Way.SEGMENTS).tokens == ENOUGH_TOKENS["cpu"]
+
+
+def test_a_budget_too_small_for_a_pair_says_so_and_the_pair_runs_alone(
+    command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda _: 2_000_000)
+    ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "run"))
+    assert ended.code == 0
+    said = " ".join((ended.out + ended.err).split())
+    assert (
+        "the longest pair has 1" in said and "it may not fit; engine.gradient_checkpointing=true or a smaller" in said
+    )
+
+
+def test_a_resumed_run_keeps_the_budget_and_the_way_it_began_with(
+    command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*tiny_words(pairs_file, tmp_path / "run"), "optimizer.schedule=constant"]
+    monkeypatch.setitem(ENOUGH_TOKENS, "cpu", 200)
+    assert command("dpo-train", *words).code == 0
+    state = read_state(tmp_path / "run" / "checkpoints" / "step-00000003")
+    assert (state.way, state.token_budget) == ("segments", 200)
+    (tmp_path / "run" / "final").rename(tmp_path / "away")
+    monkeypatch.setitem(ENOUGH_TOKENS, "cpu", 1000)
+    resumed = command("dpo-train", *words, "resume=auto", "max_steps=4")
+    assert resumed.code == 0
+    assert "cut at 200 tokens, as the run began" in resumed.out
+    assert read_state(tmp_path / "run" / "checkpoints" / "step-00000004").token_budget == 200
+
+
+def test_how_a_batch_is_cut_and_laid_out_changes_nothing_beyond_rounding(
+    command: Command, pairs_file: Path, tmp_path: Path
+) -> None:
+    ways = {
+        "auto": [], "one": ["micro_batch_size=1"], "three": ["micro_batch_size=3"], "padded": ["batching=padded"],
+        "checkpointed": ["engine.gradient_checkpointing=true"],
+    }  # fmt: skip
+    for name, words in ways.items():
+        ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / name), "optimizer.lr=1e-2", *words)
+        assert ended.code == 0, ended.err
+    first = records(tmp_path / "auto")
+    assert abs(first[-1]["rewards/margins"]) > 1e-3
+    for name in ways:
+        for one, other in zip(first, records(tmp_path / name), strict=True):
+            for key in ("loss", "rewards/margins", "logps/chosen"):
+                assert other[key] == pytest.approx(one[key], rel=2e-4, abs=2e-5), (name, key)
+
+
+def test_free_memory_is_at_most_what_the_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 2**20 < memory.free_memory(CPU) < 2**50
+    monkeypatch.setattr(memory, "_left_in_container", lambda: 123)
+    assert memory.free_memory(CPU) == 123
