@@ -21,7 +21,7 @@ from dpo_cli.errors import CheckpointError, ConfigError
 OBJECTIVES = ("dpo",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TEMPLATES = ("chat", "plain")
-FORMAT_NAMES = ("auto", "hh", "standard", "messages")
+FORMAT_NAMES = ("auto", "hh", "standard", "messages", "ranked")
 OPTIMIZER_NAMES = ("adamw", "rmsprop", "sgd")
 SCHEDULE_NAMES = ("constant", "linear", "cosine")
 # The losses and the dials each of them uses; a test compares them with the functions in theory/losses.py.
@@ -119,7 +119,7 @@ class DataConfig:
         )
         _one_of("data.format", self.format, FORMAT_NAMES)
         for name in self.columns:
-            known = ["prompt", "chosen", "rejected"]
+            known = ["prompt", "chosen", "rejected", "responses", "scores"]
             _require(name in known, f"data.columns.{name}", self.columns[name], f"columns are {', '.join(known)}")
         if self.template is not None:
             _one_of("data.template", self.template, TEMPLATES)

@@ -1,5 +1,8 @@
 """Rows become pairs: where the prompt ends, what is refused, and what is noted."""
 
+import re
+from typing import Any
+
 import pytest
 
 from dpo_cli.data.formats import (
@@ -11,6 +14,7 @@ from dpo_cli.data.formats import (
     dialogue_messages,
     hh,
     messages,
+    pairs_of,
     standard,
 )
 
@@ -144,3 +148,34 @@ def test_what_is_wrong_with_a_row_is_said_exactly(row: dict[str, object], says: 
     with pytest.raises(BadRowError) as error:
         auto(row)
     assert str(error.value) == says
+
+
+# Ranked
+
+
+def test_ranked_responses_make_a_pair_of_every_two_best_first() -> None:
+    pairs = pairs_of({"prompt": "Which one is best?", "responses": ["a", "b", "c"]}, "auto")
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert {pair.prompt_text for pair in pairs} == {"Which one is best?"}
+
+
+def test_scores_rank_responses_and_ties_make_no_pair() -> None:
+    row = {"prompt": "Q", "responses": ["low", "high", "low too"], "scores": [1, 9.5, 1]}
+    assert [(pair.chosen, pair.rejected) for pair in pairs_of(row, "ranked")] == [("high", "low"), ("high", "low too")]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "Q", "responses": ["one"]}, "'responses' must hold at least two, it has 1"),
+        ({"prompt": "Q", "responses": "one"}, "'responses' must be a list, it is text"),
+        ({"prompt": "Q", "responses": ["a", "b"], "scores": [1]}, "'scores' has 1 numbers for 2 responses"),
+        ({"prompt": "Q", "responses": ["a", "b"], "scores": ["1", "2"]}, "'scores' must be a list of numbers"),
+        ({"prompt": "Q", "responses": ["a", "b"], "scores": [2, 2]}, "all responses have one score"),
+        ({"prompt": "Q", "responses": ["a", 7]}, "'rejected' must be text, it is a number"),
+        ({"responses": ["a", "b"]}, "'prompt' must be text, it is null"),
+    ],
+)
+def test_a_ranked_row_that_ranks_nothing_says_why(row: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadRowError, match=re.escape(says)):
+        pairs_of(row, "auto")

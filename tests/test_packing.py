@@ -1,6 +1,7 @@
 """Packed rows: for every family the way its own numbers allow, and by that way the numbers of plain rows."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from torch import Tensor
 from dpo_cli.data.batches import packed_tokens
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import ConfigError
-from dpo_cli.models import attention
-from dpo_cli.models.loading import attach_lora
-from dpo_cli.models.logps import Way, make_batch, pair_logps, plain_attention
+from dpo_cli.models import attention, packing
+from dpo_cli.models.loading import attach_lora, compile_layers
+from dpo_cli.models.logps import Way, causal_model, make_batch, pair_logps, plain_attention
 from dpo_cli.models.packing import choose_way
 
 # A one-token prompt and one-token responses; prompts longer than both responses; a pair of some thirty tokens.
@@ -117,6 +118,34 @@ def test_packed_rows_that_were_insisted_on_are_refused_where_they_do_not_suit() 
 
 def test_padded_rows_can_be_insisted_on() -> None:
     assert choose_way("padded", tiny(), PAIRS, CPU).value is Way.PADDED
+
+
+def test_what_was_measured_is_remembered_for_this_model_and_these_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, measured = tiny("qwen3"), []
+
+    def counting(*words: Any) -> Any:
+        measured.append(words)
+        return choose_way(*words)
+
+    monkeypatch.setattr(packing, "choose_way", counting)
+    first = packing.remembered_way("auto", model, PAIRS, CPU, "digest of qwen3")
+    again = packing.remembered_way("auto", model, PAIRS, CPU, "digest of qwen3")
+    assert (first.value, again.value, len(measured)) == (Way.SEGMENTS, Way.SEGMENTS, 1)
+    assert again.reason == f"{first.reason} (earlier, on this very model)"
+    packing.remembered_way("auto", model, PAIRS, CPU, "another digest")
+    packing.remembered_way("auto", model, [*PAIRS, pair(30, 9, 9, 8)], CPU, "digest of qwen3")
+    packing.remembered_way("padded", model, PAIRS, CPU, "digest of qwen3")
+    assert len(measured) == 4
+
+
+def test_a_note_that_cannot_be_read_is_measured_anew(cache: Path) -> None:
+    model = tiny()
+    before = set((cache / "ways").glob("*")) if (cache / "ways").is_dir() else set()
+    packing.remembered_way("auto", model, PAIRS, CPU, "some digest")
+    (note,) = set((cache / "ways").glob("*")) - before
+    for damaged in ("", "{}", '{"way": "sideways", "reason": ""}', "[1]"):
+        note.write_text(damaged)
+        assert packing.remembered_way("auto", model, PAIRS, CPU, "some digest").value is Way.SEGMENTS
 
 
 def test_a_window_that_the_attention_forgets_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,3 +285,27 @@ def test_variable_length_attention_gets_the_segments_it_needs(
     )
     in_one_call = attention._variable_length(query, key, value, row, 0.3, window)
     assert torch.allclose(in_one_call, by_segments, atol=1e-5)
+
+
+# Compiled layers
+
+
+# Torch's compiler touches deprecated paths of its own while it traces.
+@pytest.mark.filterwarnings("ignore")
+def test_layers_are_compiled_once_for_rows_of_any_length_and_give_the_same_numbers() -> None:
+    from torch._dynamo.utils import counters
+
+    policy = attach_lora(tiny(), LORA)
+    with torch.no_grad():
+        plain = {number: logps(policy, PAIRS[:number], Way.SEGMENTS) for number in (1, 3, 5)}
+    torch._dynamo.reset()
+    counters.clear()
+    assert compile_layers(causal_model(policy), backend="aot_eager") == 2
+    graphs = set()
+    for number, expected_logps in plain.items():
+        compiled = logps(policy, PAIRS[:number], Way.SEGMENTS)
+        compiled.sum().backward()
+        assert torch.allclose(compiled.detach(), expected_logps, atol=1e-5)
+        graphs.add(counters["stats"]["unique_graphs"])
+    assert len(graphs) == 1
+    assert all(weight.grad is not None for weight in policy.parameters() if weight.requires_grad)

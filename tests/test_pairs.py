@@ -1,6 +1,7 @@
 """From files to tokenized pairs: counts for all left behind, a split that cannot leak, a seeded order."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,16 @@ def test_cutting_by_size_keeps_the_order_and_leaves_a_short_rest() -> None:
     assert np.concatenate([[id(pair) for pair in piece] for piece in by_size(2)(batch)]).tolist() == list(
         map(id, batch)
     )
+
+
+def test_pairs_of_one_ranked_row_stay_together_in_a_shuffled_order() -> None:
+    pairs = [TokenizedPair(token_ids([row]), token_ids([n]), token_ids([9]), index=row, key="")
+             for row, size in enumerate([1, 3, 1, 6, 3]) for n in range(size)]  # fmt: skip
+    schedule = Schedule.of(pairs, batch_size=4, seed=1, shuffle=True)
+    orders = [np.concatenate(list(schedule.batches(4 * epoch, 4 * epoch + 4))).tolist() for epoch in (0, 1)]
+    assert orders[0] != orders[1]
+    for order in orders:
+        assert sorted(order) == list(range(14))
+        rows = [pairs[place].index for place in order]
+        assert len(rows) - sum(a == b for a, b in pairwise(rows)) == 5  # each row begins once
+    assert Schedule.of(pairs[:2], 4, 1, shuffle=True).rows is None  # a pair a row: the order is as it ever was

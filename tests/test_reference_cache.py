@@ -19,7 +19,7 @@ from dpo_cli.data.batches import by_packed_tokens
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import StoppedError
 from dpo_cli.models import reference_cache
-from dpo_cli.models.loading import attach_lora
+from dpo_cli.models.loading import attach_lora, model_digest
 from dpo_cli.models.logps import Batching, Way, make_batch
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
 from dpo_cli.models.reference_cache import (
@@ -28,7 +28,7 @@ from dpo_cli.models.reference_cache import (
     Progress,
     ReferenceCache,
     complete,
-    weights_key,
+    values_key,
 )
 
 Command = Callable[..., Ended]
@@ -85,7 +85,7 @@ def test_the_key_of_a_pair_changes_with_its_tokens_and_with_nothing_else() -> No
 def test_the_key_of_the_file_changes_with_what_decides_a_log_prob_and_with_nothing_else() -> None:
     def key(model: Any, **changes: Any) -> str:
         how = {"dtype": torch.float32, "device": CPU, "way": Way.SEGMENTS, **changes}
-        return weights_key(model, **how)
+        return values_key(model_digest(model), **how)
 
     same, moved = tiny(), tiny()
     same.config._name_or_path = "/somewhere/else"
@@ -101,6 +101,7 @@ def test_the_key_of_the_file_changes_with_what_decides_a_log_prob_and_with_nothi
     different = [
         key(tiny()), key(moved), key(swapped), key(tiny(rope_parameters={"rope_type": "default", "rope_theta": 5e5})),
         key(tiny(), dtype=torch.bfloat16), key(tiny(), way=Way.PADDED), key(tiny(), device=torch.device("cuda")),
+        key(tiny(), compiled=True),
     ]  # fmt: skip
     assert len(set(different)) == len(different)
 

@@ -395,3 +395,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_weight_moves(assembled:
     with pytest.raises(DivergedError, match=r"step 1: loss nan.*on rows .* of the data; the weights were not touched"):
         train_step(run, run.data.train[:4])
     assert all(torch.equal(weight, before[name]) for name, weight in run.policy.named_parameters())
+
+
+def test_ranked_responses_train_with_every_comparison_of_a_prompt_in_one_batch(
+    command: Callable[..., Ended], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"Question {n}?", "responses": [f"good {n}", f"fair {n}", f"poor {n}"]} for n in range(4)]
+    file = write_jsonl(tmp_path / "ranked.jsonl", rows)
+    words = ["data.eval_fraction=0", "batch_size=3", "max_steps=4", "log_every=1"]
+    ended = command("dpo-train", *tiny_words(file, tmp_path / "run"), *words)
+    assert ended.code == 0, ended.err
+    assert "kept 12 pairs of 4 rows" in ended.out
+    assert records(tmp_path / "run")[-1]["epoch"] == 1

@@ -7,6 +7,7 @@ number and nothing else. A resumed run has no state to restore and nothing to sk
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -33,6 +34,20 @@ class Schedule:
     batch_size: int
     seed: int
     shuffle: bool
+    rows: tuple[int, ...] | None = None  # pairs of each row, in order, where rows hold several; they stay together
+
+    @classmethod
+    def of(cls, pairs: Sequence[TokenizedPair], batch_size: int, seed: int, shuffle: bool) -> "Schedule":
+        """For these pairs: those of one row of the file follow each other."""
+        rows = [len(list(row)) for _, row in groupby(pairs, key=lambda pair: pair.index)]
+        return cls(len(pairs), batch_size, seed, shuffle, tuple(rows) if len(rows) < len(pairs) else None)
+
+    def _order(self, epoch: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+        if self.rows is None:
+            return epoch_order(self.pairs, self.seed, epoch, self.shuffle)
+        ends = np.cumsum(self.rows)
+        order = epoch_order(len(self.rows), self.seed, epoch, self.shuffle)
+        return np.concatenate([np.arange(ends[row] - self.rows[row], ends[row]) for row in order])
 
     @property
     def steps_per_epoch(self) -> int:
@@ -53,7 +68,7 @@ class Schedule:
         for update in range(first, last):
             if self.epoch(update) != epoch:
                 epoch = self.epoch(update)
-                order = epoch_order(self.pairs, self.seed, epoch, self.shuffle)
+                order = self._order(epoch)
             start = update % self.steps_per_epoch * self.batch_size
             yield order[start : start + self.batch_size]
 

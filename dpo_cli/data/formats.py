@@ -209,7 +209,53 @@ def auto(row: Row) -> PreferencePair:
     return standard(row)
 
 
-# Chosen by `data.format`.
+def ranked(row: Row) -> tuple[PreferencePair, ...]:
+    """Several `responses` to one `prompt`, the best first or with `scores`: a pair of every two that differ in rank.
+
+    All comparisons of a prompt belong together, as in Section 3.5 of https://arxiv.org/abs/2203.02155: the run keeps
+    them in one batch, where they share the prompt and each response is computed once.
+    """
+    responses = _listed(row, "responses")
+    if len(responses) < 2:
+        raise BadRowError(f"'responses' must hold at least two, it has {len(responses)} (format=ranked)")
+    scores = row.get("scores")
+    if scores is None:
+        scores = range(len(responses), 0, -1)
+    elif not isinstance(scores, list) or not all(_is_number(score) for score in scores):
+        raise BadRowError("'scores' must be a list of numbers, one for each response (format=ranked)")
+    if len(scores) != len(responses):
+        raise BadRowError(f"'scores' has {len(scores)} numbers for {len(responses)} responses (format=ranked)")
+    best_first = sorted(range(len(responses)), key=lambda place: -scores[place])
+    pairs = []
+    for rank, better in enumerate(best_first):
+        for worse in best_first[rank + 1 :]:
+            if scores[better] > scores[worse]:
+                sides = {"chosen": responses[better], "rejected": responses[worse]}
+                pairs.append(auto({"prompt": row.get("prompt"), **sides}))
+    if not pairs:
+        raise BadRowError("all responses have one score, so that none is preferred (format=ranked)")
+    return tuple(pairs)
+
+
+def _listed(row: Row, name: str) -> list[Any]:
+    if not isinstance(row.get(name), list):
+        raise BadRowError(f"'{name}' must be a list, it is {_kind(row.get(name))} (format=ranked)")
+    listed: list[Any] = row[name]
+    return listed
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def pairs_of(row: Row, name: str) -> tuple[PreferencePair, ...]:
+    """The pairs of one row in the format `name`: one, but for ranked rows."""
+    if name == "ranked" or (name == "auto" and "responses" in row and "chosen" not in row):
+        return ranked(row)
+    return (FORMATS[name](row),)
+
+
+# Chosen by `data.format`; `ranked` rows are more than one pair each.
 FORMATS: dict[str, Callable[[Row], PreferencePair]] = {
     "auto": auto,
     "hh": hh,

@@ -9,7 +9,7 @@ from typing import Any
 from dpo_cli.config import DataConfig
 from dpo_cli.console.text import plural, safe_text
 from dpo_cli.data.files import RowInFile, local_path, read_hub, read_rows
-from dpo_cli.data.formats import FORMATS, BadRowError, PreferencePair
+from dpo_cli.data.formats import BadRowError, PreferencePair, pairs_of
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_ids, truncate
 from dpo_cli.errors import DataError
 
@@ -118,7 +118,6 @@ def is_held_out(pair: PreferencePair, fraction: float, seed: int) -> bool:
 
 
 def _text_pairs(rows: Iterator[RowInFile], config: DataConfig, limit: int | None, report: Report) -> Iterator[TextPair]:
-    to_pair = FORMATS[config.format]
     for row in rows:
         if limit is not None and row.index >= limit:
             return
@@ -126,12 +125,13 @@ def _text_pairs(rows: Iterator[RowInFile], config: DataConfig, limit: int | None
         problem = row.problem
         if row.value is not None:
             try:
-                pair = to_pair(_renamed(row.value, config.columns))
+                pairs = pairs_of(_renamed(row.value, config.columns), config.format)
             except BadRowError as error:
                 problem = safe_text(error, limit=300)
             else:
-                report.notes.update(pair.notes)
-                yield TextPair(pair, row.index)
+                for pair in pairs:
+                    report.notes.update(pair.notes)
+                    yield TextPair(pair, row.index)
                 continue
         if config.on_bad_row == "error":
             raise DataError(f"{row.place}: {problem} (data.on_bad_row=skip counts and drops such rows)")

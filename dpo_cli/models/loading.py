@@ -4,9 +4,12 @@ One idea to keep in mind: policy and reference take the same weights, the same d
 that before the first update every log-ratio is exactly zero.
 """
 
+import hashlib
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +20,7 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_cli.console.text import safe_text
@@ -152,6 +155,26 @@ def _not_loaded(part: str, source: ModelSource, error: Exception) -> CheckpointE
         f"{safe_text(source.name)}: its {part} cannot be loaded ({_first_line(error)}); "
         "a local folder or a model on the hub is needed"
     )
+
+
+def model_digest(model: Any) -> str:
+    """A hash of every weight of a model in memory and of its architecture.
+
+    Of what is computed with, an SFT adapter folded in, so that no path or name can stand for other weights.
+    """
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
+        whole = hashlib.sha256("".join(sorted(pool.map(_tensor_digest, model.state_dict().items()))).encode())
+    config = model.config.to_dict()
+    for passing in ("_name_or_path", "transformers_version", "dtype", "use_cache"):
+        config.pop(passing, None)
+    whole.update(json.dumps(config, sort_keys=True, default=str).encode())
+    return whole.hexdigest()
+
+
+def _tensor_digest(item: tuple[str, Tensor]) -> str:
+    name, tensor = item
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(content.data).hexdigest()}\n"
 
 
 def load_adapter(model: Any, adapter: str) -> Any:

@@ -100,9 +100,9 @@ def measure_budget(policy: Any, pairs: Sequence[TokenizedPair], device: torch.de
 
 
 def _two_sizes(pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
-    """A row of some 100 tokens and one of some 300, of the shortest pairs at hand."""
+    """A row of some 60 tokens and one of some 180, of the shortest pairs at hand."""
     rows: list[list[TokenizedPair]] = []
-    for wanted in (100, 300):
+    for wanted in (60, 180):
         row: list[TokenizedPair] = []
         for pair in sorted(pairs[:256], key=longest_side):
             row.append(pair)

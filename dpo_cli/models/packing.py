@@ -7,6 +7,10 @@ What two right ways may differ by is measured too: by how much the model's log-p
 are rounded once more. Every layer rounds several times, and differently in each way.
 """
 
+import hashlib
+import importlib.metadata
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +22,11 @@ from dpo_cli.console.text import safe_text
 from dpo_cli.data.batches import longest_side
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import ConfigError
+from dpo_cli.models.builtin import cache_dir
 from dpo_cli.models.loading import Decision
 from dpo_cli.models.logps import Way, causal_model, make_batch, response_logps
 
+VERSION = 1  # of the check below: another number measures anew
 FLOOR = 2e-5  # nats a token: below this a difference is rounding in any dtype
 
 
@@ -66,6 +72,35 @@ def choose_way(asked: str, policy: Any, pairs: Sequence[TokenizedPair], device: 
     if asked == "packed":
         raise ConfigError(f"batching=packed: this model cannot take packed rows ({'; '.join(reasons)}); choose auto")
     return Decision(Way.PADDED, f"packed rows do not suit this model: {'; '.join(reasons)}")
+
+
+def remembered_way(
+    asked: str, policy: Any, pairs: Sequence[TokenizedPair], device: torch.device, digest: str, keep: bool = True
+) -> Decision:
+    """As `choose_way`, measured once for a model (by its digest), the lengths at hand and the libraries' versions.
+
+    A note of a few bytes in the cache folder says what was found; with `keep` false none is left.
+    """
+    libraries = [importlib.metadata.version(name) for name in ("torch", "transformers", "peft")]
+    longest = max(map(longest_side, pairs))
+    how = [VERSION, digest, str(next(policy.parameters()).dtype), device.type, longest, *libraries]
+    note = cache_dir() / "ways" / f"{hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]}.json"
+    if asked == "auto":
+        try:
+            known = json.loads(note.read_text(encoding="utf-8"))
+            return Decision(Way(known["way"]), f"{safe_text(known['reason'], 300)} (earlier, on this very model)")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            pass  # not measured yet, or a note that cannot be read
+    chosen = choose_way(asked, policy, pairs, device)
+    if asked == "auto" and keep:
+        beside = note.with_name(f".{note.name}-{os.getpid()}")
+        try:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(json.dumps({"way": chosen.value.value, "reason": chosen.reason}), encoding="utf-8")
+            beside.rename(note)
+        except OSError:
+            pass  # measured again next time
+    return chosen
 
 
 def _obstacle(policy: Any) -> str | None:
@@ -120,7 +155,8 @@ def _differs(
         with torch.no_grad():
             packed = response_logps(policy, batch).float()
         changed = _logps(policy, [_other_chosen(pair) for pair in pairs], device, way)
-        reads_positions = _reads_positions(policy, pairs[-1], device, way)
+        telling = min(pairs, key=lambda pair: (len(pair.chosen) == 1 == len(pair.rejected), longest_side(pair)))
+        reads_positions = _reads_positions(policy, telling, device, way)
     except Exception as error:  # whatever a model's own code may raise: it says that this way is not for it
         return f"it fails ({safe_text(str(error).strip().splitlines()[0] if str(error).strip() else error, 120)})"
     assert batch.row is not None

@@ -14,7 +14,6 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.models.builtin import cache_dir
-from dpo_cli.models.logps import TOLERANCES, Batch, Batching, Way, causal_model
+from dpo_cli.models.logps import TOLERANCES, Batch, Batching, Way
 from dpo_cli.models.reference import Reference
 from dpo_cli.theory.losses import PairLogps
 
 RECORD = np.dtype([("key", "<u8", 2), ("logps", "<f4", 2), ("check", "<u8")])  # 32 bytes: key, chosen and rejected
 VERSION = 1  # of the records and of what log-probs mean; another number is another file
 WINDOW = 64  # pairs between two writes: what a kill can cost
-SPOT_CHECKS = 4  # cached pairs that are compared with the model at hand when a run begins
+SPOT_CHECKS = 3  # cached pairs that are compared with the model at hand when a run begins
 
 
 def cache_path(key: str) -> Path:
@@ -41,33 +39,10 @@ def cache_path(key: str) -> Path:
     return cache_dir() / "reference" / f"{key}.logps"
 
 
-def weights_key(model: Any, dtype: torch.dtype, device: torch.device, way: Way, compiled: bool = False) -> str:
-    """A name for what decides a log-prob besides the tokens: weights, architecture, dtype, and how it is computed.
-
-    Taken from the model in memory, an SFT adapter folded in, so that no path or name can stand for other weights.
-    """
-    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
-        digests = pool.map(_tensor_digest, model.state_dict().items())
-        whole = hashlib.sha256("".join(sorted(digests)).encode())
-    config = causal_model(model).config.to_dict()
-    for passing in ("_name_or_path", "transformers_version", "dtype", "use_cache"):
-        config.pop(passing, None)
-    how = [
-        VERSION,
-        json.dumps(config, sort_keys=True, default=str),
-        str(dtype),
-        device.type,
-        str(way),
-        *(["compiled"] if compiled else []),
-    ]
-    whole.update(json.dumps(how).encode())
-    return whole.hexdigest()[:32]
-
-
-def _tensor_digest(item: tuple[str, Tensor]) -> str:
-    name, tensor = item
-    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(content.data).hexdigest()}\n"
+def values_key(digest: str, dtype: torch.dtype, device: torch.device, way: Way, compiled: bool = False) -> str:
+    """A name for what decides a log-prob besides the tokens: the model by its digest, and how it is computed."""
+    how = [VERSION, digest, str(dtype), device.type, str(way), *(["compiled"] if compiled else [])]
+    return hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]
 
 
 class ReferenceCache:

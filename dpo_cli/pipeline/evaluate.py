@@ -28,10 +28,11 @@ from dpo_cli.models.loading import (
     load_adapter,
     load_model,
     load_tokenizer,
+    model_digest,
 )
 from dpo_cli.models.logps import Batching, Way
 from dpo_cli.models.memory import ENOUGH_TOKENS
-from dpo_cli.models.packing import choose_way
+from dpo_cli.models.packing import remembered_way
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
 from dpo_cli.models.reference_cache import (
     CachedReference,
@@ -39,7 +40,7 @@ from dpo_cli.models.reference_cache import (
     ReferenceCache,
     cache_path,
     complete,
-    weights_key,
+    values_key,
 )
 from dpo_cli.theory.losses import Objective, make_objective
 from dpo_cli.theory.statistics import Estimate
@@ -161,8 +162,9 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         seed = subject.run.seed if subject.run else 0
         data = load_pairs(data_dials, encoder, seed, held_out_only=True, poll=signals.poll)
         base = load_model(source, dtype.value, device.value)
-        way = _way(config, subject, base, data, device.value)
-        key = weights_key(base, dtype.value, device.value, way) if config.reference_cache == "auto" else None
+        digest = model_digest(base)
+        way = _way(config, subject, base, data, device.value, digest)
+        key = values_key(digest, dtype.value, device.value, way) if config.reference_cache == "auto" else None
         policy, reference = _load(subject, base, dtype.value, device.value)
         _show_header(reporter, subject, source, device, dtype, data, data_dials.max_length, beta)
         started = time.monotonic()
@@ -238,7 +240,7 @@ def _dtype(subject: Subject, device: torch.device) -> Decision:
     return choose_dtype(subject.base.dtype, device, lora=True)
 
 
-def _way(config: EvalConfig, subject: Subject, base: Any, data: PairData, device: torch.device) -> Way:
+def _way(config: EvalConfig, subject: Subject, base: Any, data: PairData, device: torch.device, digest: str) -> Way:
     """The way the run made its batches, so that the numbers are the run's own; else chosen anew."""
     facts = subject.directory.read_manifest() if subject.directory else {}
     recorded = facts.get("batches")
@@ -250,7 +252,7 @@ def _way(config: EvalConfig, subject: Subject, base: Any, data: PairData, device
         and facts.get("device", "").split(":")[0] == device.type
     ):
         return Way(way)
-    chosen: Way = choose_way(config.batching, base, data.held_out, device).value
+    chosen: Way = remembered_way(config.batching, base, data.held_out, device, digest).value
     return chosen
 
 

@@ -39,11 +39,12 @@ from dpo_cli.models.loading import (
     find_model,
     load_model,
     load_tokenizer,
+    model_digest,
     undisturbed,
 )
 from dpo_cli.models.logps import Batching, Way, causal_model, pair_logps
 from dpo_cli.models.memory import Budget, measure_budget
-from dpo_cli.models.packing import choose_way
+from dpo_cli.models.packing import remembered_way
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference, UnmovedPolicy
 from dpo_cli.models.reference_cache import (
     CachedReference,
@@ -51,7 +52,7 @@ from dpo_cli.models.reference_cache import (
     ReferenceCache,
     cache_path,
     complete,
-    weights_key,
+    values_key,
 )
 from dpo_cli.theory.losses import LogRatios, make_objective
 from dpo_cli.theory.metrics import MeanOverPairs, pair_metrics
@@ -174,13 +175,11 @@ def put_together(
     torch.manual_seed(config.seed)
     policy = load_model(source, dtype.value, device.value)
     _check_vocabulary(policy, encoder, data.train)
+    digest = model_digest(policy)
     if state is None:
-        way = choose_way(config.batching, policy, data.train, device.value)
+        way = remembered_way(config.batching, policy, data.train, device.value, digest, keep=not config.dry_run)
     else:
         way = Decision(Way(state.way), "as the run began")
-    # A dry run writes nothing, so it asks the reference in every step.
-    cached = config.reference.cache == "auto" and not config.dry_run
-    key = weights_key(policy, dtype.value, device.value, way.value, config.engine.compile) if cached else None
     if config.lora.enabled:
         policy = attach_lora(policy, config.lora, source)
     else:
@@ -190,8 +189,10 @@ def put_together(
     if config.engine.compile:
         compile_layers(causal_model(policy))
     policy.train()
-    schedule = Schedule(len(data.train), config.batch_size, config.seed, config.data.shuffle)
-    if key is not None:
+    schedule = Schedule.of(data.train, config.batch_size, config.seed, config.data.shuffle)
+    # A dry run writes nothing, so it asks the reference in every step.
+    if config.reference.cache == "auto" and not config.dry_run:
+        key = values_key(digest, dtype.value, device.value, way.value, config.engine.compile)
         reference: Reference = CachedReference(ReferenceCache(cache_path(key)))
     else:
         reference = _reference(config, policy, source, dtype.value, device.value)
