@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
-.PHONY: help setup demo test check format wheel clean train eval bench mutants theorem test-peer
+.PHONY: help setup demo test check format wheel clean train eval bench mutants bench-gpu theorem test-peer
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -45,11 +45,14 @@ check: $(STAMP) ## Check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-mutants: $(STAMP) ## Break the program in some thirty ways and see that the tests notice (many minutes)
+mutants: $(STAMP) ## Break the program in some fifty ways and see that the tests notice (many minutes)
 	$(BIN)/python scripts/mutants.py
 
-bench: $(STAMP) ## Measure what preflight and radar cost beside training
-	$(BIN)/python scripts/bench.py
+bench: $(STAMP) ## Measure speed and memory of every mode: make bench ARGS='--trl /path/to/python/that/has/trl'
+	$(BIN)/python scripts/bench.py $(ARGS)
+
+bench-gpu: ## Check and measure on a GPU, under any python with torch, transformers, peft: make bench-gpu PYTHON=python3
+	$(PYTHON) scripts/bench_gpu.py $(ARGS)
 
 theorem: $(STAMP) ## Print the numbers of docs/theorem.md and draw its figure
 	$(BIN)/python scripts/theorem.py

@@ -89,8 +89,9 @@ def assembled(folder: Path, words: list[str]) -> Any:
     from dpo_cli.composition import composed, parse_overrides
     from dpo_cli.config import RunConfig, run_config
     from dpo_cli.console.reporter import Reporter
+    from dpo_cli.training.preparation import complete_reference
     from dpo_cli.training.run_directory import RunDirectory
-    from dpo_cli.training.runner import complete_reference, put_together
+    from dpo_cli.training.runner import put_together
 
     quiet_libraries()
     choice = composed("train", parse_overrides([*words, f"output_dir={folder}"]), RunConfig)

@@ -108,7 +108,7 @@ MUTANTS = [
            "cut = _shared(chosen, rejected) - len(ASSISTANT)", "tests/test_formats.py"),
     Mutant("reference not frozen", "dpo_cli/models/reference.py", "model.eval().requires_grad_(False)", "model.eval()",
            OF_RUNS),
-    Mutant("the policy is its own reference", RUNNER, "return FrozenReference(model)",
+    Mutant("the policy is its own reference", "dpo_cli/training/preparation.py", "return FrozenReference(model)",
            "return FrozenReference(policy)", OF_RUNS),
     Mutant("adapter left on in the reference", "dpo_cli/models/reference.py", "with self.policy.disable_adapter():",
            "with torch.no_grad():", "tests/test_identities.py tests/test_training.py"),

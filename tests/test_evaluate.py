@@ -189,3 +189,21 @@ def test_beta_and_loss_are_those_of_the_run(trained: Trained, command: Command) 
     expected = [0.8 * math.log1p(math.exp(-m)) + 0.2 * math.log1p(math.exp(m)) for m in margins]
     assert found["beta"] == 0.5
     assert found["loss"] == pytest.approx(sum(expected) / len(expected), abs=1e-6)
+
+
+def test_neither_the_cache_nor_the_way_of_making_batches_changes_the_numbers(
+    trained: Trained, command: Command
+) -> None:
+    run = trained("run", "optimizer.lr=1e-2")
+    ways = ([], ["reference_cache=off"], ["batching=padded"], ["batching=padded", "reference_cache=off"])
+    folders = [evaluated(command, run, f"name=way{number}", *words) for number, words in enumerate(ways)]
+    assert [report(folder)["way"] for folder in folders] == ["segments", "segments", "padded", "padded"]
+    for folder in folders[1:]:
+        for one, other in zip(lines(folders[0]), lines(folder), strict=True):
+            for name, value in one.items():
+                assert other[name] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value)
+
+
+def test_an_evaluation_takes_the_way_that_the_run_took(trained: Trained, command: Command) -> None:
+    padded = trained("padded", "batching=padded")
+    assert report(evaluated(command, padded))["way"] == "padded"

@@ -69,3 +69,23 @@ def test_an_optimizer_that_cannot_leave_weights_alone_is_looked_at_in_every_step
     assert not NonFiniteGuard.of(plain, torch.device("cuda")).deferred
     assert NonFiniteGuard.of(optimizer(), torch.device("cuda")).deferred
     assert not NonFiniteGuard.of(optimizer(), torch.device("cpu")).deferred
+
+
+def test_a_fused_optimizer_gets_its_step_counts_back_beside_the_weights() -> None:
+    from dpo_cli.training.checkpoint import _restore_optimizer, optimizer_tensors
+
+    model = nn.Linear(2, 2, bias=False)
+    fused = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model.weight.grad = torch.ones(2, 2)
+    fused.step()
+    stored = optimizer_tensors(model, fused)
+    restored = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    # The meta device stands for a GPU: a step count left on the CPU would be read there as an address of the device.
+    with torch.device("meta"):
+        elsewhere = nn.Linear(2, 2, bias=False)
+    on_meta = torch.optim.AdamW(elsewhere.parameters(), lr=0.1)
+    on_meta.param_groups[0]["fused"] = True
+    _restore_optimizer(stored, elsewhere, on_meta)
+    assert {value.device.type for value in on_meta.state[elsewhere.weight].values()} == {"meta"}
+    _restore_optimizer(stored, model, restored)
+    assert torch.equal(restored.state[model.weight]["exp_avg"], fused.state[model.weight]["exp_avg"])

@@ -34,16 +34,17 @@ def test_kept_bytes_are_those_of_the_tensors_that_the_backward_pass_reads() -> N
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "pair_logps", logps)
-        assert kept_bytes(model, MANY[:1], CPU, Way.SEGMENTS) == 2 * 100 * 8 * 4
+        assert kept_bytes(model, MANY[:1], CPU, Way.SEGMENTS) == (20 + 15 + 15, 2 * 100 * 8 * 4)
+        assert kept_bytes(model, MANY[:2], CPU, Way.PADDED)[0] == 4 * 35
 
 
 def test_what_is_kept_grows_with_tokens_and_shrinks_with_checkpointing() -> None:
     policy = attach_lora(tiny(), LORA)
-    few, many = (kept_bytes(policy, MANY[:n], CPU, Way.SEGMENTS) for n in (2, 8))
+    few, many = (kept_bytes(policy, MANY[:n], CPU, Way.SEGMENTS)[1] for n in (2, 8))
     assert 3 * few < many < 5 * few  # four times the tokens
     policy.activation_checkpointing_enable()
     policy.train()
-    assert kept_bytes(policy, MANY[:8], CPU, Way.SEGMENTS) < many / 3
+    assert kept_bytes(policy, MANY[:8], CPU, Way.SEGMENTS)[1] < many / 3
 
 
 def test_the_budget_is_what_fits_into_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +55,7 @@ def test_the_budget_is_what_fits_into_the_free_memory(monkeypatch: pytest.Monkey
     assert budget.fits == int(SHARE * 10_000_000 / budget.bytes_per_token)
     assert budget.tokens == min(budget.fits, ENOUGH_TOKENS["cpu"])
     rows = [packed_tokens(MANY[:n]) for n in (2, 8)]
-    kept = [kept_bytes(policy, MANY[:n], CPU, Way.SEGMENTS) for n in (2, 8)]
+    kept = [kept_bytes(policy, MANY[:n], CPU, Way.SEGMENTS)[1] for n in (2, 8)]
     assert budget.bytes_per_token == pytest.approx(1.25 * (kept[1] - kept[0]) / (rows[1] - rows[0]), rel=0.1)
     monkeypatch.setattr(memory, "free_memory", lambda _: 2**40)
     assert measure_budget(policy, MANY, CPU, Way.SEGMENTS).tokens == ENOUGH_TOKENS["cpu"]
@@ -88,6 +89,24 @@ def test_a_resumed_run_keeps_the_budget_and_the_way_it_began_with(
     assert read_state(tmp_path / "run" / "checkpoints" / "step-00000004").token_budget == 200
 
 
+def test_another_device_measures_anew(command: Command, pairs_file: Path, tmp_path: Path) -> None:
+    import json
+
+    from dpo_cli.training.checkpoint import MANIFEST, _seal
+
+    words = [*tiny_words(pairs_file, tmp_path / "run"), "optimizer.schedule=constant"]
+    assert command("dpo-train", *words, "batching=padded").code == 0
+    (tmp_path / "run" / "final").rename(tmp_path / "away")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({**state, "device": "cuda", "way": "segments"}))
+    (checkpoint / MANIFEST).unlink()
+    _seal(checkpoint)
+    resumed = command("dpo-train", *words, "batching=padded", "resume=auto", "max_steps=4")
+    assert resumed.code == 0, resumed.err
+    assert "padded rows: as asked" in resumed.out and "as the run began" not in resumed.out.split("batches")[1]
+
+
 def test_how_a_batch_is_cut_and_laid_out_changes_nothing_beyond_rounding(
     command: Command, pairs_file: Path, tmp_path: Path
 ) -> None:
@@ -110,3 +129,38 @@ def test_free_memory_is_at_most_what_the_container_leaves(tmp_path: Path, monkey
     assert 2**20 < memory.free_memory(CPU) < 2**50
     monkeypatch.setattr(memory, "_left_in_container", lambda: 123)
     assert memory.free_memory(CPU) == 123
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "used", "cached"),
+    [
+        (".", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_files_that_were_read_do_not_count_as_used_in_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, limit: str, used: str, cached: str
+) -> None:
+    (tmp_path / folder).mkdir(exist_ok=True)
+    for name, text in ((limit, "1000\n"), (used, "900\n"), ("memory.stat", f"anon 600\n{cached} 300\n")):
+        (tmp_path / folder / name).write_text(text)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory._left_in_container() == 1000 - 900 + 300
+    (tmp_path / folder / limit).write_text("max\n")
+    assert memory._left_in_container() == 2**62
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_are_loaded(
+    command: Command, pairs_file: Path, tmp_path: Path, tiny_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    parameters = AutoModelForCausalLM.from_pretrained(tiny_path).num_parameters()
+    assert memory.weight_bytes(tiny_path, torch.bfloat16) == 2 * parameters
+    assert memory.weight_bytes(str(tmp_path), torch.bfloat16) is None  # a model on the hub: not known yet
+    monkeypatch.setattr(memory, "free_memory", lambda _: int(1.5 * 4 * parameters))
+    words = tiny_words(pairs_file, tmp_path / "run")
+    assert command("dpo-train", *words).code == 0
+    ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "other"), "reference.cache=off")
+    assert ended.code == 6
+    assert "two models' weights in float32 take " in ended.err and "reference=adapter_off" in ended.err

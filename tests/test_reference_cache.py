@@ -42,7 +42,7 @@ def never() -> Reference:
 
 def filled(path: Path | None) -> ReferenceCache:
     cache = ReferenceCache(path)
-    complete(cache, PAIRS, BATCHING, torch.float32, lambda: FrozenReference(tiny()), None, Progress())
+    complete(cache, [PAIRS], BATCHING, torch.float32, lambda: FrozenReference(tiny()), None, Progress())
     return cache
 
 
@@ -59,12 +59,11 @@ def test_the_cache_equals_the_second_model_equals_the_adapter_switched_off(tmp_p
 def test_a_full_cache_loads_no_reference_and_a_hundred_new_rows_cost_a_hundred_rows(tmp_path: Path) -> None:
     filled(tmp_path / "values")
     cache, heard = ReferenceCache(tmp_path / "values"), []
-    assert complete(cache, PAIRS, BATCHING, torch.float32, never, None, Progress()) == 0
+    assert complete(cache, [PAIRS], BATCHING, torch.float32, never, None, Progress()) == 0
     more = [pair(4, 3, 2, seed) for seed in range(100, 200)]
     progress = Progress(begin=heard.append)
     assert (
-        complete(cache, [*PAIRS, *more], BATCHING, torch.float32, lambda: FrozenReference(tiny()), None, progress)
-        == 100
+        complete(cache, [PAIRS, more], BATCHING, torch.float32, lambda: FrozenReference(tiny()), None, progress) == 100
     )
     assert heard == [100]
     assert (tmp_path / "values").stat().st_size == (len(PAIRS) + 100) * RECORD.itemsize
@@ -139,6 +138,17 @@ def test_a_cached_run_is_the_run_with_the_reference_in_the_loop(
             assert one[key] == pytest.approx(two[key], rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_are_computed_in_the_batches_that_are_trained_on(
+    command: Command, pairs_file: Path, tmp_path: Path, dtype: str
+) -> None:
+    words = [*tiny_words(pairs_file, tmp_path / "run"), f"model.dtype={dtype}", "seed=77", "batch_size=5"]
+    assert command("dpo-train", *words, "optimizer.lr=1e-30").code == 0
+    for record in records(tmp_path / "run"):  # a rate that moves no weight: every batch starts where the policy does
+        if record["split"] == "train":
+            assert (record["rewards/margins"], record["rewards/accuracies"]) == (0, 0.5)
+
+
 # Damage
 
 
@@ -177,7 +187,7 @@ def test_values_of_another_model_are_noticed_and_never_used(tmp_path: Path) -> N
     cache.add(PAIRS, VALUES)
     at_hand = FrozenReference(tiny())
     progress = Progress(warn=warned.append)
-    assert complete(cache, PAIRS, BATCHING, torch.float32, lambda: at_hand, at_hand, progress) == len(PAIRS)
+    assert complete(cache, [PAIRS], BATCHING, torch.float32, lambda: at_hand, at_hand, progress) == len(PAIRS)
     assert len(warned) == 1 and "its values are dropped and computed anew" in warned[0]
     right = at_hand.logps(make_batch(PAIRS, CPU, Way.SEGMENTS)).chosen.tolist()
     assert ReferenceCache(path).logps(PAIRS)[0] == pytest.approx(right, abs=1e-4)
@@ -212,8 +222,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_the_run_goes_on(
     command: Command, pairs_file: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(reference_cache, "cache_path", lambda key: tmp_path / "file" / key)
-    monkeypatch.setattr("dpo_cli.training.runner.cache_path", lambda key: tmp_path / "file" / key)
+    monkeypatch.setattr("dpo_cli.training.preparation.cache_path", lambda key: tmp_path / "file" / key)
     ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "run"))
     assert ended.code == 0
     assert "cannot be read (Not a directory); its values stay in memory" in " ".join((ended.out + ended.err).split())
@@ -231,7 +240,7 @@ def test_a_stop_in_the_reference_pass_keeps_what_was_done(tmp_path: Path) -> Non
     cache = ReferenceCache(tmp_path / "values")
     one_by_one = replace(BATCHING, cut=lambda pairs: [[one] for one in pairs])
     with pytest.raises(StoppedError):
-        complete(cache, PAIRS, one_by_one, torch.float32, lambda: FrozenReference(tiny()), None, Progress(poll=poll))
+        complete(cache, [PAIRS], one_by_one, torch.float32, lambda: FrozenReference(tiny()), None, Progress(poll=poll))
     assert ReferenceCache(tmp_path / "values").missing(PAIRS) == PAIRS[2:]
 
 

@@ -138,7 +138,7 @@ def by_packed_tokens(budget: int) -> Cut:
         pieces = max(1, math.ceil(sum(size for size, _ in sized) / budget))
         while True:
             filled, sizes = _longest_first(sized, min(pieces, len(sized)))
-            if pieces >= len(sized) or max(sizes) <= max(budget, sized[0][0]):
+            if all(size <= budget or len(piece) == 1 for size, piece in zip(sizes, filled, strict=True)):
                 return filled
             pieces += 1
 

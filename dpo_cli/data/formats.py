@@ -213,7 +213,7 @@ def ranked(row: Row) -> tuple[PreferencePair, ...]:
     """Several `responses` to one `prompt`, the best first or with `scores`: a pair of every two that differ in rank.
 
     All comparisons of a prompt belong together, as in Section 3.5 of https://arxiv.org/abs/2203.02155: the run keeps
-    them in one batch, where they share the prompt and each response is computed once.
+    them next to each other, so that in a batch they share the prompt and each response is computed once.
     """
     responses = _listed(row, "responses")
     if len(responses) < 2:

@@ -8,6 +8,7 @@ log p(response | prompt) is a probability of something the model can do.
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ class TokenizedPair:
     index: int  # the row in its file, from 0
     key: str  # hash of the pair's texts
 
-    @property
+    @cached_property
     def token_key(self) -> bytes:
         """16 bytes that stand for these very tokens: what a cached log-prob of the pair is filed under."""
         digest = hashlib.blake2b(digest_size=16)

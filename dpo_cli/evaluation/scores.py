@@ -30,6 +30,14 @@ class PairScores:
         return LogRatios.between(self.policy, self.reference)
 
 
+WINDOW = 64  # pairs that pieces of like size are cut from
+
+
+def windows(pairs: list[TokenizedPair]) -> list[list[TokenizedPair]]:
+    """The pairs in the batches in which they are scored."""
+    return [pairs[start : start + WINDOW] for start in range(0, len(pairs), WINDOW)]
+
+
 def score_pairs(
     policy: Any,
     reference: Reference,
@@ -44,8 +52,8 @@ def score_pairs(
     was_training = policy.training
     policy.eval()
     try:
-        for start in range(0, len(pairs), 64):  # a window, so that pieces of like length can be cut from it
-            for batch in batching.batches(pairs[start : start + 64]):
+        for window in windows(pairs):
+            for batch in batching.batches(window):
                 poll()
                 with torch.no_grad():
                     rows = [*_columns(pair_logps(policy, batch)), *_columns(reference.logps(batch))]

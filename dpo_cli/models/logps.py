@@ -227,8 +227,9 @@ def plain_attention(model: Any) -> Iterator[None]:
 
 
 def response_logps(model: Any, batch: Batch) -> Tensor:
-    """log p of every response token, (N,) float32, in nats: chosen before rejected, pair after pair.
+    """log p of every response token, (N,) float32, in nats, in the order of the batch's responses.
 
+    Those are chosen before rejected, pair after pair, where no two pairs share a prompt.
     With gradient where the model has one and grad mode is on.
     """
     causal = causal_model(model)

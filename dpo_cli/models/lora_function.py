@@ -28,7 +28,7 @@ class _LoraProduct(torch.autograd.Function):
         y.addmm_(small, b.to(x.dtype).t(), alpha=scaling)
         ctx.save_for_backward(x, weight, a, b, small)
         ctx.scaling = scaling
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:

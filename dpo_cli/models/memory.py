@@ -4,22 +4,27 @@ What a pass keeps for its backward pass grows in proportion to its tokens. Two r
 and what there is besides; the memory that is free gives the rest.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from dpo_cli.console.text import significant
 from dpo_cli.data.batches import longest_side, packed_tokens
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.models.logps import Way, make_batch, pair_logps
+from dpo_cli.errors import OutOfMemoryError
+from dpo_cli.models.logps import Way, causal_model, make_batch, pair_logps
 
 # Beyond these a longer row is no faster, only larger.
 ENOUGH_TOKENS = {"cpu": 1536, "mps": 4096, "cuda": 16384}
+OTHERWISE = 4096  # on other devices
 TRAINING_BYTES = 12  # of a weight that trains: its gradient and two moments of AdamW, in float32
+CGROUP = Path("/sys/fs/cgroup")
 SHARE = 0.6  # of the free memory that a pass may take: the backward pass and other programs want some, too
 
 
@@ -58,19 +63,56 @@ def _available_on_machine() -> int:
 
 
 def _left_in_container() -> int:
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    for folder, limit, used, cached in (
+        (CGROUP, "memory.max", "memory.current", "inactive_file"),
+        (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            return int(Path(limit).read_text()) - int(Path(used).read_text())
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            # Files that were read, the model among them, count as used and give way when memory is asked for.
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            return left + int(counts.get(cached, 0))
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return 2**62
 
 
-def kept_bytes(policy: Any, pairs: Sequence[TokenizedPair], device: torch.device, way: Way) -> int:
-    """Bytes that a forward pass on these pairs keeps for its backward pass, weights aside."""
+def weight_bytes(folder: str, dtype: torch.dtype) -> int | None:
+    """Bytes that a model's weights will take in `dtype`, from the headers of its files; None where it is not local."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        return None
+    total = 0
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total * dtype.itemsize
+
+
+def plan_memory(folder: str, dtype: torch.dtype, device: torch.device, second_model: bool) -> str:
+    """In words, what the weights will take of the memory that is free; OutOfMemoryError where they cannot fit.
+
+    Asked before anything is loaded. `second_model` says whether the reference is loaded beside the policy.
+    """
+    weights, free = weight_bytes(folder, dtype), free_memory(device)
+    if weights is None:
+        return f"{significant(free / 2**30)} GiB free on {device}"
+    models = 2 if second_model else 1
+    needed, left = (f"{significant(size / 2**30)} GiB" for size in (models * weights, free))
+    if models * weights > free:
+        what = "two models' weights" if second_model else "the model's weights"
+        remedy = (
+            "reference=adapter_off or reference.cache=auto holds them once"
+            if second_model
+            else "a smaller model or a larger device is needed"
+        )
+        name = str(dtype).removeprefix("torch.")
+        raise OutOfMemoryError(f"{what} in {name} take {needed}, and {device} has {left} free: {remedy}")
+    return f"weights{' of both models' if second_model else ''} {needed}, of {left} free on {device}"
+
+
+def kept_bytes(policy: Any, pairs: Sequence[TokenizedPair], device: torch.device, way: Way) -> tuple[int, int]:
+    """Tokens of a forward pass on these pairs, and the bytes it keeps for its backward pass, weights aside."""
     weights = {weight.untyped_storage().data_ptr() for weight in policy.parameters()}
     storages: dict[int, int] = {}
 
@@ -80,23 +122,25 @@ def kept_bytes(policy: Any, pairs: Sequence[TokenizedPair], device: torch.device
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    batch = make_batch(pairs, device, way)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logps = pair_logps(policy, make_batch(pairs, device, way))
+        logps = pair_logps(policy, batch)
     del logps
-    return sum(storages.values())
+    return batch.input_ids.numel(), sum(storages.values())
 
 
 def measure_budget(policy: Any, pairs: Sequence[TokenizedPair], device: torch.device, way: Way) -> Budget:
     """The token budget of a forward and backward pass, from what a short and a longer row of real pairs keep."""
-    (few, little), (many, much) = (
-        (packed_tokens(some), kept_bytes(policy, some, device, way)) for some in _two_sizes(pairs)
-    )
+    (few, little), (many, much) = (kept_bytes(policy, some, device, way) for some in _two_sizes(pairs))
     per_token = (much - little) / (many - few) if many > few and much > little else much / many
-    per_token *= 1.25  # the backward pass holds gradients beside what was kept, a layer's worth at a time
+    # The backward pass holds gradients beside what was kept, a layer's worth at a time; with checkpointing also what
+    # that layer computes again, which is as much as all that was kept, or more.
+    checkpointed = getattr(causal_model(policy), "is_activation_checkpointing", False)
+    per_token *= 2.5 if checkpointed else 1.25
     trainable = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
     free = free_memory(device) - TRAINING_BYTES * trainable
     fits = max(1, int(SHARE * free / per_token))
-    return Budget(min(ENOUGH_TOKENS[device.type], fits), fits, per_token, max(0, free))
+    return Budget(min(ENOUGH_TOKENS.get(device.type, OTHERWISE), fits), fits, per_token, max(0, free))
 
 
 def _two_sizes(pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:

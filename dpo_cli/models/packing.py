@@ -83,7 +83,8 @@ def remembered_way(
     """
     libraries = [importlib.metadata.version(name) for name in ("torch", "transformers", "peft")]
     longest = max(map(longest_side, pairs))
-    how = [VERSION, digest, str(next(policy.parameters()).dtype), device.type, longest, *libraries]
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    how = [VERSION, digest, str(next(policy.parameters()).dtype), where, longest, *libraries]
     note = cache_dir() / "ways" / f"{hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]}.json"
     if asked == "auto":
         try:
@@ -157,6 +158,8 @@ def _differs(
         changed = _logps(policy, [_other_chosen(pair) for pair in pairs], device, way)
         telling = min(pairs, key=lambda pair: (len(pair.chosen) == 1 == len(pair.rejected), longest_side(pair)))
         reads_positions = _reads_positions(policy, telling, device, way)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise  # which says nothing of the model
     except Exception as error:  # whatever a model's own code may raise: it says that this way is not for it
         return f"it fails ({safe_text(str(error).strip().splitlines()[0] if str(error).strip() else error, 120)})"
     assert batch.row is not None
@@ -170,6 +173,8 @@ def _differs(
     if not found.within(noise):
         return f"it is off by {found.mean:.2g} nats a token where one rounding moves them by {noise.mean:.2g}"
     of_rejected = torch.cat([torch.arange(len(p.chosen) + len(p.rejected)) >= len(p.chosen) for p in pairs]).to(device)
+    if changed.shape != packed.shape:
+        return found  # the other tokens happen to be the rejected response, which is then shared: nothing can be seen
     leak = _Noise.between(packed[of_rejected], changed[of_rejected])
     # The shapes are the same, so that nothing is rounded otherwise: far less is allowed than between two ways.
     if not leak.within(_Noise(noise.mean / 8, noise.largest / 8)):

@@ -30,7 +30,6 @@ from dpo_cli.theory.losses import PairLogps
 
 RECORD = np.dtype([("key", "<u8", 2), ("logps", "<f4", 2), ("check", "<u8")])  # 32 bytes: key, chosen and rejected
 VERSION = 1  # of the records and of what log-probs mean; another number is another file
-WINDOW = 64  # pairs between two writes: what a kill can cost
 SPOT_CHECKS = 3  # cached pairs that are compared with the model at hand when a run begins
 
 
@@ -88,6 +87,10 @@ class ReferenceCache:
         lacking = {pair.token_key: pair for pair in pairs}
         return [pair for key, pair in lacking.items() if key not in self._values]
 
+    def known(self, pairs: Iterable[TokenizedPair]) -> list[TokenizedPair]:
+        """Those pairs that have a value."""
+        return [pair for pair in pairs if pair.token_key in self._values]
+
     def add(self, pairs: Sequence[TokenizedPair], logps: Sequence[tuple[float, float]]) -> None:
         """Keep the values of some pairs, in memory and at the end of the file."""
         records = np.zeros(len(pairs), dtype=RECORD)
@@ -115,7 +118,10 @@ class ReferenceCache:
         """Drop every value, on disk too: they are not this model's."""
         self._values.clear()
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            try:
+                self.path.unlink(missing_ok=True)
+            except OSError as error:
+                self.trouble = f"{self.path}: cannot be removed ({error.strerror}); its values stay in memory"
 
     def logps(self, pairs: Sequence[TokenizedPair]) -> tuple[list[float], list[float]]:
         """The values of pairs that are known: chosen, rejected."""
@@ -163,7 +169,7 @@ class Progress:
 
 def complete(
     cache: ReferenceCache,
-    needed: Sequence[TokenizedPair],
+    needed: Sequence[Sequence[TokenizedPair]],
     batching: Batching,
     dtype: torch.dtype,
     load: Callable[[], Reference],
@@ -172,36 +178,39 @@ def complete(
 ) -> int:
     """See that the cache holds every needed pair; returns how many had to be computed.
 
+    `needed` holds the pairs in the batches in which the policy will see them: in bfloat16 a log-prob is rounded
+    differently in other company, and in the same company the policy's start is its reference to the last bit.
     `at_hand` knows the reference's log-probs without loading it: a few values are compared with it, and where they
     are another model's all are dropped. `load` brings the reference itself, only where a value is missing.
     """
-    lacking = cache.missing(needed)
-    known = [pair for pair in needed if pair.token_key not in {one.token_key for one in lacking}]
+    everything = [pair for together in needed for pair in together]
+    lacking = cache.missing(everything)
+    known = cache.known(everything)
     if at_hand is not None and known:
         some = random.sample(known, min(SPOT_CHECKS, len(known)))
         wrong = _disagreement(cache, some, at_hand, batching, dtype)
         if wrong is not None:
             progress.warn(f"{cache.path}: {wrong}; its values are dropped and computed anew")
             cache.forget()
-            lacking = cache.missing(needed)
+            lacking = cache.missing(everything)
     if lacking:
         progress.begin(len(lacking))
-        _fill(cache, lacking, load(), batching, progress)
+        _fill(cache, needed, load(), batching, progress)
     return len(lacking)
 
 
 def _fill(
     cache: ReferenceCache,
-    pairs: list[TokenizedPair],
+    needed: Sequence[Sequence[TokenizedPair]],
     reference: Reference,
     batching: Batching,
     progress: Progress,
 ) -> None:
-    for start in range(0, len(pairs), WINDOW):
+    for together in needed:
         done: list[TokenizedPair] = []
         values: list[tuple[float, float]] = []
         try:
-            for batch in batching.batches(pairs[start : start + WINDOW]):
+            for batch in batching.batches(cache.missing(together)):
                 progress.poll()
                 logps = reference.logps(batch)
                 done += batch.pairs

@@ -17,7 +17,7 @@ from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.evaluation.generate import greedy_answers
 from dpo_cli.evaluation.report import write_report
-from dpo_cli.evaluation.scores import score_pairs, summarize
+from dpo_cli.evaluation.scores import score_pairs, summarize, windows
 from dpo_cli.models.loading import (
     START_FILE,
     Decision,
@@ -31,7 +31,7 @@ from dpo_cli.models.loading import (
     model_digest,
 )
 from dpo_cli.models.logps import Batching, Way
-from dpo_cli.models.memory import ENOUGH_TOKENS
+from dpo_cli.models.memory import ENOUGH_TOKENS, OTHERWISE
 from dpo_cli.models.packing import remembered_way
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
 from dpo_cli.models.reference_cache import (
@@ -45,8 +45,8 @@ from dpo_cli.models.reference_cache import (
 from dpo_cli.theory.losses import Objective, make_objective
 from dpo_cli.theory.statistics import Estimate
 from dpo_cli.training.checkpoint import newest_valid, validate
+from dpo_cli.training.preparation import cut_by_tokens
 from dpo_cli.training.run_directory import RunDirectory
-from dpo_cli.training.runner import cut_by_tokens
 from dpo_cli.training.signals import StopSignals
 
 DEFAULT_BETA = 0.1
@@ -163,9 +163,9 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         data = load_pairs(data_dials, encoder, seed, held_out_only=True, poll=signals.poll)
         base = load_model(source, dtype.value, device.value)
         digest = model_digest(base)
-        way = _way(config, subject, base, data, device.value, digest)
-        key = values_key(digest, dtype.value, device.value, way) if config.reference_cache == "auto" else None
         policy, reference = _load(subject, base, dtype.value, device.value)
+        way = _way(config, subject, policy, base, data, device.value, digest)
+        key = values_key(digest, dtype.value, device.value, way) if config.reference_cache == "auto" else None
         _show_header(reporter, subject, source, device, dtype, data, data_dials.max_length, beta)
         started = time.monotonic()
         batching = Batching(device.value, way, _cut(config, device.value, way))
@@ -240,26 +240,32 @@ def _dtype(subject: Subject, device: torch.device) -> Decision:
     return choose_dtype(subject.base.dtype, device, lora=True)
 
 
-def _way(config: EvalConfig, subject: Subject, base: Any, data: PairData, device: torch.device, digest: str) -> Way:
-    """The way the run made its batches, so that the numbers are the run's own; else chosen anew."""
+def _way(
+    config: EvalConfig, subject: Subject, policy: Any, base: Any, data: PairData, device: torch.device, digest: str
+) -> Way:
+    """The way the run made its batches, so that the numbers are the run's own; else one that both models can take."""
     facts = subject.directory.read_manifest() if subject.directory else {}
     recorded = facts.get("batches")
     way = recorded.get("way") if isinstance(recorded, dict) else None
     if (
         config.batching == "auto"
+        and config.reference_model is None
         and isinstance(way, str)
         and way in [*Way]
         and facts.get("device", "").split(":")[0] == device.type
     ):
         return Way(way)
     chosen: Way = remembered_way(config.batching, base, data.held_out, device, digest).value
+    if not subject.is_adapter:
+        of_policy = remembered_way(config.batching, policy, data.held_out, device, model_digest(policy)).value
+        return chosen if of_policy is chosen else Way.PADDED
     return chosen
 
 
 def _cut(config: EvalConfig, device: torch.device, way: Way) -> Cut:
     if config.micro_batch_size != "auto":
         return by_size(int(config.micro_batch_size))
-    return cut_by_tokens(ENOUGH_TOKENS[device.type], way)
+    return cut_by_tokens(ENOUGH_TOKENS.get(device.type, OTHERWISE), way)
 
 
 def _known(
@@ -274,7 +280,7 @@ def _known(
     """The reference's log-probs, read from disk where a training run or an earlier evaluation has left them."""
     cache = ReferenceCache(cache_path(key))
     progress = Progress(lambda pairs: reporter.start("reference", pairs), reporter.advance, reporter.warn, signals.poll)
-    computed = complete(cache, data.held_out, batching, dtype, lambda: reference, reference, progress)
+    computed = complete(cache, windows(data.held_out), batching, dtype, lambda: reference, reference, progress)
     reporter.stop()
     there = len(data.held_out) - computed
     reporter.say(f"reference log-probs: {there:,} of {len(data.held_out):,} were in {cache.path}")

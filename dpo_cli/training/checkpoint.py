@@ -39,6 +39,7 @@ class TrainingState:
     records: int  # lines of metrics.jsonl so far
     data_fingerprint: str
     dtype: str
+    device: str  # its type; what follows was measured there
     way: str  # in which batches are made, and
     token_budget: int | None  # by which they are cut: measured when the run began, kept to its end
     alarms_sounded: list[str]  # by the radar: each is said once a run
@@ -231,8 +232,9 @@ def _restore_optimizer(stored: dict[str, Tensor], policy: Any, optimizer: torch.
         parameter = parameters[name]
         if value.ndim and value.shape != parameter.shape:
             raise CheckpointError(f"optimizer.safetensors: {safe_text(full_name)} has another shape than its weight")
-        # AdamW keeps its step count on the CPU, whatever the device.
-        optimizer.state[parameter][key] = value.to(parameter.device) if value.ndim else value
+        # AdamW keeps its step count on the CPU, whatever the device; a fused one keeps it beside the weights.
+        beside = value.ndim or optimizer.param_groups[0].get("fused")
+        optimizer.state[parameter][key] = value.to(parameter.device) if beside else value
 
 
 def _same_names(file: Path, stored: set[str], expected: set[str]) -> None:

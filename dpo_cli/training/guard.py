@@ -1,8 +1,8 @@
 """A loss or gradient that is not finite must not touch a weight, and looking for one must not hold up a GPU.
 
 On a CPU every step is looked at before its update. On a GPU that would make the host wait for the device in every
-step; there the fused optimizer itself leaves the weights alone (`found_inf`), from the first bad step on, until the
-host looks, which it does when it logs or saves.
+step; there a fused optimizer (AdamW) itself leaves the weights alone (`found_inf`), from the first bad step on, until
+the host looks, which it does when it logs or saves.
 """
 
 from dataclasses import dataclass

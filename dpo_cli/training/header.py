@@ -23,6 +23,8 @@ def reference_in_words(config: RunConfig) -> str:
     start = "the SFT model" + (f" with the adapter {safe_text(config.model.adapter)}" if config.model.adapter else "")
     if config.reference.name == "adapter_off":
         return f"{start}: the policy's own base weights with the adapter switched off"
+    if config.reference.cache == "auto" and not config.dry_run:
+        return f"{start}, frozen; loaded a second time only where its log-probs are not on disk"
     return f"{start}, loaded a second time and frozen"
 
 
@@ -44,7 +46,7 @@ def _optimizer_in_words(config: RunConfig) -> str:
     return f"{dials.name}, lr {significant(dials.lr)} {dials.schedule}, {warmup}, {clip}"
 
 
-def show_header(run: Run, cut: str, reference: str) -> None:
+def show_header(run: Run, cut: str, reference: str, memory: str) -> None:
     """Print the header: one fact a line, then one pair as the model sees it."""
     config, encoder, data, reporter = run.config, run.encoder, run.data, run.reporter
     closing = encoder.tokenizer.decode([encoder.closing])
@@ -55,6 +57,7 @@ def show_header(run: Run, cut: str, reference: str) -> None:
         ("reference", reference_in_words(config)),
         ("", reference),
         ("device", f"{run.device}: {run.device_reason}"),
+        ("memory", memory),
         ("dtype", f"{dtype_name}: {run.dtype.reason}" + ("; adapters float32" if config.lora.enabled else "")),
         ("objective", f"{config.loss.name} loss, beta {significant(config.beta)}"),
         ("optimizer", _optimizer_in_words(config)),

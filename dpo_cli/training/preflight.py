@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dpo_cli.console.text import safe_text
+from dpo_cli.data.batches import longest_side
 from dpo_cli.data.pairs import TextPair
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.errors import CheckpointError
@@ -64,10 +65,7 @@ def preflight(subject: PreflightSubject) -> str:
 def choose_pairs(train: list[TokenizedPair], texts: list[TextPair]) -> tuple[list[TokenizedPair], list[TextPair]]:
     """Two batches of real pairs: the shortest of those whose texts are kept, so that seconds and little memory do."""
 
-    def size(place: int) -> int:
-        return len(train[place].prompt) + max(len(train[place].chosen), len(train[place].rejected))
-
-    places = sorted(range(len(texts)), key=size)[: 2 * PAIRS_A_BATCH]
+    places = sorted(range(len(texts)), key=lambda place: longest_side(train[place]))[: 2 * PAIRS_A_BATCH]
     return [train[place] for place in places], [texts[place] for place in places]
 
 
@@ -212,7 +210,7 @@ def check_company(subject: PreflightSubject, pairs: list[TokenizedPair], togethe
         if not off <= TOLERANCES[subject.dtype].of(tokens):
             raise CheckpointError(
                 f"preflight: row {pairs[place].index} scores {off:.2f} nats differently in a batch than alone: "
-                "this model sees its padding or its neighbours; micro_batch_size=1 avoids it"
+                "this model sees its padding or its neighbours; micro_batch_size=1 with batching=padded avoids it"
             )
         worst = max(worst, off)
     return worst

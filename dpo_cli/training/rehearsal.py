@@ -40,7 +40,8 @@ def rehearse(run: Run) -> None:
                 "time",
                 f"about {duration(seconds * run.total_steps + evaluation)}: {plural(run.total_steps, 'step')} of "
                 f"{duration(seconds)}, and {plural(evaluations, 'evaluation')} of "
-                f"{plural(len(run.data.held_out), 'held-out pair')}",
+                f"{plural(len(run.data.held_out), 'held-out pair')}"
+                + ("; less where reference log-probs are on disk" if run.config.reference.cache == "auto" else ""),
             ),
             ("dry run", "nothing was trained and nothing written; leave dry_run out to begin"),
         ]

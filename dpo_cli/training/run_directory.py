@@ -20,6 +20,7 @@ from dpo_cli.training.checkpoint import newest_valid, validate
 # Keys that a resumed run may change: they decide what is shown and kept, not what is computed.
 FREE_KEYS = {
     "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "resume", "device", "radar", "dry_run",
+    "reference.cache",
 }  # fmt: skip
 # Keys that a resumed run may change, and is told so: the end of the run, and with it the schedule, or its roundings.
 LOUD_KEYS = {"max_steps", "epochs", "micro_batch_size"}

@@ -1,7 +1,7 @@
 """One training run, top to bottom: read this file first.
 
-`train` loads the SFT model twice (the policy gets LoRA adapters, the reference stays frozen), shows what it
-decided and why, and goes through the loop of `train_step`:
+`train` loads the SFT model (the policy gets LoRA adapters; the reference stays frozen, and is read from disk where its
+log-probs are known), shows what it decided and why, and goes through the loop of `train_step`:
 
     u = beta [log pi(y+|x)/pi_ref(y+|x) - log pi(y-|x)/pi_ref(y-|x)],  loss = -log sigmoid(u)
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dpo_cli.config import OptimizerConfig, RunConfig, read_config
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural, safe_text, significant
-from dpo_cli.data.batches import Cut, Schedule, by_packed_tokens, by_padded_tokens, by_size, packed_tokens
+from dpo_cli.data.batches import Schedule
 from dpo_cli.data.pairs import check_sources, load_pairs
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.errors import CheckpointError, ConfigError, DivergedError, StoppedError, StorageError
@@ -31,7 +31,6 @@ from dpo_cli.evaluation.scores import score_pairs
 from dpo_cli.models.loading import (
     START_FILE,
     Decision,
-    ModelSource,
     attach_lora,
     choose_device,
     choose_dtype,
@@ -40,20 +39,10 @@ from dpo_cli.models.loading import (
     load_model,
     load_tokenizer,
     model_digest,
-    undisturbed,
 )
 from dpo_cli.models.logps import Batching, Way, causal_model, pair_logps
-from dpo_cli.models.memory import Budget, measure_budget
+from dpo_cli.models.memory import plan_memory
 from dpo_cli.models.packing import remembered_way
-from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference, UnmovedPolicy
-from dpo_cli.models.reference_cache import (
-    CachedReference,
-    Progress,
-    ReferenceCache,
-    cache_path,
-    complete,
-    values_key,
-)
 from dpo_cli.theory.losses import LogRatios, make_objective
 from dpo_cli.theory.metrics import MeanOverPairs, pair_metrics
 from dpo_cli.theory.schedules import lr_factor
@@ -70,10 +59,11 @@ from dpo_cli.training.checkpoint import (
 from dpo_cli.training.guard import NonFiniteGuard
 from dpo_cli.training.header import show_header
 from dpo_cli.training.model_card import model_card
-from dpo_cli.training.preflight import PreflightSubject, check_distinct, choose_pairs, preflight
+from dpo_cli.training.preflight import PreflightSubject, choose_pairs, preflight
+from dpo_cli.training.preparation import choose_cut, complete_reference, make_reference, reference_of
 from dpo_cli.training.radar import Radar
 from dpo_cli.training.rehearsal import rehearse
-from dpo_cli.training.run import Run, Window, give_memory_back, peak_memory_gib
+from dpo_cli.training.run import Run, Window, peak_memory_gib
 from dpo_cli.training.run_directory import RunDirectory, config_changes, default_directory, find_resume
 from dpo_cli.training.signals import StopSignals
 from dpo_cli.training.verdict import History, Verdict, judge
@@ -120,23 +110,25 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
         reporter.warn(f"passed over a checkpoint: {reason}")
     with StopSignals(reporter.warn) as signals:
         run = put_together(config, directory, reporter, signals.poll, checkpoint)
-        complete_reference(run)
-        reporter.say(preflight_of(run))
-        if config.dry_run:
-            rehearse(run)
-            return directory.path
-        directory.cut_metrics(run.records_kept)
-        for path in set_aside_newer(directory.checkpoints, run.step):
-            reporter.warn(f"{path.name} lies after step {run.step} and is set aside")
-        if checkpoint is None:
-            if resumed is not None:
-                reporter.say(f"no checkpoint in {directory.path} yet: beginning anew")
-            directory.write_config(config)
-            directory.write_manifest(_manifest(run))
         try:
+            complete_reference(run)
+            reporter.say(preflight_of(run))
+            if config.dry_run:
+                rehearse(run)
+                return directory.path
+            directory.cut_metrics(run.records_kept)
+            for path in set_aside_newer(directory.checkpoints, run.step):
+                reporter.warn(f"{path.name} lies after step {run.step} and is set aside")
+            if checkpoint is None:
+                if resumed is not None:
+                    reporter.say(f"no checkpoint in {directory.path} yet: beginning anew")
+                directory.write_config(config)
+                directory.write_manifest(_manifest(run))
             train_to_end(run)
             return finish(run)
         except StoppedError as stop:
+            if config.dry_run:
+                raise
             raise type(stop)(
                 f"{stop} at step {run.step}; go on with: dpo-train ... output_dir={directory.path} resume=auto"
             ) from None
@@ -172,11 +164,14 @@ def put_together(
     if state is not None and state.data_fingerprint != data.fingerprint:
         raise CheckpointError(f"{checkpoint}: was trained on other data than data.train={config.data.train} gives now")
 
+    asked_in_every_step = config.reference.cache == "off" or config.dry_run
+    second_model = config.reference.name == "frozen" and asked_in_every_step
+    memory = plan_memory(source.path, dtype.value, device.value, second_model)
     torch.manual_seed(config.seed)
     policy = load_model(source, dtype.value, device.value)
     _check_vocabulary(policy, encoder, data.train)
     digest = model_digest(policy)
-    if state is None:
+    if state is None or state.device != device.value.type:
         way = remembered_way(config.batching, policy, data.train, device.value, digest, keep=not config.dry_run)
     else:
         way = Decision(Way(state.way), "as the run began")
@@ -190,13 +185,8 @@ def put_together(
         compile_layers(causal_model(policy))
     policy.train()
     schedule = Schedule.of(data.train, config.batch_size, config.seed, config.data.shuffle)
-    # A dry run writes nothing, so it asks the reference in every step.
-    if config.reference.cache == "auto" and not config.dry_run:
-        key = values_key(digest, dtype.value, device.value, way.value, config.engine.compile)
-        reference: Reference = CachedReference(ReferenceCache(cache_path(key)))
-    else:
-        reference = _reference(config, policy, source, dtype.value, device.value)
-    cut, budget, cut_words = _choose_cut(config, policy, data.train, device.value, way.value, state, reporter)
+    reference = make_reference(config, policy, source, dtype.value, device.value, way.value, digest)
+    cut, budget, cut_words = choose_cut(config, policy, data.train, device.value, way.value, state, reporter)
     optimizer = OPTIMIZERS[config.optimizer.name](
         [parameter for parameter in policy.parameters() if parameter.requires_grad], config.optimizer
     )
@@ -223,118 +213,10 @@ def put_together(
         total_steps=schedule.total_steps(config.epochs, config.max_steps),
         radar=Radar(config.beta, config.radar, config.loss.name),
     )
-    show_header(run, cut_words, reference_of(run))
+    show_header(run, cut_words, reference_of(run), memory)
     if checkpoint is not None and state is not None:
         _resume(run, checkpoint, state)
     return run
-
-
-def _reference(
-    config: RunConfig, policy: Any, source: ModelSource, dtype: torch.dtype, device: torch.device
-) -> Reference:
-    if config.reference.name == "adapter_off":
-        return AdapterOffReference(policy)
-    model = load_model(source, dtype, device)
-    if config.engine.compile:  # as the policy: one code path, or margins would not start at 0
-        compile_layers(model)
-    return FrozenReference(model)
-
-
-def _choose_cut(
-    config: RunConfig,
-    policy: Any,
-    pairs: list[TokenizedPair],
-    device: torch.device,
-    way: Way,
-    state: TrainingState | None,
-    reporter: Reporter,
-) -> tuple[Cut, int | None, str]:
-    """How a batch is cut into forward passes, the token budget if there is one, and both in words."""
-    if config.micro_batch_size != "auto":
-        size = int(config.micro_batch_size)
-        return by_size(size), None, f"{plural(size, 'pair')} a forward pass"
-    if state is not None and state.token_budget is not None:
-        tokens, words = state.token_budget, f"cut at {state.token_budget:,} tokens, as the run began"
-    else:
-        with undisturbed(policy):
-            policy.train()
-            budget = measure_budget(policy, pairs, device, way)
-        tokens, words = budget.tokens, str(budget)
-        _warn_of_long_pairs(pairs, budget, reporter)
-    return cut_by_tokens(tokens, way), tokens, words
-
-
-def cut_by_tokens(tokens: int, way: Way) -> Cut:
-    """Cut a batch by a token budget, counted as the way lays tokens out."""
-    return by_padded_tokens(tokens) if way is Way.PADDED else by_packed_tokens(tokens)
-
-
-def _warn_of_long_pairs(pairs: list[TokenizedPair], budget: Budget, reporter: Reporter) -> None:
-    longest = max(packed_tokens([pair]) for pair in pairs)
-    if longest > budget.fits:
-        reporter.warn(
-            f"the longest pair has {longest:,} tokens, and the memory that is free holds some {budget.fits:,}: it may "
-            "not fit; engine.gradient_checkpointing=true or a smaller data.max_length need less"
-        )
-
-
-def needed_pairs(run: Run) -> list[TokenizedPair]:
-    """Every pair whose reference log-probs this run will ask for, in the order of the data."""
-    train = run.data.train
-    if run.total_steps >= run.schedule.steps_per_epoch:
-        seen = list(train)
-    else:
-        places = {int(place) for batch in run.schedule.batches(0, run.total_steps) for place in batch}
-        first, _ = choose_pairs(train, run.data.train_texts)
-        seen = [train[place] for place in sorted(places)] + first
-    return list({pair.token_key: pair for pair in seen + run.data.held_out}.values())
-
-
-def reference_of(run: Run) -> str:
-    """In words, where the reference's log-probs come from."""
-    if not isinstance(run.reference, CachedReference):
-        return "its log-probs are computed in every step"
-    cache, needed = run.reference.cache, needed_pairs(run)
-    lacking = len(cache.missing(needed))
-    there = f"{len(needed) - lacking:,} of {len(needed):,} log-probs are in {cache.path} ({cache.size_in_words})"
-    return f"not loaded: {there}" if lacking == 0 else there
-
-
-def complete_reference(run: Run) -> None:
-    """Compute the reference's log-probs that are not in the cache yet; what was loaded for it is freed."""
-    if not isinstance(run.reference, CachedReference):
-        return
-    cache, config, reporter = run.reference.cache, run.config, run.reporter
-    if cache.damaged:
-        reporter.warn(f"{cache.path}: {plural(cache.damaged, 'record')} torn or damaged, computed anew")
-    at_hand: Reference | None = None
-    if config.lora.enabled:
-        at_hand = AdapterOffReference(run.policy)
-    elif run.step == 0:
-        at_hand = UnmovedPolicy(run.policy)
-
-    def load() -> Reference:
-        reference = _reference(config, run.policy, run.source, run.dtype.value, run.device)
-        check_distinct(run.policy, reference)
-        return reference
-
-    started = time.perf_counter()
-    computed = complete(
-        cache,
-        needed_pairs(run),
-        run.batching,
-        run.dtype.value,
-        load,
-        at_hand,
-        Progress(lambda pairs: reporter.start("reference", pairs), reporter.advance, reporter.warn, run.poll),
-    )
-    if computed:
-        reporter.stop()
-        seconds = time.perf_counter() - started
-        reporter.say(f"reference log-probs of {plural(computed, 'pair')} computed in {duration(seconds)}")
-    if cache.trouble:
-        reporter.warn(cache.trouble)
-    give_memory_back(run.device)
 
 
 def _check_vocabulary(model: Any, encoder: PairEncoder, pairs: list[TokenizedPair]) -> None:
@@ -549,6 +431,7 @@ def save(run: Run, rng: dict[str, Tensor] | None = None) -> Path:
         records=run.directory.records,
         data_fingerprint=run.data.fingerprint,
         dtype=str(run.dtype.value).removeprefix("torch."),
+        device=run.device.type,
         way=run.batching.way.value,
         token_budget=run.token_budget,
         alarms_sounded=run.radar.sounded,

@@ -1,0 +1,145 @@
+"""What a run settles before its first step: how batches are cut, and where the reference's log-probs come from."""
+
+import time
+from typing import Any
+
+import torch
+
+from dpo_cli.config import RunConfig
+from dpo_cli.console.reporter import Reporter
+from dpo_cli.console.text import duration, plural
+from dpo_cli.data.batches import Cut, by_packed_tokens, by_padded_tokens, by_size
+from dpo_cli.data.tokens import TokenizedPair
+from dpo_cli.evaluation.scores import windows
+from dpo_cli.models.loading import ModelSource, compile_layers, load_model, undisturbed
+from dpo_cli.models.logps import Way
+from dpo_cli.models.memory import Budget, measure_budget
+from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference, UnmovedPolicy
+from dpo_cli.models.reference_cache import (
+    CachedReference,
+    Progress,
+    ReferenceCache,
+    cache_path,
+    complete,
+    values_key,
+)
+from dpo_cli.training.checkpoint import TrainingState
+from dpo_cli.training.preflight import check_distinct, choose_pairs
+from dpo_cli.training.run import Run, give_memory_back
+
+
+def choose_cut(
+    config: RunConfig,
+    policy: Any,
+    pairs: list[TokenizedPair],
+    device: torch.device,
+    way: Way,
+    state: TrainingState | None,
+    reporter: Reporter,
+) -> tuple[Cut, int | None, str]:
+    """How a batch is cut into forward passes, the token budget if there is one, and both in words."""
+    if config.micro_batch_size != "auto":
+        size = int(config.micro_batch_size)
+        return by_size(size), None, f"{plural(size, 'pair')} a forward pass"
+    if state is not None and state.token_budget is not None and state.device == device.type:
+        tokens, words = state.token_budget, f"cut at {state.token_budget:,} tokens, as the run began"
+    else:
+        with undisturbed(policy):
+            policy.train()
+            budget = measure_budget(policy, pairs, device, way)
+        tokens, words = budget.tokens, str(budget)
+        _warn_of_long_pairs(pairs, budget, reporter)
+    return cut_by_tokens(tokens, way), tokens, words
+
+
+def cut_by_tokens(tokens: int, way: Way) -> Cut:
+    """Cut a batch by a token budget, counted as the way lays tokens out."""
+    return by_padded_tokens(tokens) if way is Way.PADDED else by_packed_tokens(tokens)
+
+
+def _warn_of_long_pairs(pairs: list[TokenizedPair], budget: Budget, reporter: Reporter) -> None:
+    longest = max(len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    if longest > budget.fits:
+        reporter.warn(
+            f"the longest pair has {longest:,} tokens, and the memory that is free holds some {budget.fits:,}: it may "
+            "not fit; engine.gradient_checkpointing=true or a smaller data.max_length need less"
+        )
+
+
+def make_reference(
+    config: RunConfig, policy: Any, source: ModelSource, dtype: torch.dtype, device: torch.device, way: Way, digest: str
+) -> Reference:
+    """The reference of a run: its values on disk, to be completed later, or a model that is asked in every step."""
+    if config.reference.cache == "auto" and not config.dry_run:  # a dry run writes nothing
+        key = values_key(digest, dtype, device, way, config.engine.compile)
+        return CachedReference(ReferenceCache(cache_path(key)))
+    return load_reference(config, policy, source, dtype, device)
+
+
+def load_reference(
+    config: RunConfig, policy: Any, source: ModelSource, dtype: torch.dtype, device: torch.device
+) -> Reference:
+    """The model that the reference's log-probs come from: the policy's own base, or the SFT model a second time."""
+    if config.reference.name == "adapter_off":
+        return AdapterOffReference(policy)
+    model = load_model(source, dtype, device)
+    if config.engine.compile:  # as the policy: one code path, or margins would not start at 0
+        compile_layers(model)
+    return FrozenReference(model)
+
+
+def needed_batches(run: Run) -> list[list[TokenizedPair]]:
+    """Every pair whose reference log-probs this run will ask for, in the batches in which it first will."""
+    train = run.data.train
+    steps = min(run.total_steps, run.schedule.steps_per_epoch)
+    batches = [[train[place] for place in batch] for batch in run.schedule.batches(0, steps)]
+    checked, _ = choose_pairs(train, run.data.train_texts)
+    return [*batches, *windows(run.data.held_out), checked]
+
+
+def reference_of(run: Run) -> str:
+    """In words, where the reference's log-probs come from."""
+    if not isinstance(run.reference, CachedReference):
+        return "its log-probs are computed in every step"
+    cache = run.reference.cache
+    needed = {pair.token_key: pair for batch in needed_batches(run) for pair in batch}.values()
+    lacking = len(cache.missing(needed))
+    there = f"{len(needed) - lacking:,} of {len(needed):,} log-probs are in {cache.path} ({cache.size_in_words})"
+    return f"not loaded: {there}" if lacking == 0 else there
+
+
+def complete_reference(run: Run) -> None:
+    """Compute the reference's log-probs that are not in the cache yet; what was loaded for it is freed."""
+    if not isinstance(run.reference, CachedReference):
+        return
+    cache, config, reporter = run.reference.cache, run.config, run.reporter
+    if cache.damaged:
+        reporter.warn(f"{cache.path}: {plural(cache.damaged, 'record')} torn or damaged, computed anew")
+    at_hand: Reference | None = None
+    if config.lora.enabled:
+        at_hand = AdapterOffReference(run.policy)
+    elif run.step == 0:
+        at_hand = UnmovedPolicy(run.policy)
+
+    def load() -> Reference:
+        reference = load_reference(config, run.policy, run.source, run.dtype.value, run.device)
+        check_distinct(run.policy, reference)
+        return reference
+
+    started = time.perf_counter()
+    computed = complete(
+        cache,
+        needed_batches(run),
+        run.batching,
+        run.dtype.value,
+        load,
+        at_hand,
+        Progress(lambda pairs: reporter.start("reference", pairs), reporter.advance, reporter.warn, run.poll),
+    )
+    if computed:
+        reporter.stop()
+        seconds = time.perf_counter() - started
+        reporter.say(f"reference log-probs of {plural(computed, 'pair')} computed in {duration(seconds)}")
+    if cache.trouble:
+        reporter.warn(cache.trouble)
+    give_memory_back(run.device)
