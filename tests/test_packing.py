@@ -17,7 +17,7 @@ from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import ConfigError
 from dpo_cli.models import attention, packing
 from dpo_cli.models.loading import attach_lora, compile_layers
-from dpo_cli.models.logps import Way, causal_model, make_batch, pair_logps, plain_attention
+from dpo_cli.models.logps import Way, causal_model, make_batch, pair_logps, plain_attention, response_logps
 from dpo_cli.models.packing import choose_way
 
 # A one-token prompt and one-token responses; prompts longer than both responses; a pair of some thirty tokens.
@@ -168,6 +168,13 @@ def test_a_response_that_sees_its_sister_is_noticed(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(attention, "_segments", leaking)
     assert choose_way("auto", tiny(), PAIRS[:1], CPU).value is Way.MASK
+    # And where the model is so coarse that the numbers alone would pass: rejected may not move with chosen.
+    model = tiny()
+    plain, _ = packing._plain(model, PAIRS[:1], CPU)
+    with torch.no_grad():
+        coarse = packing._Noise.between(response_logps(model, make_batch(PAIRS[:1], CPU, Way.SEGMENTS)), plain)
+    said = packing._differs(model, PAIRS[:1], CPU, Way.SEGMENTS, plain, coarse)
+    assert isinstance(said, str) and said.startswith("a response sees another one")
 
 
 def test_an_unknown_keyword_of_attention_is_refused_rather_than_ignored() -> None:
