@@ -28,6 +28,8 @@ Dials, with their defaults
   data.train=PATH      .jsonl(.gz), .json, .parquet, .csv, or a hub data set
   data.eval=PATH       held-out pairs; without it a share of data.train is held out
   data.max_length=512  tokens, prompt + response
+  batching=auto        packed rows where the model's numbers allow; or packed, padded
+  reference.cache=auto keep the reference's log-probs on disk for later runs; or off
   lora.r=16            rank of the adapters; lora=off trains every weight
   model.name_or_path=X your own SFT model: a folder or a hub id
   save_every=0         steps between checkpoints; resume=auto output_dir=RUN goes on
@@ -58,7 +60,7 @@ dpo-eval: score a finished run, checkpoint, adapter or model on preference pairs
   samples=0            prompts for which answers of policy and reference are shown side by side
   max_new_tokens=128   length limit of those answers
   reference_model=PATH the SFT model, where the checkpoint is a whole model
-  micro_batch_size=auto, device=auto, name=NAME, output_dir=DIR
+  micro_batch_size=auto, batching=auto, reference_cache=auto, device=auto, name=NAME, output_dir=DIR
 
 Examples
   dpo-eval checkpoint=outputs/smollm2-sample/2026-01-31_12-00-00 samples=3

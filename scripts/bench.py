@@ -54,31 +54,26 @@ def matmul_rate(dtype: Any) -> float:
     """The best rate of matrix products of a layer's shape, in FLOP/s."""
     import torch
 
+    from dpo_cli.models.loading import best_seconds
+
     left, right = torch.ones(1024, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-    best = float("inf")
-    for _ in range(30):
-        began = time.perf_counter()
-        left @ right
-        best = min(best, time.perf_counter() - began)
-    return 2 * 1024 * 576 * 1536 / best
+    return 2 * 1024 * 576 * 1536 / best_seconds(left, right, times=30)
 
 
-def floor_flops(run: Any, pairs: list[Any]) -> float:
+def floor_flops(policy: Any, pairs: list[Any], reference_in_loop: bool) -> float:
     """Multiplications and additions that no implementation of a step on these pairs can leave out."""
     from dpo_cli.data.batches import packed_tokens
     from dpo_cli.models.logps import causal_model
-    from dpo_cli.models.reference_cache import CachedReference
 
-    causal = causal_model(run.policy)
+    causal = causal_model(policy)
     head = causal.get_input_embeddings().weight.numel()
-    adapters = sum(weight.numel() for weight in run.trainable)
-    embeddings = {id(causal.get_input_embeddings().weight), id(causal.get_output_embeddings().weight)}
-    layers = sum(w.numel() for w in causal.parameters() if w.ndim == 2 and id(w) not in embeddings) - adapters
+    adapters = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
+    outside = {id(causal.get_input_embeddings().weight), id(causal.get_output_embeddings().weight)}
+    layers = sum(w.numel() for w in causal.parameters() if w.ndim == 2 and id(w) not in outside) - adapters
     tokens = sum(packed_tokens([pair]) for pair in pairs)
     responses = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    trained = tokens * (4 * layers + 6 * adapters) + responses * 4 * head
-    asked = 0 if isinstance(run.reference, CachedReference) else tokens * 2 * layers + responses * 2 * head
-    return float(trained + asked)
+    asked = tokens * 2 * layers + responses * 2 * head if reference_in_loop else 0
+    return float(tokens * (4 * layers + 6 * adapters) + responses * 4 * head + asked)
 
 
 def assembled(folder: Path, words: list[str]) -> Any:
@@ -111,6 +106,7 @@ def measure_mode(task: dict[str, Any]) -> dict[str, Any]:
             from dpo_cli.training.checkpoint import save_policy
 
             save_policy(run.policy, Path(task["adapter"]))
+        from dpo_cli.models.reference_cache import CachedReference
         from dpo_cli.training.runner import log_train, preflight_of, train_step
 
         if task["preflight"]:
@@ -125,7 +121,7 @@ def measure_mode(task: dict[str, Any]) -> dict[str, Any]:
             log_train(run)
             if len(seconds) > WARMUP:
                 tokens += sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
-                flops += floor_flops(run, pairs)
+                flops += floor_flops(run.policy, pairs, not isinstance(run.reference, CachedReference))
         lines = run.directory.metrics.read_text().splitlines()
         losses = [line["loss"] for line in map(json.loads, lines) if line["step"] > 0]
         return {

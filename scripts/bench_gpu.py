@@ -29,9 +29,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dpo_cli.data.batches import by_packed_tokens, by_padded_tokens, packed_tokens
+from bench import floor_flops
+
+from dpo_cli.data.batches import by_packed_tokens, by_padded_tokens
 from dpo_cli.data.tokens import TokenizedPair, token_ids
-from dpo_cli.models.loading import attach_lora, compile_layers, disable_dropout
+from dpo_cli.models.loading import attach_lora, best_seconds, compile_layers, disable_dropout, wait_for
 from dpo_cli.models.logps import Batching, Way, causal_model, make_batch, pair_logps
 from dpo_cli.models.packing import choose_way
 
@@ -82,30 +84,12 @@ def dialogue_lengths(number: int, vocabulary: int) -> list[TokenizedPair]:
     return pairs
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def matmul_rate(hidden: int, device: torch.device, dtype: torch.dtype) -> float:
     """The best rate of products of the model's own size, in FLOP/s."""
     rows, wide = (8192, 4 * hidden) if device.type == "cuda" else (256, 4 * hidden)
     left = torch.ones(rows, hidden, device=device, dtype=dtype)
     right = torch.ones(hidden, wide, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(20):
-        wait(device)
-        began = time.perf_counter()
-        left @ right
-        wait(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * rows * hidden * wide / best
-
-
-def ways_of(device: torch.device) -> list[Way]:
-    """What is compared."""
-    return [Way.SEGMENTS, Way.MASK, Way.PADDED]
+    return 2 * rows * hidden * wide / best_seconds(left, right, times=20)
 
 
 def check(device: torch.device) -> list[dict[str, Any]]:
@@ -120,7 +104,7 @@ def check(device: torch.device) -> list[dict[str, Any]]:
                 weight.copy_(0.05 * torch.randn(weight.shape, generator=generator))
         pairs = dialogue_lengths(6, 1000)
         outcomes = {}
-        for way in ways_of(device):
+        for way in Way:
             try:
                 logps = pair_logps(policy, make_batch(pairs, device, way))
                 gradients = torch.autograd.grad((logps.chosen - logps.rejected).sum(), weights)
@@ -138,19 +122,6 @@ def check(device: torch.device) -> list[dict[str, Any]]:
     return lines
 
 
-def floor_flops(policy: Any, pairs: list[TokenizedPair], reference: bool) -> float:
-    """As in scripts/bench.py."""
-    causal = causal_model(policy)
-    head = causal.get_input_embeddings().weight.numel()
-    adapters = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
-    outside = {id(causal.get_input_embeddings().weight), id(causal.get_output_embeddings().weight)}
-    layers = sum(w.numel() for w in causal.parameters() if w.ndim == 2 and id(w) not in outside) - adapters
-    tokens = sum(packed_tokens([pair]) for pair in pairs)
-    responses = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    asked = (tokens * 2 * layers + responses * 2 * head) if reference else 0
-    return float(tokens * (4 * layers + 6 * adapters) + responses * 4 * head + asked)
-
-
 def time_steps(
     policy: Any, reference: Any | None, batching: Batching, batches: list[list[TokenizedPair]]
 ) -> dict[str, Any]:
@@ -163,7 +134,7 @@ def time_steps(
     seconds = []
     policy.train()
     for pairs in batches:
-        wait(device)
+        wait_for(device)
         began = time.perf_counter()
         for batch in batching.batches(pairs):
             fixed = torch.zeros(len(batch.pairs), device=device)
@@ -177,7 +148,7 @@ def time_steps(
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        wait(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - began)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
     return {"seconds": seconds[1:], "peak_gib": peak}

@@ -86,14 +86,26 @@ def choose_dtype(asked: str, device: torch.device, lora: bool) -> Decision:
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:
-    """The best of a few products of the size of a small model's layer: the best is what noise cannot lower."""
-    left, right = torch.ones(512, 768, dtype=dtype), torch.ones(768, 1536, dtype=dtype)
+    """Of a product of the size of a small model's layer."""
+    return best_seconds(torch.ones(512, 768, dtype=dtype), torch.ones(768, 1536, dtype=dtype), times=8)
+
+
+def best_seconds(left: Tensor, right: Tensor, times: int) -> float:
+    """The shortest of several products of two matrices: the best is what noise cannot lower."""
     best = float("inf")
-    for _ in range(8):
+    for _ in range(times):
+        wait_for(left.device)
         start = time.perf_counter()
         left @ right
+        wait_for(left.device)
         best = min(best, time.perf_counter() - start)
     return best
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)

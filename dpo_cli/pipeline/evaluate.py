@@ -36,16 +36,14 @@ from dpo_cli.models.packing import remembered_way
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
 from dpo_cli.models.reference_cache import (
     CachedReference,
-    Progress,
     ReferenceCache,
     cache_path,
-    complete,
     values_key,
 )
 from dpo_cli.theory.losses import Objective, make_objective
 from dpo_cli.theory.statistics import Estimate
 from dpo_cli.training.checkpoint import newest_valid, validate
-from dpo_cli.training.preparation import cut_by_tokens
+from dpo_cli.training.preparation import complete_cache, cut_by_tokens
 from dpo_cli.training.run_directory import RunDirectory
 from dpo_cli.training.signals import StopSignals
 
@@ -279,13 +277,10 @@ def _known(
 ) -> Reference:
     """The reference's log-probs, read from disk where a training run or an earlier evaluation has left them."""
     cache = ReferenceCache(cache_path(key))
-    progress = Progress(lambda pairs: reporter.start("reference", pairs), reporter.advance, reporter.warn, signals.poll)
-    computed = complete(cache, windows(data.held_out), batching, dtype, lambda: reference, reference, progress)
-    reporter.stop()
+    needed = windows(data.held_out)
+    computed = complete_cache(cache, needed, batching, dtype, lambda: reference, reference, reporter, signals.poll)
     there = len(data.held_out) - computed
     reporter.say(f"reference log-probs: {there:,} of {len(data.held_out):,} were in {cache.path}")
-    if cache.trouble:
-        reporter.warn(cache.trouble)
     return CachedReference(cache)
 
 

@@ -1,6 +1,7 @@
 """What a run settles before its first step: how batches are cut, and where the reference's log-probs come from."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from dpo_cli.data.batches import Cut, by_packed_tokens, by_padded_tokens, by_siz
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.evaluation.scores import windows
 from dpo_cli.models.loading import ModelSource, compile_layers, load_model, undisturbed
-from dpo_cli.models.logps import Way
+from dpo_cli.models.logps import Batching, Way
 from dpo_cli.models.memory import Budget, measure_budget
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference, UnmovedPolicy
 from dpo_cli.models.reference_cache import (
@@ -108,13 +109,33 @@ def reference_of(run: Run) -> str:
     return f"not loaded: {there}" if lacking == 0 else there
 
 
+def complete_cache(
+    cache: ReferenceCache,
+    needed: list[list[TokenizedPair]],
+    batching: Batching,
+    dtype: torch.dtype,
+    load: Callable[[], Reference],
+    at_hand: Reference | None,
+    reporter: Reporter,
+    poll: Callable[[], None],
+) -> int:
+    """`complete` with its progress on the console; what is wrong with the file is said. Returns the pairs computed."""
+    if cache.damaged:
+        reporter.warn(f"{cache.path}: {plural(cache.damaged, 'record')} torn or damaged, computed anew")
+    progress = Progress(lambda pairs: reporter.start("reference", pairs), reporter.advance, reporter.warn, poll)
+    computed = complete(cache, needed, batching, dtype, load, at_hand, progress)
+    if computed:
+        reporter.stop()
+    if cache.trouble:
+        reporter.warn(cache.trouble)
+    return computed
+
+
 def complete_reference(run: Run) -> None:
     """Compute the reference's log-probs that are not in the cache yet; what was loaded for it is freed."""
     if not isinstance(run.reference, CachedReference):
         return
-    cache, config, reporter = run.reference.cache, run.config, run.reporter
-    if cache.damaged:
-        reporter.warn(f"{cache.path}: {plural(cache.damaged, 'record')} torn or damaged, computed anew")
+    config, reporter = run.config, run.reporter
     at_hand: Reference | None = None
     if config.lora.enabled:
         at_hand = AdapterOffReference(run.policy)
@@ -127,19 +148,9 @@ def complete_reference(run: Run) -> None:
         return reference
 
     started = time.perf_counter()
-    computed = complete(
-        cache,
-        needed_batches(run),
-        run.batching,
-        run.dtype.value,
-        load,
-        at_hand,
-        Progress(lambda pairs: reporter.start("reference", pairs), reporter.advance, reporter.warn, run.poll),
-    )
+    cache, needed = run.reference.cache, needed_batches(run)
+    computed = complete_cache(cache, needed, run.batching, run.dtype.value, load, at_hand, reporter, run.poll)
     if computed:
-        reporter.stop()
         seconds = time.perf_counter() - started
         reporter.say(f"reference log-probs of {plural(computed, 'pair')} computed in {duration(seconds)}")
-    if cache.trouble:
-        reporter.warn(cache.trouble)
     give_memory_back(run.device)

@@ -3,11 +3,11 @@
 import time
 
 import numpy as np
-import torch
 
 from dpo_cli.console.text import duration, plural, significant
 from dpo_cli.data.batches import longest_side
 from dpo_cli.data.tokens import TokenizedPair
+from dpo_cli.models.loading import wait_for
 from dpo_cli.models.logps import pair_logps
 from dpo_cli.theory.losses import LogRatios
 from dpo_cli.training.run import Run, peak_memory_gib
@@ -64,8 +64,7 @@ def _forward_backward(run: Run, batch: list[TokenizedPair]) -> None:
         policy = pair_logps(run.policy, layout)
         (run.objective(policy, LogRatios.between(policy, reference)).sum() / len(batch)).backward()
     run.optimizer.zero_grad(set_to_none=True)
-    if run.device.type == "cuda":
-        torch.cuda.synchronize(run.device)  # the clock must not stop before the work does
+    wait_for(run.device)  # the clock must not stop before the work does
 
 
 def _optimizer_gib(run: Run) -> float:

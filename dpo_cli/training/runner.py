@@ -39,6 +39,7 @@ from dpo_cli.models.loading import (
     load_model,
     load_tokenizer,
     model_digest,
+    wait_for,
 )
 from dpo_cli.models.logps import Batching, Way, causal_model, pair_logps
 from dpo_cli.models.memory import plan_memory
@@ -337,8 +338,8 @@ def train_step(run: Run, batch: list[TokenizedPair]) -> None:
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    if run.device.type == "cuda" and _is_logged(run):
-        torch.cuda.synchronize(run.device)  # the clock stops when the work is done, not when it is queued
+    if _is_logged(run):
+        wait_for(run.device)  # the clock stops when the work is done, not when it is queued
     elapsed = time.perf_counter() - started
     for ratios in moved:
         run.radar.add(ratios)
