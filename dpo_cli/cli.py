@@ -34,6 +34,8 @@ Dials, with their defaults
   model.name_or_path=X your own SFT model: a folder or a hub id
   save_every=0         steps between checkpoints; resume=auto output_dir=RUN goes on
   dry_run=true         check everything, rehearse the longest batch, estimate time and memory, stop
+  verify_resume=true   prove on this machine that a stopped run resumes to the same bytes, stop
+  replay=RUN           run the config of an earlier run again, say what differs
 
 Examples
   dpo-train                                        the embedded model on the shipped pairs: some minutes
@@ -59,6 +61,7 @@ dpo-eval: score a finished run, checkpoint, adapter or model on preference pairs
   data.eval=PATH       your own file of pairs
   samples=0            prompts for which answers of policy and reference are shown side by side
   max_new_tokens=128   length limit of those answers
+  trust_remote_code=false  true runs Python of the model's authors, where the model needs it
   reference_model=PATH the SFT model, where the checkpoint is a whole model
   micro_batch_size=auto, batching=auto, reference_cache=auto, device=auto, name=NAME, output_dir=DIR
 
@@ -123,7 +126,7 @@ def _without_flag(words: list[str], *flags: str) -> tuple[list[str], bool]:
 
 
 def _train(words: list[str]) -> int:
-    from dpo_cli.composition import composed, parse_overrides, sweep
+    from dpo_cli.composition import composed, parse_overrides, replayed, sweep
     from dpo_cli.config import RunConfig, run_config
 
     if _wants_help(words):
@@ -144,7 +147,10 @@ def _train(words: list[str]) -> int:
         if override.is_sweep_override():
             raise ConfigError(f"'{override.input_line}': several values need -m: dpo-train -m {override.input_line}")
     choice = composed("train", overrides, RunConfig)
-    config = run_config(choice.container)
+    if choice.container.get("replay") is not None:
+        config, name = replayed(overrides)
+    else:
+        config, name = run_config(choice.container), f"{choice.choices['model']}-{choice.choices['data']}"
     if show:
         import yaml
 
@@ -156,11 +162,15 @@ def _train(words: list[str]) -> int:
     quiet_libraries()
     from dpo_cli.console.reporter import Reporter
     from dpo_cli.training.runner import train as run_training
+    from dpo_cli.training.verification import verify_resume
 
     reporter = Reporter()
     try:
         with _memory_errors():
-            run_training(config, reporter, job=f"{choice.choices['model']}-{choice.choices['data']}")
+            if config.verify_resume:
+                verify_resume(config, reporter)
+            else:
+                run_training(config, reporter, name)
     finally:
         reporter.close()
     return 0
@@ -244,12 +254,9 @@ class _memory_errors:  # noqa: N801 - reads as a statement
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        import torch
+        from dpo_cli.models.memory import ran_out
 
-        words = str(error).lower()
-        if isinstance(error, torch.OutOfMemoryError) or (
-            isinstance(error, RuntimeError) and "memory" in words and "alloc" in words
-        ):
+        if error is not None and ran_out(error):
             raise OutOfMemoryError(
                 "out of memory. What helps, in this order: micro_batch_size=1, engine.gradient_checkpointing=true, "
                 "reference=adapter_off, a smaller data.max_length"

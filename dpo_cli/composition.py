@@ -18,7 +18,18 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dpo_cli.config import RunConfig, did_you_mean, schema_keys, suggest_key, unknown_keys
+from dpo_cli.config import (
+    FREE_KEYS,
+    RunConfig,
+    did_you_mean,
+    read_config,
+    run_config,
+    schema_keys,
+    suggest_key,
+    to_container,
+    unknown_keys,
+)
+from dpo_cli.console.text import safe_text
 from dpo_cli.errors import ConfigError
 
 
@@ -168,3 +179,34 @@ def sweep(overrides: list[Override]) -> list[list[str]]:
         else:
             columns.append([override.input_line or ""])
     return [list(words) for words in itertools.product(*columns)]
+
+
+def replayed(overrides: list[Override]) -> tuple[RunConfig, str]:
+    """The config of the run that `replay=` names, and what to call a run of it.
+
+    ConfigError for a key that would make it another run. A config from a file does not get to run code: that a model's
+    Python may run must be said on this command line again.
+    """
+    given = {override.key_or_group: override.value() for override in overrides}
+    run = Path(str(given["replay"])).expanduser()
+    earlier = read_config(run / "config.yaml")
+    container = to_container(earlier)
+    trusted = "model.trust_remote_code"
+    for key, value in given.items():
+        if key not in FREE_KEYS and key != trusted:
+            raise ConfigError(
+                f"{key}={value}: replay={safe_text(run)} runs a config as it was; with it go {', '.join(FREE_KEYS)}"
+            )
+        *groups, leaf = key.split(".")
+        place = container
+        for group in groups:
+            place = place[group]
+        place[leaf] = value
+    if earlier.model.trust_remote_code and not given.get(trusted):
+        raise ConfigError(
+            f"replay={safe_text(run)}: that run trusted the Python of its model's authors; to do so again, "
+            f"add {trusted}=true"
+        )
+    for key in ("output_dir", "resume", "dry_run", "verify_resume"):  # of that run's own life, not of its config
+        container[key] = given.get(key, False if key in ("dry_run", "verify_resume") else None)
+    return run_config(container), "replay"

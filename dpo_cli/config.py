@@ -16,6 +16,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_cli.console.text import redacted, safe_text
 from dpo_cli.errors import CheckpointError, ConfigError
 
 OBJECTIVES = ("dpo",)
@@ -45,6 +46,15 @@ ENGINE_NAMES = ("single",)
 CACHE_MODES = ("auto", "off")
 BATCHINGS = ("auto", "packed", "padded")
 RADAR_MODES = ("warn", "stop", "off")
+NON_FINITE_MODES = ("abort", "skip")
+# Keys that a resumed run may change: they decide what is shown, kept or checked, not what is computed.
+FREE_KEYS = (
+    "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "resume", "device", "radar", "dry_run",
+    "verify_resume", "replay", "non_finite", "reference.cache",
+)  # fmt: skip
+# Keys that a resumed run may change, and is told so: the end of the run, and with it the schedule, or its roundings.
+LOUD_KEYS = ("max_steps", "epochs", "micro_batch_size", "deterministic")
+MAX_CONFIG_BYTES = 2**20
 
 
 def did_you_mean(word: str, choices: List[str]) -> str:
@@ -298,11 +308,18 @@ class RunConfig:
     device: str = MISSING
     output_dir: Optional[str] = MISSING
     resume: Optional[str] = MISSING
+    replay: Optional[str] = MISSING
     radar: str = MISSING
+    non_finite: str = MISSING
+    deterministic: bool = MISSING
     dry_run: bool = MISSING
+    verify_resume: bool = MISSING
 
     def __post_init__(self) -> None:
         _one_of("radar", self.radar, RADAR_MODES)
+        _one_of("non_finite", self.non_finite, NON_FINITE_MODES)
+        alone = not self.verify_resume or (self.resume is None and not self.dry_run)
+        _require(alone, "verify_resume", True, "trains some steps of its own; leave resume and dry_run out")
         _one_of("objective", self.objective, OBJECTIVES)
         _finite("beta", self.beta)
         _require(
@@ -348,6 +365,7 @@ class EvalConfig:
     micro_batch_size: Any = MISSING
     batching: str = MISSING
     reference_cache: str = MISSING
+    trust_remote_code: bool = MISSING
     device: str = MISSING
     output_dir: Optional[str] = MISSING
 
@@ -492,28 +510,59 @@ def to_container(config: Any) -> Dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
 
 
-def write_config(config: RunConfig, path: Path) -> None:
-    """Write config.yaml: data only, no interpolation, no target."""
-    path.write_text(yaml.safe_dump(to_container(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+def config_text(config: RunConfig) -> str:
+    """config.yaml: data only, no interpolation, no target, no secret."""
+    return yaml.safe_dump(public_container(config), sort_keys=False, allow_unicode=True)
+
+
+def public_container(config: Any) -> Dict[str, Any]:
+    """The config as plain data in which every secret is redacted: what may be written and shown."""
+
+    def public(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: public(content) for key, content in value.items()}
+        if isinstance(value, list):
+            return [public(content) for content in value]
+        return redacted(value) if isinstance(value, str) else value
+
+    container: Dict[str, Any] = public(to_container(config))
+    return container
+
+
+def flat(container: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
+    """Nested mappings as one, under dotted keys."""
+    found: Dict[str, Any] = {}
+    for key, value in container.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def read_config(path: Path) -> RunConfig:
     """The config of an earlier run, read as data: a stranger's file executes and resolves nothing.
 
-    CheckpointError where the file is missing, is not such a config, or carries an interpolation.
+    CheckpointError where the file is missing, is not such a config, or carries an interpolation or an alias.
     """
+    shown = safe_text(path)
     try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{shown}: too large to be the config of a run ({path.stat().st_size:,} bytes)")
         text = path.read_text(encoding="utf-8")
+        # A few lines of aliases to aliases unfold to gigabytes; what this program writes has none.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise CheckpointError(f"{shown}: holds a YAML alias; a run's config is data only")
         container = yaml.safe_load(text)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a run directory holds a config.yaml") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path}: cannot be read as YAML ({type(error).__name__})") from None
+        raise CheckpointError(f"{shown}: no such file; a run directory holds a config.yaml") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{shown}: cannot be read as YAML ({type(error).__name__})") from None
     if not isinstance(container, dict):
-        raise CheckpointError(f"{path}: is not the config of a run")
+        raise CheckpointError(f"{shown}: is not the config of a run")
     if "${" in text:
-        raise CheckpointError(f"{path}: holds an interpolation (${{...}}); a run's config is data only")
+        raise CheckpointError(f"{shown}: holds an interpolation (${{...}}); a run's config is data only")
     try:
         return run_config(container)
     except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{shown}: {safe_text(error)}") from None

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOSSES, METRICS = "dpo_cli/theory/losses.py", "dpo_cli/theory/metrics.py"
 LOGPS, HEAD, TOKENS = "dpo_cli/models/logps.py", "dpo_cli/models/head.py", "dpo_cli/data/tokens.py"
 ATTENTION, CACHE = "dpo_cli/models/attention.py", "dpo_cli/models/reference_cache.py"
+STEP = "dpo_cli/training/step.py"
 RUNNER, SCORES = "dpo_cli/training/runner.py", "dpo_cli/evaluation/scores.py"
 OF_LOSSES = "tests/test_losses.py tests/test_theorem.py"
 OF_RUNS = "tests/test_training.py tests/test_evaluate.py tests/test_preflight.py"
@@ -112,12 +113,12 @@ MUTANTS = [
            "return FrozenReference(policy)", OF_RUNS),
     Mutant("adapter left on in the reference", "dpo_cli/models/reference.py", "with self.policy.disable_adapter():",
            "with torch.no_grad():", "tests/test_identities.py tests/test_training.py"),
-    Mutant("reduction by micro-batch", RUNNER, "(losses.sum() / len(batch)).backward()", "losses.mean().backward()",
+    Mutant("reduction by micro-batch", STEP, "(losses.sum() / len(batch)).backward()", "losses.mean().backward()",
            OF_RUNS),
-    Mutant("a short batch counts as a full one", RUNNER, "(losses.sum() / len(batch)).backward()",
+    Mutant("a short batch counts as a full one", STEP, "(losses.sum() / len(batch)).backward()",
            "(losses.sum() / config.batch_size).backward()", OF_RUNS),
-    Mutant("gradients pile up", RUNNER, "    run.optimizer.step()\n    run.optimizer.zero_grad(set_to_none=True)\n",
-           "    run.optimizer.step()\n", OF_RUNS),
+    Mutant("gradients pile up", RUNNER, "        run.optimizer.step()\n    run.optimizer.zero_grad(set_to_none=True)\n",
+           "        run.optimizer.step()\n", OF_RUNS),
     Mutant("no clipping", RUNNER, "clip_grad_norm_(run.trainable, config.max_grad_norm)",
            "clip_grad_norm_(run.trainable, float('inf'))", OF_RUNS),
     Mutant("warm-up begins at zero", "dpo_cli/theory/schedules.py", "return (update + 1) / warmup_steps",
@@ -131,7 +132,7 @@ MUTANTS = [
     Mutant("resume forgets the generators", RUNNER, "    set_rng_states(rng)\n", "", "tests/test_training.py"),
     Mutant("a stop in an evaluation saves nothing", RUNNER, "    except StoppedError:\n        save(run, rng)\n",
            "    except DivergedError:\n        save(run, rng)\n", "tests/test_training.py"),
-    Mutant("the log is not cut back", RUNNER, "        directory.cut_metrics(run.records_kept)\n", "",
+    Mutant("the log is not cut back", RUNNER, "        directory.metrics.cut(run.records_kept)\n", "",
            "tests/test_training.py"),
     Mutant("named columns ignored", "dpo_cli/data/pairs.py", "pairs_of(_renamed(row.value, config.columns), ",
            "pairs_of(row.value, ", "tests/test_pairs.py"),

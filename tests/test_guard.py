@@ -20,7 +20,7 @@ def step(guard: NonFiniteGuard, number: int, value: float) -> None:
     """One update with a gradient of that value."""
     weight = guard.optimizer.param_groups[0]["params"][0]
     weight.grad = torch.full((3,), value)
-    guard.before_update(number, BATCH, torch.tensor(abs(value)), weight.grad.norm())
+    guard.before_update(number, BATCH, torch.tensor([1.0, abs(value)]), weight.grad.norm())
     guard.optimizer.step()
     guard.optimizer.zero_grad()
 
@@ -36,7 +36,7 @@ def test_looked_at_at_once_it_raises_before_the_update(bad: float) -> None:
     step(guard, 1, 1.0)
     before = weights(guard)
     with pytest.raises(
-        DivergedError, match=r"step 2: loss .* on rows 11, 12 of the data; the weights were not touched"
+        DivergedError, match=r"step 2: the loss of rows 12 of the data is not finite .*; the weights were not touched"
     ):
         step(guard, 2, bad)
     assert weights(guard) == before != [1.0] * 3
@@ -66,9 +66,9 @@ def test_deferred_healthy_steps_are_those_of_the_bare_optimizer() -> None:
 
 def test_an_optimizer_that_cannot_leave_weights_alone_is_looked_at_in_every_step() -> None:
     plain = torch.optim.RMSprop([nn.Parameter(torch.ones(3))])
-    assert not NonFiniteGuard.of(plain, torch.device("cuda")).deferred
-    assert NonFiniteGuard.of(optimizer(), torch.device("cuda")).deferred
-    assert not NonFiniteGuard.of(optimizer(), torch.device("cpu")).deferred
+    assert not NonFiniteGuard.of(plain, torch.device("cuda"), "abort").deferred
+    assert NonFiniteGuard.of(optimizer(), torch.device("cuda"), "abort").deferred
+    assert not NonFiniteGuard.of(optimizer(), torch.device("cpu"), "abort").deferred
 
 
 def test_a_fused_optimizer_gets_its_step_counts_back_beside_the_weights() -> None:

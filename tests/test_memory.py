@@ -80,13 +80,13 @@ def test_a_resumed_run_keeps_the_budget_and_the_way_it_began_with(
     monkeypatch.setitem(ENOUGH_TOKENS, "cpu", 200)
     assert command("dpo-train", *words).code == 0
     state = read_state(tmp_path / "run" / "checkpoints" / "step-00000003")
-    assert (state.way, state.token_budget) == ("segments", 200)
+    assert (state.settled.way, state.settled.token_budget) == ("segments", 200)
     (tmp_path / "run" / "final").rename(tmp_path / "away")
     monkeypatch.setitem(ENOUGH_TOKENS, "cpu", 1000)
     resumed = command("dpo-train", *words, "resume=auto", "max_steps=4")
     assert resumed.code == 0
     assert "cut at 200 tokens, as the run began" in resumed.out
-    assert read_state(tmp_path / "run" / "checkpoints" / "step-00000004").token_budget == 200
+    assert read_state(tmp_path / "run" / "checkpoints" / "step-00000004").settled.token_budget == 200
 
 
 def test_another_device_measures_anew(command: Command, pairs_file: Path, tmp_path: Path) -> None:
@@ -99,7 +99,9 @@ def test_another_device_measures_anew(command: Command, pairs_file: Path, tmp_pa
     (tmp_path / "run" / "final").rename(tmp_path / "away")
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
     state = json.loads((checkpoint / "state.json").read_text())
-    (checkpoint / "state.json").write_text(json.dumps({**state, "device": "cuda", "way": "segments"}))
+    (checkpoint / "state.json").write_text(
+        json.dumps({**state, "settled": {**state["settled"], "device": "cuda", "way": "segments"}})
+    )
     (checkpoint / MANIFEST).unlink()
     _seal(checkpoint)
     resumed = command("dpo-train", *words, "batching=padded", "resume=auto", "max_steps=4")

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,7 +26,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.console.text import safe_text, significant
+from dpo_cli.console.text import redacted, safe_text, significant
 
 ROWS_SHOWN = 10
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -47,8 +48,9 @@ COLUMNS = (
 class _Unbreakable:
     """A stream that falls silent instead of raising: a closed pipe or a full disk must not stop training."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, hopeful: bool = False) -> None:
         self._stream = stream
+        self._hopeful = hopeful  # a disk may have room again, a closed pipe has no reader again
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
         self.alive = True
 
@@ -57,7 +59,7 @@ class _Unbreakable:
             try:
                 self._stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
             except (OSError, ValueError):
-                self.alive = False
+                self.alive = self._hopeful
         return len(text)
 
     def flush(self) -> None:
@@ -65,7 +67,11 @@ class _Unbreakable:
             try:
                 self._stream.flush()
             except (OSError, ValueError):
-                self.alive = False
+                self.alive = self._hopeful
+
+    def close(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.close()
 
     def isatty(self) -> bool:
         try:
@@ -133,14 +139,14 @@ class Reporter:
 
     def open_log(self, path: Path) -> None:
         """From here on write every line to `path` too."""
-        self._log = _Unbreakable(path.open("a", encoding="utf-8", errors="backslashreplace"))
+        with suppress(OSError):  # a run without its log is better than no run
+            self._log = _Unbreakable(path.open("a", encoding="utf-8", errors="backslashreplace"), hopeful=True)
 
     def close(self) -> None:
         """End the live view, leaving its last state on screen."""
         self.stop()
         if self._log is not None:
-            self._log.flush()
-            self._log._stream.close()
+            self._log.close()
             self._log = None
 
     # Lines
@@ -303,5 +309,5 @@ class Reporter:
 
     def _write_log(self, text: str) -> None:
         if self._log is not None:
-            self._log.write(text + "\n")
+            self._log.write(redacted(text) + "\n")
             self._log.flush()

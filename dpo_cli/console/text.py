@@ -3,13 +3,30 @@
 Whatever could move the cursor, set the clipboard, reorder the line or fake a style is shown as an escape.
 """
 
+import os
 import re
 import unicodedata
 
 # Cc: C0 and C1 controls. Cf: bidi marks, zero-width characters. Cs: lone surrogates. Co, Cn: unassigned glyphs.
 _UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-_SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})")
+# Tokens that show by their form what they are: Hugging Face, OpenAI and its like, GitHub, GitLab, Slack, AWS, Google.
+_SECRET = re.compile(
+    r"\b(?:hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[a-z]-|AIza)[A-Za-z0-9_-]{16,}|\bAKIA[A-Z0-9]{16}\b"
+    r"|(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"  # a user and a password in an address
+)
+# What an environment variable is called that holds one.
+_SECRET_NAME = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_KEY)(?:_|$)", re.I)
+REDACTED = "[redacted]"
+
+
+def redacted(text: str) -> str:
+    """The text without secrets: tokens known by their form, and values of environment variables named like one."""
+    text = _SECRET.sub(REDACTED, text)
+    for name, value in os.environ.items():
+        if len(value) >= 8 and value in text and _SECRET_NAME.search(name):
+            text = text.replace(value, REDACTED)
+    return text
 
 
 def _escape(character: str) -> str:
@@ -20,11 +37,11 @@ def _escape(character: str) -> str:
 
 
 def safe_text(text: object, limit: int | None = None) -> str:
-    """The text on one line with every control, bidi and invisible character escaped, tokens of the hub redacted.
+    """The text on one line with every control, bidi and invisible character escaped, secrets redacted.
 
     Cut to `limit` characters with an ellipsis.
     """
-    raw = _SECRET.sub("[redacted]", str(text))
+    raw = redacted(str(text))
     if limit is not None and len(raw) > limit:
         raw = raw[: max(0, limit - 3)] + "..."
     if raw.isascii() and raw.isprintable():

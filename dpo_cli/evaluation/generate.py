@@ -4,12 +4,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dpo_cli.data.formats import PreferencePair
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.models.logps import plain_attention
 
 PROMPTS_AT_ONCE = 8
+
+
+class _Polled(StoppingCriteria):
+    """Asks after every token whether a signal has come."""
+
+    def __init__(self, poll: Callable[[], None]) -> None:
+        self.poll = poll
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.poll()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def greedy_answers(
@@ -46,6 +58,7 @@ def greedy_answers(
                     top_k=None,
                     eos_token_id=sorted(ends),
                     pad_token_id=encoder.closing,
+                    stopping_criteria=StoppingCriteriaList([_Polled(poll)]),
                 )
             for row in output[:, width:].tolist():
                 end = next((place for place, token in enumerate(row) if token in ends), len(row))

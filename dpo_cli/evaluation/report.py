@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.console.text import safe_text
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import StorageError
 from dpo_cli.evaluation.scores import PairScores
@@ -39,6 +40,9 @@ def write_report(
         ("margin", rewards_chosen - rewards_rejected),
     ]
     values = {name: column.tolist() for name, column in columns}
+    for path in (folder, folder / "pairs.jsonl", folder / "report.json"):
+        if path.is_symlink():  # in a stranger's run directory it could have us write anywhere
+            raise StorageError(f"{safe_text(path)}: is a symbolic link, and is not written through")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
@@ -50,4 +54,5 @@ def write_report(
                 file.write(json.dumps(line) + "\n")
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise StorageError(f"{folder}: the report cannot be written ({error})") from None
+        reason = error.strerror or "cannot be written"
+        raise StorageError(f"{safe_text(folder)}: the report cannot be written ({reason})") from None

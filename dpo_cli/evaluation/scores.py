@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.models.logps import Batching, pair_logps
+from dpo_cli.models.logps import Batch, Batching, pair_logps
+from dpo_cli.models.memory import in_passes
 from dpo_cli.models.reference import Reference
 from dpo_cli.theory.losses import LogRatios, Objective, PairLogps
 from dpo_cli.theory.metrics import pair_metrics
@@ -50,16 +51,18 @@ def score_pairs(
     place = {id(pair): position for position, pair in enumerate(pairs)}
     columns = torch.zeros(8, len(pairs))
     was_training = policy.training
+
+    def score(batch: Batch) -> tuple[tuple[TokenizedPair, ...], torch.Tensor]:
+        poll()
+        rows = [*_columns(pair_logps(policy, batch)), *_columns(reference.logps(batch))]
+        return batch.pairs, torch.stack([row.float().cpu() for row in rows])
+
     policy.eval()
     try:
         for window in windows(pairs):
-            for batch in batching.batches(window):
-                poll()
-                with torch.no_grad():
-                    rows = [*_columns(pair_logps(policy, batch)), *_columns(reference.logps(batch))]
-                where = torch.tensor([place[id(pair)] for pair in batch.pairs])
-                columns[:, where] = torch.stack([row.float().cpu() for row in rows])
-                advance(len(batch.pairs))
+            for scored, rows in in_passes(batching, window, score):
+                columns[:, torch.tensor([place[id(pair)] for pair in scored])] = rows
+                advance(len(scored))
     finally:
         policy.train(was_training)
     return PairScores(PairLogps(*columns[:4]), PairLogps(*columns[4:]))

@@ -4,11 +4,13 @@ What a pass keeps for its backward pass grows in proportion to its tokens. Two r
 and what there is besides; the memory that is free gives the rest.
 """
 
+import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -18,13 +20,14 @@ from dpo_cli.console.text import significant
 from dpo_cli.data.batches import longest_side, packed_tokens
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import OutOfMemoryError
-from dpo_cli.models.logps import Way, causal_model, make_batch, pair_logps
+from dpo_cli.models.logps import Batch, Batching, Way, causal_model, make_batch, pair_logps
 
 # Beyond these a longer row is no faster, only larger.
 ENOUGH_TOKENS = {"cpu": 1536, "mps": 4096, "cuda": 16384}
 OTHERWISE = 4096  # on other devices
 TRAINING_BYTES = 12  # of a weight that trains: its gradient and two moments of AdamW, in float32
 CGROUP = Path("/sys/fs/cgroup")
+T = TypeVar("T")
 SHARE = 0.6  # of the free memory that a pass may take: the backward pass and other programs want some, too
 
 
@@ -42,6 +45,70 @@ class Budget:
         if self.tokens < self.fits:
             return f"cut at {self.tokens:,} tokens: longer rows are no faster; {each}, measured"
         return f"cut at {self.tokens:,} tokens: {each}, {significant(self.free_bytes / 2**30)} GiB free, measured"
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error is a device's way of saying that it has no memory left."""
+    words = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "memory" in words and "alloc" in words
+    )
+
+
+class DoesNotFitError(Exception):
+    """A forward pass for which memory ran out; `pairs` are what it held."""
+
+    def __init__(self, pairs: Sequence[TokenizedPair]) -> None:
+        super().__init__(f"{len(pairs)} pairs")
+        self.pairs = list(pairs)
+
+
+@contextmanager
+def one_pass(pairs: Sequence[TokenizedPair]) -> Iterator[None]:
+    """Within, memory that runs out becomes DoesNotFitError, which says for which pairs."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        raise DoesNotFitError(pairs) from None
+
+
+def make_room(device: torch.device) -> None:
+    """Give cached blocks back after memory ran out; the error that says so must be gone, it holds tensors."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def alone_too_large(pair: TokenizedPair) -> OutOfMemoryError:
+    """What to say of a pair that does not fit into memory by itself."""
+    tokens = len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+    return OutOfMemoryError(
+        f"out of memory on row {pair.index} alone in its forward pass: {tokens:,} tokens (prompt {len(pair.prompt):,}, "
+        f"chosen {len(pair.chosen):,}, rejected {len(pair.rejected):,}). What helps, in this order: "
+        "engine.gradient_checkpointing=true, reference=adapter_off, a smaller data.max_length"
+    )
+
+
+def in_passes(batching: Batching, pairs: Sequence[TokenizedPair], work: Callable[[Batch], T]) -> Iterator[T]:
+    """`work` on each forward pass over the pairs, without gradient; one that does not fit is halved until it does.
+
+    OutOfMemoryError where a single pair does not fit.
+    """
+    waiting = batching.cut(list(pairs))[::-1]
+    while waiting:
+        piece = waiting.pop()
+        found: list[T] = []
+        with suppress(DoesNotFitError), one_pass(piece), torch.no_grad():
+            found.append(work(make_batch(piece, batching.device, batching.way)))
+        if found:
+            yield found[0]
+        elif len(piece) == 1:
+            raise alone_too_large(piece[0])
+        else:
+            make_room(batching.device)
+            waiting += [piece[len(piece) // 2 :], piece[: len(piece) // 2]]
 
 
 def free_memory(device: torch.device) -> int:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.models.builtin import cache_dir
 from dpo_cli.models.logps import TOLERANCES, Batch, Batching, Way
+from dpo_cli.models.memory import in_passes
 from dpo_cli.models.reference import Reference
 from dpo_cli.theory.losses import PairLogps
 
@@ -93,14 +94,18 @@ class ReferenceCache:
 
     def add(self, pairs: Sequence[TokenizedPair], logps: Sequence[tuple[float, float]]) -> None:
         """Keep the values of some pairs, in memory and at the end of the file."""
+        self._values |= {pair.token_key: values for pair, values in zip(pairs, logps, strict=True)}
+        if self.path is not None and self.trouble is None:
+            self._append(self.path, self._records(pairs, logps))
+
+    @staticmethod
+    def _records(pairs: Sequence[TokenizedPair], logps: Sequence[tuple[float, float]]) -> bytes:
         records = np.zeros(len(pairs), dtype=RECORD)
         for number, (pair, values) in enumerate(zip(pairs, logps, strict=True)):
             records[number]["key"] = np.frombuffer(pair.token_key, dtype="<u8")
             records[number]["logps"] = values
-            self._values[pair.token_key] = values
         records["check"] = _checks(records)
-        if self.path is not None and self.trouble is None:
-            self._append(self.path, records.tobytes())
+        return records.tobytes()
 
     def _append(self, path: Path, data: bytes) -> None:
         try:
@@ -113,6 +118,17 @@ class ReferenceCache:
                 file.write(data)
         except OSError as error:
             self.trouble = f"{path}: cannot be written ({error.strerror}); its values stay in memory"
+
+    def adopt(self, path: Path) -> bool:
+        """Take values from another file, before one's own; whether there was one that could be read whole."""
+        other = ReferenceCache(path)
+        self._values |= other._values
+        return other.trouble is None and not other.damaged and len(other) > 0
+
+    def records(self, pairs: Iterable[TokenizedPair]) -> bytes:
+        """The values of some pairs that are known, as a file of such values holds them."""
+        distinct = list({pair.token_key: pair for pair in pairs}.values())
+        return self._records(distinct, [self._values[pair.token_key] for pair in distinct])
 
     def forget(self) -> None:
         """Drop every value, on disk too: they are not this model's."""
@@ -206,18 +222,23 @@ def _fill(
     batching: Batching,
     progress: Progress,
 ) -> None:
+    def compute(batch: Batch) -> list[TokenizedPair]:
+        progress.poll()
+        lacking = cache.missing(batch.pairs)
+        if lacking:
+            logps = reference.logps(batch)
+            values = zip(logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
+            found = {pair.token_key: both for pair, both in zip(batch.pairs, values, strict=True)}
+            cache.add(lacking, [found[pair.token_key] for pair in lacking])
+        return lacking
+
     for together in needed:
-        done: list[TokenizedPair] = []
-        values: list[tuple[float, float]] = []
-        try:
-            for batch in batching.batches(cache.missing(together)):
-                progress.poll()
-                logps = reference.logps(batch)
-                done += batch.pairs
-                values += [(c, r) for c, r in zip(logps.chosen.tolist(), logps.rejected.tolist(), strict=True)]
-                progress.advance(len(batch.pairs))
-        finally:  # a stop keeps what was done
-            cache.add(done, values)
+        if not cache.missing(together):
+            continue
+        # The whole company is asked, also where only some of it lacks a value (a pass that was cut off, say): in other
+        # company a log-prob is rounded differently, and a run that begins again must begin with the same bits.
+        for done in in_passes(batching, together, compute):
+            progress.advance(len(done))
 
 
 def _disagreement(

@@ -1,6 +1,5 @@
 """dpo-eval: score a finished run, checkpoint, adapter or model on preference pairs, without training."""
 
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +41,7 @@ from dpo_cli.models.reference_cache import (
 )
 from dpo_cli.theory.losses import Objective, make_objective
 from dpo_cli.theory.statistics import Estimate
-from dpo_cli.training.checkpoint import newest_valid, validate
+from dpo_cli.training.checkpoint import newest_valid, read_json, validate
 from dpo_cli.training.preparation import complete_cache, cut_by_tokens
 from dpo_cli.training.run_directory import RunDirectory
 from dpo_cli.training.signals import StopSignals
@@ -104,6 +103,12 @@ def _run_subject(directory: RunDirectory, weights: Path | None, config: EvalConf
         if config.reference_model is None
         else replace(run.model, name_or_path=config.reference_model, adapter=None)
     )
+    if run.model.trust_remote_code and not config.trust_remote_code:
+        raise ConfigError(
+            f"checkpoint={safe_text(directory.path)}: its config trusts the Python of its model's authors; "
+            "whether you do is not for a file to say: add trust_remote_code=true"
+        )
+    base = replace(base, trust_remote_code=config.trust_remote_code)
     if is_adapter and config.reference_model is not None:
         raise ConfigError(
             f"reference_model={safe_text(config.reference_model)}: an adapter is compared with the model it sits on "
@@ -114,21 +119,21 @@ def _run_subject(directory: RunDirectory, weights: Path | None, config: EvalConf
 
 def _adapter_subject(path: Path, config: EvalConfig) -> Subject:
     try:
-        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise CheckpointError(f"{path / 'adapter_config.json'}: names no base model") from None
-    start = replace(_plain_model(config.reference_model or str(base)), adapter=_sft_adapter(path))
+        base = read_json(path / "adapter_config.json")["base_model_name_or_path"]
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{safe_text(path / 'adapter_config.json')}: names no base model") from None
+    start = replace(_plain_model(config.reference_model or str(base), config), adapter=_sft_adapter(path))
     return Subject(str(path), True, start, None, None, path.name)
 
 
 def _sft_adapter(path: Path) -> str | None:
     """The SFT adapter that was folded into the base before this adapter was trained."""
-    try:
-        found = json.loads((path / START_FILE).read_text(encoding="utf-8")).get("sft_adapter")
-    except FileNotFoundError:
+    if not (path / START_FILE).exists():
         return None
-    except (OSError, ValueError, AttributeError, RecursionError):
-        raise CheckpointError(f"{path / START_FILE}: cannot be read") from None
+    note = read_json(path / START_FILE)
+    if not isinstance(note, dict):
+        raise CheckpointError(f"{safe_text(path / START_FILE)}: is not what this program writes")
+    found = note.get("sft_adapter")
     return str(found) if found else None
 
 
@@ -138,11 +143,12 @@ def _model_subject(name: str, config: EvalConfig) -> Subject:
             f"checkpoint={safe_text(name)}: a whole model does not say what it was tuned from; "
             "add reference_model=<the SFT model>"
         )
-    return Subject(name, False, _plain_model(config.reference_model), None, None, Path(name).name)
+    return Subject(name, False, _plain_model(config.reference_model, config), None, None, Path(name).name)
 
 
-def _plain_model(name: str) -> ModelConfig:
-    return ModelConfig(name_or_path=name, revision=None, dtype="auto", adapter=None, trust_remote_code=False)
+def _plain_model(name: str, config: EvalConfig) -> ModelConfig:
+    trusted = config.trust_remote_code
+    return ModelConfig(name_or_path=name, revision=None, dtype="auto", adapter=None, trust_remote_code=trusted)
 
 
 def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Reporter) -> Path:
@@ -289,7 +295,8 @@ def _load(subject: Subject, base: Any, dtype: torch.dtype, device: torch.device)
         # The base under the adapter is the reference: the same weights need not be loaded twice.
         policy = load_adapter(base, subject.weights).eval()
         return policy, AdapterOffReference(policy)
-    policy = load_model(find_model(_plain_model(subject.weights)), dtype, device)
+    whole = replace(subject.base, name_or_path=subject.weights, revision=None, adapter=None)
+    policy = load_model(find_model(whole), dtype, device)
     return policy, FrozenReference(base)
 
 
@@ -301,7 +308,10 @@ def _folder(config: EvalConfig, subject: Subject, data: str) -> Path:
     if config.output_dir is not None:
         return Path(config.output_dir).expanduser() / name
     if subject.directory is not None:
-        return subject.directory.path / "eval" / name
+        reports = subject.directory.path / "eval"
+        if reports.is_symlink():
+            raise CheckpointError(f"{safe_text(reports)}: is a symbolic link; name a place for reports with output_dir")
+        return reports / name
     return Path("outputs") / "eval" / name
 
 
@@ -323,6 +333,8 @@ def _show_header(
         ("dtype", f"{str(dtype.value).removeprefix('torch.')}: {dtype.reason}"),
         ("beta", significant(beta) + ("" if subject.run else " (the checkpoint does not say)")),
     ]
+    if subject.base.trust_remote_code:
+        reporter.say("trust_remote_code=true: Python of the model's authors runs on this machine", style="red")
     for place, sentence in enumerate(data.held_out_report.sentences(max_length)):
         rows.append(("data" if place == 0 else "", sentence))
     reporter.facts(rows)

@@ -1,17 +1,18 @@
 """Checkpoints: written beside and renamed, validated when read, in safetensors and JSON only.
 
 One idea to keep in mind: a folder `step-*` is complete or it is not there. Files are written into `.tmp-*`, each
-is flushed to disk, MANIFEST.json (size and sha256 of each) comes last, and only then is the folder renamed.
+is flushed to disk, MANIFEST.json (size and sha256 of each) comes last, and only then is the folder renamed. What is
+read back may be a stranger's: every size, name, type and shape is checked, and nothing in it is executed.
 """
 
 import hashlib
 import json
-import os
+import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -21,14 +22,36 @@ from torch import Tensor, nn
 
 from dpo_cli.console.text import safe_text
 from dpo_cli.errors import CheckpointError, StorageError
+from dpo_cli.models.logps import Way
+from dpo_cli.training.durable import remove_folder, sync, write_folder
 
 MANIFEST = "MANIFEST.json"
-MAX_MANIFEST_BYTES = 2**20
+OPTIMIZER, RNG, WINDOW, STATE = "optimizer.safetensors", "rng.safetensors", "window.safetensors", "state.json"
+ADAPTER, MODEL = "adapter_model.safetensors", "model.safetensors"
+MAX_JSON_BYTES = 2**20
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What was measured when a run began and holds to its end, wherever it goes on."""
+
+    device: str  # its type; what follows was measured there
+    dtype: str
+    way: str  # in which batches are laid out, and
+    token_budget: int | None  # by which they are cut; None where they are cut by pairs
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES or self.way not in [*Way] or (self.token_budget or 1) < 1:
+            raise ValueError("no such dtype, way or budget")
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a run needs besides weights and optimizer to go on: all of it numbers."""
+    """What a run needs besides weights and optimizer to go on: numbers, and a few words from short lists.
+
+    The learning rate and the position in the data are functions of `step`, so that neither is kept.
+    """
 
     step: int  # optimizer steps done; with the seed it is the position in the data
     seconds: float  # spent training so far
@@ -37,11 +60,10 @@ class TrainingState:
     sums_tokens: int
     sums_seconds: float
     records: int  # lines of metrics.jsonl so far
+    skipped_steps: int  # whose update was left out because it was not finite
+    held_out_loss: float | None  # of the evaluation after this very step, if there was one
     data_fingerprint: str
-    dtype: str
-    device: str  # its type; what follows was measured there
-    way: str  # in which batches are made, and
-    token_budget: int | None  # by which they are cut: measured when the run began, kept to its end
+    settled: Settled
     alarms_sounded: list[str]  # by the radar: each is said once a run
 
 
@@ -57,7 +79,7 @@ def save_policy(policy: Any, folder: Path) -> None:
         policy.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; final/ gets a model card
     else:
-        policy.save_pretrained(str(folder))
+        policy.save_pretrained(str(folder), max_shard_size="1TB")  # one file, as `restore` reads it
 
 
 def save_checkpoint(
@@ -69,50 +91,70 @@ def save_checkpoint(
     state: TrainingState,
     keep: int,
 ) -> Path:
-    """Write `folder/step-*` and remove the oldest beyond `keep`; StorageError leaves every earlier one intact."""
+    """Write `folder/step-*`, then prune; StorageError leaves every earlier one intact.
+
+    A checkpoint of the same step that is whole already stays: the same run at the same step holds the same.
+    """
     target = folder / checkpoint_name(state.step)
-    beside = folder / f".tmp-{target.name}-{os.getpid()}"
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+
+    def write(beside: Path) -> None:
         save_policy(policy, beside)
-        save_file(optimizer_tensors(policy, optimizer), beside / "optimizer.safetensors")
-        save_file(rng, beside / "rng.safetensors")
-        save_file(window, beside / "window.safetensors")
-        (beside / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        save_file(optimizer_tensors(policy, optimizer), beside / OPTIMIZER)
+        save_file(rng, beside / RNG)
+        save_file(window, beside / WINDOW)
+        (beside / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         _seal(beside)
-        if target.exists():  # saved at this step already, before a stop
-            shutil.rmtree(target)
-        beside.rename(target)
-        _sync(folder)
+
+    try:
+        if not _is_whole(target):
+            remove_folder(target)
+            write_folder(target, write)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
         raise StorageError(f"{target}: the checkpoint cannot be written ({safe_text(error)})") from None
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    prune(folder, keep)
     return target
 
 
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        validate(checkpoint)
+    except CheckpointError:
+        return False
+    return True
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep` and the one with the lowest held-out loss."""
+    newest, best = checkpoints(folder)[-keep:], best_checkpoint(folder)
+    for checkpoint in checkpoints(folder):
+        if checkpoint not in newest and (best is None or checkpoint != best[0]):
+            remove_folder(checkpoint)
+
+
+def best_checkpoint(folder: Path) -> tuple[Path, float] | None:
+    """The checkpoint with the lowest held-out loss, and that loss; None where none was saved after an evaluation."""
+    losses = []
+    for checkpoint in checkpoints(folder):
+        try:
+            loss = read_state(checkpoint).held_out_loss
+        except CheckpointError:
+            continue
+        if loss is not None:
+            losses.append((loss, checkpoint))
+    return (min(losses)[1], min(losses)[0]) if losses else None
+
+
 def _seal(folder: Path) -> None:
+    """Write the manifest, when all that it speaks of is on disk."""
     files = {}
     for file in sorted(folder.iterdir()):
-        _sync(file)
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-    _sync(manifest)
-    _sync(folder)
+        sync(file)
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -121,7 +163,9 @@ def checkpoints(folder: Path) -> list[Path]:
     """Folders named like checkpoints, oldest first; whether they are valid only `validate` can say."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.name.startswith("step-") and path.is_dir())
+    return sorted(
+        path for path in folder.iterdir() if path.name.startswith("step-") and path.is_dir() and not path.is_symlink()
+    )
 
 
 def set_aside_newer(folder: Path, step: int) -> list[Path]:
@@ -134,28 +178,47 @@ def set_aside_newer(folder: Path, step: int) -> list[Path]:
     return newer
 
 
-def validate(checkpoint: Path) -> None:
-    """CheckpointError, with file and reason, unless every file is what the manifest says."""
-    manifest = checkpoint / MANIFEST
+def read_json(file: Path) -> Any:
+    """The content of a small JSON file that may be a stranger's; CheckpointError where it is too large or no JSON."""
     try:
-        if manifest.stat().st_size > MAX_MANIFEST_BYTES:
-            raise CheckpointError(f"{manifest}: too large to be a manifest")
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        expected = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()]
+        if file.is_symlink():
+            raise CheckpointError(f"{safe_text(file)}: is a symbolic link")
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{safe_text(file)}: too large ({file.stat().st_size:,} bytes)")
+        return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{checkpoint}: not a complete checkpoint, it has no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{manifest}: cannot be read") from None
+        raise CheckpointError(f"{safe_text(file)}: missing") from None
+    except (OSError, ValueError, RecursionError):
+        raise CheckpointError(f"{safe_text(file)}: cannot be read as JSON") from None
+
+
+def validate(checkpoint: Path) -> None:
+    """CheckpointError, with file and reason, unless every file is what the manifest says and none is left out."""
+    manifest = checkpoint / MANIFEST
+    if not manifest.is_file():
+        raise CheckpointError(f"{safe_text(checkpoint)}: not a complete checkpoint, it has no {MANIFEST}")
+    try:
+        files = read_json(manifest)["files"]
+        expected = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{safe_text(manifest)}: is not the manifest of a checkpoint") from None
+    for needed in (OPTIMIZER, RNG, WINDOW, STATE):
+        if needed not in files:
+            raise CheckpointError(f"{safe_text(manifest)}: does not name {needed}")
+    if ADAPTER not in files and MODEL not in files:
+        raise CheckpointError(f"{safe_text(manifest)}: names no weights")
     for name, size, digest in expected:
         if name != Path(name).name or name in ("", ".", ".."):
-            raise CheckpointError(f"{manifest}: names a file outside the checkpoint ({safe_text(name, limit=80)})")
+            raise CheckpointError(
+                f"{safe_text(manifest)}: names a file outside the checkpoint ({safe_text(name, limit=80)})"
+            )
         file = checkpoint / name
         if file.is_symlink() or not file.is_file():
-            raise CheckpointError(f"{file}: missing")
+            raise CheckpointError(f"{safe_text(file)}: missing")
         if file.stat().st_size != size:
-            raise CheckpointError(f"{file}: has {file.stat().st_size} bytes, the manifest says {size}")
-        if _sha256(file) != digest:
-            raise CheckpointError(f"{file}: its content is not what was saved (sha256 differs)")
+            raise CheckpointError(f"{safe_text(file)}: has {file.stat().st_size} bytes, the manifest says {size}")
+        if sha256_of(file) != digest:
+            raise CheckpointError(f"{safe_text(file)}: its content is not what was saved (sha256 differs)")
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
@@ -172,12 +235,41 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def read_state(checkpoint: Path) -> TrainingState:
-    """The training state of a validated checkpoint."""
-    file = checkpoint / "state.json"
+    """The training state of a validated checkpoint; CheckpointError where a value has another type than it must."""
+    file = checkpoint / STATE
+    found = read_json(file)
     try:
-        return TrainingState(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise CheckpointError(f"{file}: is not the state of a run") from None
+        settled = Settled(**_typed(Settled, found.pop("settled")))
+        state = TrainingState(**_typed(TrainingState, {**found, "settled": settled}))
+        if state.step < 0 or state.records < 0:
+            raise ValueError("a count below 0")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{safe_text(file)}: is not the state of a run ({safe_text(error, limit=100)})") from None
+    return state
+
+
+def _typed(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The values, each of the type that the dataclass gives it; floats are finite."""
+    hints = get_type_hints(kind)
+    if values.keys() != {field.name for field in fields(kind)}:
+        raise TypeError(f"it must hold {', '.join(hints)}")
+    for name, value in values.items():
+        hint = hints[name]
+        if hint == dict[str, float]:
+            fits = isinstance(value, dict) and all(_is_number(number) for number in value.values())
+        elif hint == list[str]:
+            fits = isinstance(value, list) and all(isinstance(word, str) for word in value)
+        elif hint in (float, float | None):
+            fits = _is_number(value) or (value is None and hint is not float)
+        else:
+            fits = isinstance(value, hint) and not isinstance(value, bool)
+        if not fits:
+            raise TypeError(f"{name} is {value!r:.40}")
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _trainable(policy: Any) -> list[tuple[str, nn.Parameter]]:
@@ -202,8 +294,13 @@ def restore(
     """
     try:
         _restore_weights(checkpoint, policy)
-        _restore_optimizer(load_file(checkpoint / "optimizer.safetensors"), policy, optimizer)
-        return load_file(checkpoint / "rng.safetensors"), load_file(checkpoint / "window.safetensors")
+        _restore_optimizer(load_file(checkpoint / OPTIMIZER), policy, optimizer)
+        rng, window = load_file(checkpoint / RNG), load_file(checkpoint / WINDOW)
+        if "cpu" not in rng or rng["cpu"].shape != torch.get_rng_state().shape:
+            raise CheckpointError(f"{checkpoint / RNG}: holds no state of this program's random generator")
+        if window.keys() != {"last_pairs"} or window["last_pairs"].shape[:-1] != (4,):
+            raise CheckpointError(f"{checkpoint / WINDOW}: holds no window of pairs")
+        return rng, window
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{checkpoint}: does not fit this run ({safe_text(first, limit=200)})") from None
@@ -211,13 +308,13 @@ def restore(
 
 def _restore_weights(checkpoint: Path, policy: Any) -> None:
     if isinstance(policy, PeftModel):
-        file = checkpoint / "adapter_model.safetensors"
+        file = checkpoint / ADAPTER
         stored = load_file(file)
         expected = get_peft_model_state_dict(policy, save_embedding_layers=False)
         _same_names(file, set(stored), set(expected))
         set_peft_model_state_dict(policy, stored)
     else:
-        file = checkpoint / "model.safetensors"
+        file = checkpoint / MODEL
         problem = policy.load_state_dict(load_file(file), strict=False)
         tied = set(getattr(policy, "_tied_weights_keys", None) or ())
         _same_names(file, set(problem.unexpected_keys), set(problem.missing_keys) - tied)
@@ -228,10 +325,10 @@ def _restore_optimizer(stored: dict[str, Tensor], policy: Any, optimizer: torch.
     for full_name, value in stored.items():
         name, _, key = full_name.rpartition("|")
         if name not in parameters:
-            raise CheckpointError(f"optimizer.safetensors: no parameter {safe_text(name)} in this run")
+            raise CheckpointError(f"{OPTIMIZER}: no parameter {safe_text(name)} in this run")
         parameter = parameters[name]
         if value.ndim and value.shape != parameter.shape:
-            raise CheckpointError(f"optimizer.safetensors: {safe_text(full_name)} has another shape than its weight")
+            raise CheckpointError(f"{OPTIMIZER}: {safe_text(full_name)} has another shape than its weight")
         # AdamW keeps its step count on the CPU, whatever the device; a fused one keeps it beside the weights.
         beside = value.ndim or optimizer.param_groups[0].get("fused")
         optimizer.state[parameter][key] = value.to(parameter.device) if beside else value
@@ -253,10 +350,13 @@ def rng_states() -> dict[str, Tensor]:
 
 def set_rng_states(states: dict[str, Tensor]) -> None:
     """Put the generators back to where `rng_states` found them."""
-    torch.set_rng_state(states["cpu"])
-    for name, state in _cuda_states(states):
-        if int(name.split(":")[1]) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(state, name)
+    try:
+        torch.set_rng_state(states["cpu"])
+        for name, state in _cuda_states(states):
+            if int(name.split(":")[1]) < torch.cuda.device_count():
+                torch.cuda.set_rng_state(state, name)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{RNG}: holds no state of a random generator ({safe_text(error, limit=100)})") from None
 
 
 def _cuda_states(states: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -5,6 +5,8 @@ step; there a fused optimizer (AdamW) itself leaves the weights alone (`found_in
 the host looks, which it does when it logs or saves.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,48 +15,94 @@ from torch import Tensor
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import DivergedError
 
+SKIPS_IN_A_ROW = 10  # beyond these nothing is learned any more
+ROWS_NAMED = 8
+
 
 @dataclass(frozen=True)
 class _Step:
     number: int  # from 1
     rows: list[int]
-    loss: Tensor
+    losses: Tensor  # (B,) in the order of the rows
     grad_norm: Tensor
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.losses).all() and torch.isfinite(self.grad_norm))
+
+    def __str__(self) -> str:
+        bad = [row for row, loss in zip(self.rows, self.losses.tolist(), strict=True) if not math.isfinite(loss)]
+        where = ", ".join(map(str, (bad or self.rows)[:ROWS_NAMED]))
+        what = "the loss of rows" if bad else "the gradient of rows"
+        return (
+            f"step {self.number}: {what} {where} of the data is not finite (mean loss {float(self.losses.mean()):g}, "
+            f"gradient norm {float(self.grad_norm):g})"
+        )
 
 
 class NonFiniteGuard:
-    """Looks at the loss and the gradient norm of every step before its update."""
+    """Looks at the losses and the gradient norm of every step before its update."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, deferred: bool) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, deferred: bool, skips: bool = False) -> None:
         self.optimizer = optimizer
         self.deferred = deferred
+        self.skips = skips
         self._unseen: list[_Step] = []
         self._bad: Tensor | None = None  # 1 from the first bad step on
+        self._in_a_row = 0
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer, device: torch.device) -> "NonFiniteGuard":
-        """Deferred where the optimizer can leave weights alone by itself."""
-        return cls(optimizer, device.type == "cuda" and all(group.get("fused") for group in optimizer.param_groups))
+    def of(cls, optimizer: torch.optim.Optimizer, device: torch.device, mode: str) -> "NonFiniteGuard":
+        """For `non_finite=abort|skip`. Deferred where the optimizer can leave weights alone by itself.
 
-    def before_update(self, number: int, batch: list[TokenizedPair], loss: Tensor, grad_norm: Tensor) -> None:
-        """Hear of step `number`, counted from 1; DivergedError now, or at the next `look`."""
-        self._unseen.append(_Step(number, [pair.index for pair in batch[:8]], loss.detach(), grad_norm.detach()))
-        if not self.deferred:
-            self.look()
-            return
-        bad = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
-        self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
-        self.optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # read by torch's fused optimizers
+        A run that skips looks in every step: what is skipped must not be counted.
+        """
+        fused = device.type == "cuda" and all(group.get("fused") for group in optimizer.param_groups)
+        return cls(optimizer, fused and mode == "abort", mode == "skip")
+
+    def before_update(self, number: int, pairs: Sequence[TokenizedPair], losses: Tensor, grad_norm: Tensor) -> str:
+        """Hear of step `number`, counted from 1: its B pairs and their losses, (B,).
+
+        Returns why the update is to be left out, or nothing. DivergedError now, or at the next `look`.
+        """
+        step = _Step(number, [pair.index for pair in pairs], losses.detach(), grad_norm.detach())
+        if self.deferred:
+            self._unseen.append(step)
+            bad = (~(torch.isfinite(step.losses).all() & torch.isfinite(grad_norm))).float()
+            self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
+            self.optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # read by torch's fused optimizers
+            return ""
+        if step.is_finite:
+            self._in_a_row = 0
+            return ""
+        self._in_a_row += 1
+        if not self.skips:
+            raise self._diverged(step)
+        if self._in_a_row > SKIPS_IN_A_ROW:
+            raise DivergedError(f"{step}; the {SKIPS_IN_A_ROW} steps before it were skipped for the same reason")
+        return f"{step}: its update is skipped"
 
     def look(self) -> None:
         """DivergedError if one of the steps since the last look was not finite; its weights are untouched."""
         for step in self._unseen:
-            if not (torch.isfinite(step.loss) and torch.isfinite(step.grad_norm)):
-                self.optimizer.zero_grad(set_to_none=True)
-                rows = ", ".join(map(str, step.rows))
-                raise DivergedError(
-                    f"step {step.number}: loss {float(step.loss):g}, gradient norm {float(step.grad_norm):g}, on rows "
-                    f"{rows} of the data; the weights were not touched. Usual remedies: a smaller optimizer.lr (now "
-                    f"{self.optimizer.param_groups[0]['lr']:g}), model.dtype=float32"
-                )
+            if not step.is_finite:
+                raise self._diverged(step)
         self._unseen.clear()
+
+    def _diverged(self, step: _Step) -> DivergedError:
+        self.optimizer.zero_grad(set_to_none=True)
+        rate = self.optimizer.param_groups[0]["lr"]
+        return DivergedError(
+            f"{step}; the weights were not touched. Usual remedies: a smaller optimizer.lr (now {rate:g}), "
+            "model.dtype=float32, or non_finite=skip if it is these rows alone"
+        )
+
+
+def require_finite(weights: Sequence[tuple[str, Tensor]], step: int) -> None:
+    """DivergedError where a weight is not a number: such a state is never saved, nor a healthy one removed for it."""
+    for name, weight in weights:
+        if not bool(torch.isfinite(weight).all()):
+            raise DivergedError(
+                f"step {step}: {name} is no longer finite, and is not saved; earlier checkpoints are intact. Usual "
+                "remedies: a smaller optimizer.lr, model.dtype=float32"
+            )

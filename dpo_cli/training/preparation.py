@@ -11,6 +11,7 @@ from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural
 from dpo_cli.data.batches import Cut, by_packed_tokens, by_padded_tokens, by_size
 from dpo_cli.data.tokens import TokenizedPair
+from dpo_cli.errors import StorageError
 from dpo_cli.evaluation.scores import windows
 from dpo_cli.models.loading import ModelSource, compile_layers, load_model, undisturbed
 from dpo_cli.models.logps import Batching, Way
@@ -24,7 +25,8 @@ from dpo_cli.models.reference_cache import (
     complete,
     values_key,
 )
-from dpo_cli.training.checkpoint import TrainingState
+from dpo_cli.training.checkpoint import Settled
+from dpo_cli.training.durable import write_whole
 from dpo_cli.training.preflight import check_distinct, choose_pairs
 from dpo_cli.training.run import Run, give_memory_back
 
@@ -35,15 +37,15 @@ def choose_cut(
     pairs: list[TokenizedPair],
     device: torch.device,
     way: Way,
-    state: TrainingState | None,
+    settled: Settled | None,
     reporter: Reporter,
 ) -> tuple[Cut, int | None, str]:
     """How a batch is cut into forward passes, the token budget if there is one, and both in words."""
     if config.micro_batch_size != "auto":
         size = int(config.micro_batch_size)
         return by_size(size), None, f"{plural(size, 'pair')} a forward pass"
-    if state is not None and state.token_budget is not None and state.device == device.type:
-        tokens, words = state.token_budget, f"cut at {state.token_budget:,} tokens, as the run began"
+    if settled is not None and settled.token_budget is not None and settled.device == device.type:
+        tokens, words = settled.token_budget, f"cut at {settled.token_budget:,} tokens, as the run began"
     else:
         with undisturbed(policy):
             policy.train()
@@ -132,10 +134,19 @@ def complete_cache(
 
 
 def complete_reference(run: Run) -> None:
-    """Compute the reference's log-probs that are not in the cache yet; what was loaded for it is freed."""
+    """Compute the reference's log-probs that are not in the cache yet; what was loaded for it is freed.
+
+    A run keeps those it began with in its own directory: another run may have left others of their pairs in the cache,
+    equal but for a rounding, and a resumed run goes on with the same bits.
+    """
     if not isinstance(run.reference, CachedReference):
         return
-    config, reporter = run.config, run.reporter
+    config, reporter, own = run.config, run.reporter, run.directory.reference
+    cache, needed = run.reference.cache, needed_batches(run)
+    if run.resumed and not cache.adopt(own):
+        reporter.warn(
+            f"{own}: missing or damaged; the run goes on with the values of the cache, equal but for rounding"
+        )
     at_hand: Reference | None = None
     if config.lora.enabled:
         at_hand = AdapterOffReference(run.policy)
@@ -148,9 +159,12 @@ def complete_reference(run: Run) -> None:
         return reference
 
     started = time.perf_counter()
-    cache, needed = run.reference.cache, needed_batches(run)
     computed = complete_cache(cache, needed, run.batching, run.dtype.value, load, at_hand, reporter, run.poll)
     if computed:
         seconds = time.perf_counter() - started
         reporter.say(f"reference log-probs of {plural(computed, 'pair')} computed in {duration(seconds)}")
+    try:
+        write_whole(own, cache.records(pair for batch in needed for pair in batch))
+    except OSError as error:
+        raise StorageError(f"{own}: cannot be written ({error.strerror})") from None
     give_memory_back(run.device)

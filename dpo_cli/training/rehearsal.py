@@ -1,16 +1,37 @@
-"""dry_run: everything but the training. Lengths, the longest batch forward and backward, what the run will cost."""
+"""The longest batch forward and backward before anything is trained; dry_run stops there, with an estimate."""
 
 import time
 
 import numpy as np
+import torch
 
 from dpo_cli.console.text import duration, plural, significant
 from dpo_cli.data.batches import longest_side
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.models.loading import wait_for
-from dpo_cli.models.logps import pair_logps
-from dpo_cli.theory.losses import LogRatios
+from dpo_cli.training.checkpoint import rng_states, set_rng_states
 from dpo_cli.training.run import Run, peak_memory_gib
+from dpo_cli.training.step import cut_until_it_fits, forward_backward
+
+
+def rehearse_longest(run: Run) -> None:
+    """Forward and backward of the largest pass that can come: memory that will run out does so in the first seconds.
+
+    The batch is cut finer until it fits; weights and random generators stay as they were. OutOfMemoryError where the
+    longest pair alone does not fit.
+    """
+    steps = min(run.total_steps, run.schedule.steps_per_epoch)
+    trained_on = (run.data.train[place] for batch in run.schedule.batches(0, steps) for place in batch)
+    longest = sorted(trained_on, key=longest_side, reverse=True)[: run.config.batch_size]
+    largest = max(run.batching.cut(longest), key=lambda piece: sum(map(longest_side, piece)))
+    rng = rng_states()
+    # The optimizer's memory comes with the first update: until then something of its size stands in for it.
+    on_cpu = run.device.type == "cpu"
+    stand_in = None if on_cpu else torch.empty(int(_optimizer_gib(run) * 2**28), device=run.device)
+    cut_until_it_fits(run, lambda: forward_backward(run, largest))
+    del stand_in
+    run.optimizer.zero_grad(set_to_none=True)
+    set_rng_states(rng)
 
 
 def rehearse(run: Run) -> None:
@@ -58,11 +79,7 @@ def _lengths(pairs: list[TokenizedPair]) -> list[tuple[str, list[int]]]:
 
 
 def _forward_backward(run: Run, batch: list[TokenizedPair]) -> None:
-    for layout in run.batching.batches(batch):
-        run.poll()
-        reference = run.reference.logps(layout)
-        policy = pair_logps(run.policy, layout)
-        (run.objective(policy, LogRatios.between(policy, reference)).sum() / len(batch)).backward()
+    cut_until_it_fits(run, lambda: forward_backward(run, batch))
     run.optimizer.zero_grad(set_to_none=True)
     wait_for(run.device)  # the clock must not stop before the work does
 

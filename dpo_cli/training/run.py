@@ -20,6 +20,7 @@ from dpo_cli.models.logps import Batching
 from dpo_cli.models.reference import Reference
 from dpo_cli.theory.losses import Objective
 from dpo_cli.theory.metrics import MeanOverPairs
+from dpo_cli.training.checkpoint import Settled
 from dpo_cli.training.guard import NonFiniteGuard
 from dpo_cli.training.radar import Radar
 from dpo_cli.training.run_directory import RunDirectory
@@ -50,6 +51,7 @@ class Run:
     encoder: PairEncoder
     data: PairData
     policy: Any
+    digest: str  # of the SFT model's weights
     reference: Reference
     optimizer: torch.optim.Optimizer
     objective: Objective
@@ -64,6 +66,15 @@ class Run:
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # spent training, this run and those it resumes
     records_kept: int = 0  # lines of metrics.jsonl that a resumed run keeps
+    resumed: bool = False  # from a checkpoint
+    skipped_steps: int = 0  # whose update was left out because it was not finite
+    held_out_loss: tuple[int, float] | None = None  # the latest, and the step it was measured after
+
+    @property
+    def settled(self) -> Settled:
+        """What was measured for this run and holds to its end."""
+        dtype = str(self.dtype.value).removeprefix("torch.")
+        return Settled(self.device.type, dtype, self.batching.way.value, self.token_budget)
 
     @property
     def trainable(self) -> list[nn.Parameter]:

@@ -1,29 +1,28 @@
 """The run directory: where a run keeps its config, its manifest, its metrics and its checkpoints.
 
-config.yaml  manifest.json  metrics.jsonl  train.log  checkpoints/step-*/  final/  eval/<name>/
+config.yaml  manifest.json  metrics.jsonl  train.log  reference.logps  checkpoints/step-*/  final/  eval/<name>/
+
+One idea to keep in mind: a directory has one owner at a time, who holds its lock, and what the owner did not finish is
+swept away by the next.
 """
 
-import importlib.metadata
+import fcntl
 import json
+import os
 import platform
-import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cli import __version__
-from dpo_cli.config import RunConfig, to_container, write_config
-from dpo_cli.console.text import safe_text
+from dpo_cli.config import FREE_KEYS, LOUD_KEYS, RunConfig, config_text, flat, public_container
+from dpo_cli.console.text import redacted, safe_text
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
-from dpo_cli.training.checkpoint import newest_valid, validate
-
-# Keys that a resumed run may change: they decide what is shown and kept, not what is computed.
-FREE_KEYS = {
-    "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "resume", "device", "radar", "dry_run",
-    "reference.cache",
-}  # fmt: skip
-# Keys that a resumed run may change, and is told so: the end of the run, and with it the schedule, or its roundings.
-LOUD_KEYS = {"max_steps", "epochs", "micro_batch_size"}
+from dpo_cli.training.checkpoint import newest_valid, read_json, validate
+from dpo_cli.training.durable import sweep, write_whole
+from dpo_cli.training.metrics_log import MetricsLog
 
 
 def default_directory(job: str, now: float) -> Path:
@@ -37,6 +36,19 @@ def default_directory(job: str, now: float) -> Path:
     return folder
 
 
+def claim_directory(job: str, now: float) -> Path:
+    """A default directory that no other run has: made here, whoever else looks for one in the same second."""
+    while True:
+        folder = default_directory(job, now)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise StorageError(f"{safe_text(folder)}: cannot be made ({error.strerror})") from None
+        return folder
+
+
 class RunDirectory:
     """One run's folder on disk; StorageError where it cannot be written."""
 
@@ -44,10 +56,12 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
-        self.metrics = path / "metrics.jsonl"
+        self.metrics = MetricsLog(path / "metrics.jsonl")
         self.config = path / "config.yaml"
         self.manifest = path / "manifest.json"
-        self.records = 0  # lines of metrics.jsonl
+        self.log = path / "train.log"
+        self.reference = path / "reference.logps"
+        self.lock = path / ".lock"
 
     @property
     def finished(self) -> bool:
@@ -56,125 +70,132 @@ class RunDirectory:
 
     def create(self) -> None:
         """Make the folder, and find out now rather than after an hour whether it can be written."""
+        self._refuse_links()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".write-probe"
             probe.write_text("", encoding="utf-8")
             probe.unlink()
         except OSError as error:
-            raise StorageError(f"output_dir={self.path}: cannot be written ({error.strerror})") from None
+            raise StorageError(f"output_dir={safe_text(self.path)}: cannot be written ({error.strerror})") from None
+
+    def _refuse_links(self) -> None:
+        """A link in somebody's directory could have us write anywhere."""
+        for file in (self.checkpoints, self.final, self.metrics.path, self.config, self.manifest, self.log,
+                     self.reference, self.lock):  # fmt: skip
+            if file.is_symlink():
+                raise CheckpointError(
+                    f"{safe_text(file)}: is a symbolic link; to keep a run on another disk, name it with output_dir"
+                )
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Within, no other run can use the directory; ConfigError says who does. What was left unfinished is swept."""
+        self.create()
+        try:
+            descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StorageError(f"{safe_text(self.lock)}: cannot be written ({error.strerror})") from None
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = safe_text(os.read(descriptor, 200).decode("utf-8", "replace").strip() or "another process")
+                raise ConfigError(
+                    f"output_dir={safe_text(self.path)}: in use by {owner}; wait for it, or name another output_dir"
+                ) from None
+            except OSError:
+                pass  # some network file systems have no locks: better a run without one than none
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            try:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()} since {since}\n".encode(), 0)
+            except OSError:
+                pass  # a full disk: the lock holds all the same, it only cannot say whose it is
+            for folder in (self.path, self.checkpoints):
+                sweep(folder)
+            yield
+        finally:
+            os.close(descriptor)
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.yaml."""
-        self._guard(lambda: write_config(config, self.config))
+        self._write(self.config, config_text(config))
 
     def write_manifest(self, facts: dict[str, Any]) -> None:
         """Write manifest.json: versions, revision, seeds, fingerprints, counts."""
-        text = json.dumps({**environment(), **facts}, indent=1) + "\n"
-        self._guard(lambda: self.manifest.write_text(text, encoding="utf-8"))
+        self._write(self.manifest, redacted(json.dumps(facts, indent=1)) + "\n")
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest, or an empty one where there is none that can be read."""
         try:
-            facts = json.loads(self.manifest.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            facts = read_json(self.manifest)
+        except CheckpointError:
             return {}
         return facts if isinstance(facts, dict) else {}
 
-    def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
-
-        def append() -> None:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-
-        self._guard(append)
-        self.records += 1
-
-    def cut_metrics(self, records: int) -> None:
-        """Take back what was logged after a checkpoint: it will be logged again, the same."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.metrics.is_file() else []
-        if len(lines) < records:
-            raise CheckpointError(f"{self.metrics}: has {len(lines)} lines; the checkpoint was saved after {records}")
-        self._guard(lambda: self.metrics.write_text("".join(lines[:records]), encoding="utf-8"))
-        self.records = records
-
-    def _guard(self, write: Any) -> None:
+    def _write(self, path: Path, text: str) -> None:
         try:
-            write()
+            write_whole(path, text.encode())
         except OSError as error:
-            raise StorageError(f"{self.path}: cannot be written ({error.strerror})") from None
+            raise StorageError(f"{safe_text(path)}: cannot be written ({error.strerror})") from None
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine: what a number may depend on."""
-    packages = ("torch", "transformers", "peft", "tokenizers", "safetensors", "hydra-core", "numpy")
-    return {
-        "dpo_cli": __version__,
-        "git_revision": _git_revision(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-def _git_revision() -> str | None:
-    """The revision of the checkout this program runs from; None for an installed package."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def find_resume(config: RunConfig) -> tuple[Path | None, Path | None, list[str]]:
-    """Where `resume` leads: the run directory, the checkpoint to go on from, and what was passed over.
-
-    `auto` takes the newest valid checkpoint in output_dir, or none if there is none; an explicit path is taken
-    or refused.
-    """
+def resumed_directory(config: RunConfig) -> Path | None:
+    """The run directory that `resume` goes on in; None where a run begins. Whether it can go on is asked later."""
     if config.resume is None:
-        return None, None, []
+        return None
     if config.resume == "auto":
         if config.output_dir is None:
             raise ConfigError("resume=auto: give the run directory to go on in, for instance output_dir=outputs/my-run")
-        folder = Path(config.output_dir).expanduser()
-        checkpoint, passed = newest_valid(folder / "checkpoints")
-        return folder, checkpoint, passed
+        return Path(config.output_dir).expanduser()
     path = Path(config.resume).expanduser()
+    shown = f"resume={safe_text(config.resume)}"
     if not path.is_dir():
-        raise CheckpointError(f"resume={safe_text(config.resume)}: no such checkpoint or run directory")
+        raise CheckpointError(f"{shown}: no such checkpoint or run directory")
     if (path / "checkpoints").is_dir():
-        checkpoint, passed = newest_valid(path / "checkpoints")
-        if checkpoint is None and not (path / "final").is_dir():
-            raise CheckpointError(
-                f"resume={safe_text(config.resume)}: no valid checkpoint in it {passed or ''}".strip()
-            )
-        return path, checkpoint, passed
-    validate(path)
-    return path.parent.parent, path, []
+        return path
+    if path.parent.name != "checkpoints":
+        raise CheckpointError(f"{shown}: neither a run directory nor one of its checkpoints/step-*")
+    return path.resolve().parent.parent
 
 
-def config_changes(earlier: RunConfig, now: RunConfig) -> tuple[list[str], list[str]]:
-    """What a resumed run changes, as `key: was -> is`: the changes refused, and those allowed but told."""
-    before, after = _flat(to_container(earlier)), _flat(to_container(now))
-    refused: list[str] = []
-    told: list[str] = []
+def find_checkpoint(config: RunConfig, directory: RunDirectory) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `resume` goes on from, and why newer ones were passed over.
+
+    `auto` takes the newest valid one, or none if there is none; an explicit path is taken or refused.
+    """
+    if config.resume is None:
+        return None, []
+    path = Path(config.resume).expanduser()
+    if config.resume != "auto" and not (path / "checkpoints").is_dir():
+        validate(path.resolve())
+        return path.resolve(), []
+    checkpoint, passed = newest_valid(directory.checkpoints)
+    if checkpoint is None and config.resume != "auto":
+        raise CheckpointError("; ".join([f"resume={safe_text(config.resume)}: no valid checkpoint in it", *passed]))
+    return checkpoint, passed
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key of a config that a resumed run gives another value."""
+
+    key: str
+    was: str
+    now: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.was} -> {self.now}"
+
+
+def config_changes(earlier: RunConfig, now: RunConfig) -> tuple[list[Change], list[Change]]:
+    """What a resumed run changes: the changes that are refused, and those that are allowed but told."""
+    before, after = flat(public_container(earlier)), flat(public_container(now))
+    refused: list[Change] = []
+    told: list[Change] = []
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key) and key not in FREE_KEYS:
-            line = f"{key}: {safe_text(before.get(key), 60)} -> {safe_text(after.get(key), 60)}"
-            (told if key in LOUD_KEYS else refused).append(line)
+            change = Change(key, safe_text(before.get(key), 60), safe_text(after.get(key), 60))
+            (told if key in LOUD_KEYS else refused).append(change)
     return refused, told
-
-
-def _flat(container: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in container.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -10,14 +10,14 @@ it needs; what the parts do is theirs.
 """
 
 import json
-import shutil
-import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dpo_cli.config import OptimizerConfig, RunConfig, read_config
@@ -41,14 +41,16 @@ from dpo_cli.models.loading import (
     model_digest,
     wait_for,
 )
-from dpo_cli.models.logps import Batching, Way, causal_model, pair_logps
+from dpo_cli.models.logps import Batching, Way, causal_model
 from dpo_cli.models.memory import plan_memory
 from dpo_cli.models.packing import remembered_way
-from dpo_cli.theory.losses import LogRatios, make_objective
+from dpo_cli.theory.losses import make_objective
 from dpo_cli.theory.metrics import MeanOverPairs, pair_metrics
 from dpo_cli.theory.schedules import lr_factor
 from dpo_cli.training.checkpoint import (
+    Settled,
     TrainingState,
+    best_checkpoint,
     read_state,
     restore,
     rng_states,
@@ -57,16 +59,34 @@ from dpo_cli.training.checkpoint import (
     set_aside_newer,
     set_rng_states,
 )
-from dpo_cli.training.guard import NonFiniteGuard
+from dpo_cli.training.durable import write_folder
+from dpo_cli.training.guard import NonFiniteGuard, require_finite
 from dpo_cli.training.header import show_header
 from dpo_cli.training.model_card import model_card
 from dpo_cli.training.preflight import PreflightSubject, choose_pairs, preflight
 from dpo_cli.training.preparation import choose_cut, complete_reference, make_reference, reference_of
 from dpo_cli.training.radar import Radar
-from dpo_cli.training.rehearsal import rehearse
+from dpo_cli.training.rehearsal import rehearse, rehearse_longest
+from dpo_cli.training.reproduce import (
+    determinism,
+    earlier_manifest,
+    manifest_of,
+    replay_in_words,
+    say_what_differs,
+    settled_in,
+    weights_digest,
+)
 from dpo_cli.training.run import Run, Window, peak_memory_gib
-from dpo_cli.training.run_directory import RunDirectory, config_changes, default_directory, find_resume
+from dpo_cli.training.run_directory import (
+    RunDirectory,
+    claim_directory,
+    config_changes,
+    default_directory,
+    find_checkpoint,
+    resumed_directory,
+)
 from dpo_cli.training.signals import StopSignals
+from dpo_cli.training.step import cut_until_it_fits, forward_backward
 from dpo_cli.training.verdict import History, Verdict, judge
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], OptimizerConfig], torch.optim.Optimizer]] = {
@@ -92,39 +112,49 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
     """
     assert config.data.train is not None
     check_sources(config.data)
-    resumed, checkpoint, passed_over = find_resume(config)
+    resumed = resumed_directory(config)
     asked = Path(config.output_dir).expanduser() if config.output_dir is not None else None
     if resumed is not None and asked is not None and asked.resolve() != resumed.resolve():
         raise ConfigError(f"output_dir={asked}: resume={config.resume} goes on in {resumed}; leave output_dir out")
-    directory = RunDirectory(resumed or asked or default_directory(job, time.time()))
+    choose = default_directory if config.dry_run else claim_directory
+    directory = RunDirectory(resumed or asked or choose(job, time.time()))
     if directory.finished and resumed is not None:
         reporter.say(f"already complete: {directory.final}")
         return directory.path
-    if resumed is None and directory.metrics.exists():
+    if resumed is None and directory.metrics.path.exists():
         raise ConfigError(f"output_dir={directory.path}: holds a run already; resume=auto goes on with it")
+    with determinism(config.deterministic), nullcontext() if config.dry_run else directory.owned():
+        return _train_in(directory, config, reporter, resumed is not None)
+
+
+def _train_in(directory: RunDirectory, config: RunConfig, reporter: Reporter, going_on: bool) -> Path:
+    checkpoint, passed_over = find_checkpoint(config, directory)
     if checkpoint is not None:
         _check_same_run(directory, config, reporter)
     if not config.dry_run:
-        directory.create()
-        reporter.open_log(directory.path / "train.log")
+        reporter.open_log(directory.log)
     for reason in passed_over:
         reporter.warn(f"passed over a checkpoint: {reason}")
+    earlier = earlier_manifest(directory, config, going_on)
     with StopSignals(reporter.warn) as signals:
-        run = put_together(config, directory, reporter, signals.poll, checkpoint)
+        run = put_together(config, directory, reporter, signals.poll, checkpoint, settled_in(earlier))
+        if earlier:
+            say_what_differs(run, earlier)
         try:
             complete_reference(run)
             reporter.say(preflight_of(run))
             if config.dry_run:
                 rehearse(run)
                 return directory.path
-            directory.cut_metrics(run.records_kept)
+            rehearse_longest(run)
+            directory.metrics.cut(run.records_kept)
             for path in set_aside_newer(directory.checkpoints, run.step):
                 reporter.warn(f"{path.name} lies after step {run.step} and is set aside")
             if checkpoint is None:
-                if resumed is not None:
+                if going_on:
                     reporter.say(f"no checkpoint in {directory.path} yet: beginning anew")
                 directory.write_config(config)
-                directory.write_manifest(_manifest(run))
+                directory.write_manifest(manifest_of(run))
             train_to_end(run)
             return finish(run)
         except StoppedError as stop:
@@ -138,8 +168,10 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
 def _check_same_run(directory: RunDirectory, config: RunConfig, reporter: Reporter) -> None:
     refused, told = config_changes(read_config(directory.config), config)
     if refused:
+        reporter.say(f"resume: the config is not the one {directory.path} was begun with")
+        reporter.grid(["key", "was", "is"], [[change.key, change.was, change.now] for change in refused], left=3)
         raise CheckpointError(
-            f"resume: the config is not the one {directory.path} was begun with ({'; '.join(refused)}); "
+            f"resume: the config is not the one {directory.path} was begun with ({'; '.join(map(str, refused))}); "
             "start a new run, or take the changes back"
         )
     for change in told:
@@ -152,13 +184,19 @@ def put_together(
     reporter: Reporter,
     poll: Callable[[], None],
     checkpoint: Path | None,
+    settled: Settled | None = None,
 ) -> Run:
-    """Load and build every part of a run, show the header, and restore the checkpoint if there is one."""
+    """Load and build every part of a run, show the header, and restore the checkpoint if there is one.
+
+    What was measured when a run began (`settled`) holds to its end, and for its replay.
+    """
     state = read_state(checkpoint) if checkpoint is not None else None
+    settled = state.settled if state is not None else settled
     device = choose_device(config.device)
-    dtype = choose_dtype(config.model.dtype, device.value, config.lora.enabled)
-    if state is not None:  # what was measured when the run began holds to its end
-        dtype = Decision(getattr(torch, state.dtype), "as the run began")
+    if settled is not None and (state is not None or settled.device == device.value.type):
+        dtype = Decision(getattr(torch, settled.dtype), "as the run began")
+    else:
+        dtype = choose_dtype(config.model.dtype, device.value, config.lora.enabled)
     source = find_model(config.model, reporter.say)
     encoder = PairEncoder(load_tokenizer(source), config.data.template)
     data = load_pairs(config.data, encoder, config.seed, poll=poll)
@@ -172,10 +210,10 @@ def put_together(
     policy = load_model(source, dtype.value, device.value)
     _check_vocabulary(policy, encoder, data.train)
     digest = model_digest(policy)
-    if state is None or state.device != device.value.type:
+    if settled is None or settled.device != device.value.type:
         way = remembered_way(config.batching, policy, data.train, device.value, digest, keep=not config.dry_run)
     else:
-        way = Decision(Way(state.way), "as the run began")
+        way = Decision(Way(settled.way), "as the run began")
     if config.lora.enabled:
         policy = attach_lora(policy, config.lora, source)
     else:
@@ -187,7 +225,7 @@ def put_together(
     policy.train()
     schedule = Schedule.of(data.train, config.batch_size, config.seed, config.data.shuffle)
     reference = make_reference(config, policy, source, dtype.value, device.value, way.value, digest)
-    cut, budget, cut_words = choose_cut(config, policy, data.train, device.value, way.value, state, reporter)
+    cut, budget, cut_words = choose_cut(config, policy, data.train, device.value, way.value, settled, reporter)
     optimizer = OPTIMIZERS[config.optimizer.name](
         [parameter for parameter in policy.parameters() if parameter.requires_grad], config.optimizer
     )
@@ -203,9 +241,10 @@ def put_together(
         encoder=encoder,
         data=data,
         policy=policy,
+        digest=digest,
         reference=reference,
         optimizer=optimizer,
-        guard=NonFiniteGuard.of(optimizer, device.value),
+        guard=NonFiniteGuard.of(optimizer, device.value, config.non_finite),
         objective=make_objective(config.loss.name, config.beta, config.loss.sft_weight, **config.loss.dials()),
         batching=Batching(device.value, way.value, cut),
         batching_reason=way.reason,
@@ -237,7 +276,7 @@ def _resume(run: Run, checkpoint: Path, state: TrainingState) -> None:
     run.radar.restore(window["last_pairs"], state.alarms_sounded)
     run.step, run.seconds = state.step, state.seconds
     run.window = Window(MeanOverPairs.from_sums(state.sums, state.sums_pairs), state.sums_tokens, state.sums_seconds)
-    run.records_kept = state.records
+    run.records_kept, run.resumed, run.skipped_steps = state.records, True, state.skipped_steps
     run.reporter.say(f"going on from {checkpoint} at step {state.step}")
 
 
@@ -259,21 +298,6 @@ def preflight_of(run: Run) -> str:
             at_start=run.step == 0,
         )
     )
-
-
-def _manifest(run: Run) -> dict[str, Any]:
-    return {
-        "argv": sys.argv[1:],
-        "seed": run.config.seed,
-        "device": str(run.device),
-        "dtype": str(run.dtype.value).removeprefix("torch."),
-        "model": {"name": run.source.name, "path": run.source.path, "origin": run.source.origin},
-        "batches": {"way": run.batching.way.value, "token_budget": run.token_budget},
-        "template": {"kind": run.encoder.kind, "closing_token": run.encoder.closing},
-        "data_fingerprint": run.data.fingerprint,
-        "data": {name.replace(" ", "_"): report.as_dict() for name, report in run.data.reports()},
-        "total_steps": run.total_steps,
-    }
 
 
 # The loop
@@ -308,8 +332,7 @@ def _evaluation_was_cut_off(run: Run) -> bool:
     """Whether the run that this one resumes was stopped in the evaluation after its last step."""
     if not _due(run.step, run.config.eval_every) or run.step in (0, run.total_steps):
         return False
-    lines = run.directory.metrics.read_text(encoding="utf-8").splitlines()
-    return not any(r["split"] == "eval" and r["step"] == run.step for r in map(json.loads, lines))
+    return not any(r["split"] == "eval" and r["step"] == run.step for r in run.directory.metrics.read())
 
 
 def train_step(run: Run, batch: list[TokenizedPair]) -> None:
@@ -319,33 +342,28 @@ def train_step(run: Run, batch: list[TokenizedPair]) -> None:
     factor = lr_factor(config.optimizer.schedule, run.step, config.optimizer.warmup_steps, run.total_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = config.optimizer.lr * factor
-    metrics, tokens, moved = MeanOverPairs(), 0, []
-    for layout in run.batching.batches(batch):
-        run.poll()
-        reference_logps = run.reference.logps(layout)
-        policy_logps = pair_logps(run.policy, layout)
-        ratios = LogRatios.between(policy_logps, reference_logps)
-        losses = run.objective(policy_logps, ratios)
-        # The sum over the batch size: the gradient does not depend on how the batch was cut.
-        (losses.sum() / len(batch)).backward()
-        metrics.add(pair_metrics(policy_logps.detach(), ratios, losses, config.beta))
-        moved.append(ratios.detach())
-        tokens += layout.real_tokens
+    measured = cut_until_it_fits(run, lambda: forward_backward(run, batch))
     grad_norm = nn.utils.clip_grad_norm_(run.trainable, config.max_grad_norm)
-    run.guard.before_update(run.step + 1, batch, metrics.sum_of("loss"), grad_norm)
-    if run.step == 0:
-        write_record(run, "train", metrics.means(), lr=0.0)
-    run.optimizer.step()
+    losses = torch.cat(measured.losses)
+    bad = run.guard.before_update(run.step + 1, measured.pairs, losses, grad_norm)
+    if run.step == 0 and not bad:
+        write_record(run, "train", measured.metrics.means(), lr=0.0)
+    if not bad:
+        run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
+    if bad:
+        run.skipped_steps += 1
+        run.reporter.warn(bad)
+        return
     if _is_logged(run):
         wait_for(run.device)  # the clock stops when the work is done, not when it is queued
     elapsed = time.perf_counter() - started
-    for ratios in moved:
+    for ratios in measured.ratios:
         run.radar.add(ratios)
-    run.window.metrics.merge(metrics)
+    run.window.metrics.merge(measured.metrics)
     run.window.grad_norm = grad_norm
-    run.window.tokens += tokens
+    run.window.tokens += measured.tokens
     run.window.seconds += elapsed
     run.seconds += elapsed
 
@@ -363,6 +381,8 @@ def log_train(run: Run) -> None:
     """Log the mean over the pairs since the last logged step, sound new alarms, and begin a new window."""
     run.guard.look()
     window = run.window
+    if window.metrics.pairs == 0:  # every step since the last line was skipped, and each has been said
+        return
     drift = run.radar.drift()
     alarms = run.radar.alarms(drift)
     write_record(
@@ -374,6 +394,7 @@ def log_train(run: Run) -> None:
         pairs_per_second=window.metrics.pairs / window.seconds,
         tokens_per_second=window.tokens / window.seconds,
         **drift.as_metrics(),
+        **({"skipped_steps": run.skipped_steps} if run.skipped_steps else {}),
         **({"alarms": {alarm.name: alarm.text for alarm in alarms}} if alarms else {}),
     )
     run.window = Window()
@@ -397,6 +418,7 @@ def log_eval(run: Run) -> dict[str, float] | None:
         pair_metrics(scores.policy, scores.ratios, run.objective(scores.policy, scores.ratios), run.config.beta)
     )
     means = metrics.means()
+    run.held_out_loss = (run.step, means["loss"])
     write_record(run, "eval", means)
     return means
 
@@ -412,7 +434,9 @@ def write_record(run: Run, split: str, means: dict[str, float], **more: Any) -> 
         "peak_memory_gib": peak_memory_gib(run.device),
         "seconds": run.seconds,
     }
-    run.directory.append_metrics(record)
+    trouble = run.directory.metrics.append(record)
+    if trouble is not None:
+        run.reporter.warn(trouble)
     run.reporter.record(record)
 
 
@@ -422,6 +446,9 @@ def write_record(run: Run, split: str, means: dict[str, float], **more: Any) -> 
 def save(run: Run, rng: dict[str, Tensor] | None = None) -> Path:
     """Write a checkpoint of the run as it stands after its last complete step."""
     run.guard.look()
+    require_finite([(name, weight) for name, weight in run.policy.named_parameters() if weight.requires_grad], run.step)
+    run.directory.metrics.flush()  # a checkpoint counts lines: they must be there after a power cut, too
+    evaluated, loss = run.held_out_loss or (-1, None)
     state = TrainingState(
         step=run.step,
         seconds=run.seconds,
@@ -429,12 +456,11 @@ def save(run: Run, rng: dict[str, Tensor] | None = None) -> Path:
         sums_pairs=run.window.metrics.pairs,
         sums_tokens=run.window.tokens,
         sums_seconds=run.window.seconds,
-        records=run.directory.records,
+        records=run.directory.metrics.records,
+        skipped_steps=run.skipped_steps,
+        held_out_loss=loss if evaluated == run.step else None,
         data_fingerprint=run.data.fingerprint,
-        dtype=str(run.dtype.value).removeprefix("torch."),
-        device=run.device.type,
-        way=run.batching.way.value,
-        token_budget=run.token_budget,
+        settled=run.settled,
         alarms_sounded=run.radar.sounded,
     )
     folder = run.directory.checkpoints
@@ -452,17 +478,21 @@ def _save_or_go_on(run: Run) -> None:
 
 def finish(run: Run) -> Path:
     """Evaluate, write final/, and say where everything is."""
-    save(run)
+    weights = weights_digest(save(run))
     means = log_eval(run)
     run.reporter.stop()
-    verdict = _judge(run)
+    run.directory.metrics.flush()
+    verdict = _judge(run, weights)
     write_final(run, means)
     run.reporter.say()
     memory = f"peak memory {significant(peak_memory_gib(run.device))} GiB"
+    skipped = f", {plural(run.skipped_steps, 'update')} skipped as not finite" if run.skipped_steps else ""
     run.reporter.facts(
         [
-            ("done", f"{plural(run.step, 'step')} in {duration(run.seconds)}, {memory}"),
+            ("done", f"{plural(run.step, 'step')} in {duration(run.seconds)}, {memory}{skipped}"),
             ("adapter" if run.config.lora.enabled else "model", str(run.directory.final)),
+            *_best_in_words(run),
+            *replay_in_words(run, weights),
             ("next", f"dpo-eval checkpoint={run.directory.path} samples=3"),
         ]
     )
@@ -470,13 +500,23 @@ def finish(run: Run) -> Path:
     return run.directory.path
 
 
-def _judge(run: Run) -> Verdict:
+def _best_in_words(run: Run) -> list[tuple[str, str]]:
+    """The checkpoint with the lowest held-out loss, where that is not the end of the run."""
+    best = best_checkpoint(run.directory.checkpoints)
+    if best is None or run.held_out_loss is None or best[1] >= run.held_out_loss[1]:
+        return []
+    end = significant(run.held_out_loss[1])
+    return [("best", f"{best[0]}: held-out loss {significant(best[1])}, at the end {end}")]
+
+
+def _judge(run: Run, weights: str | None = None) -> Verdict:
     """How the run went, from its metrics; kept in the manifest."""
-    records = [json.loads(line) for line in run.directory.metrics.read_text(encoding="utf-8").splitlines()]
     config = run.config
+    records = run.directory.metrics.read()
     history = History.of(records, len(run.data.held_out), config.optimizer.lr, config.beta, config.loss.name)
     verdict = judge(history)
-    run.directory.write_manifest({**_manifest(run), "verdict": verdict.as_dict()})
+    ended = {"weights_sha256": weights, "skipped_steps": run.skipped_steps, "verdict": verdict.as_dict()}
+    run.directory.write_manifest({**manifest_of(run), **ended})
     return verdict
 
 
@@ -489,10 +529,8 @@ def _show_verdict(run: Run, verdict: Verdict) -> None:
 
 def write_final(run: Run, means: dict[str, float] | None) -> None:
     """Write final/ beside and rename it: a folder that is there is whole."""
-    beside = run.directory.path / ".tmp-final"
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
+
+    def write(beside: Path) -> None:
         save_policy(run.policy, beside)
         if run.config.model.adapter is not None:  # without it the adapter would sit on the wrong base
             note = json.dumps({"sft_adapter": run.config.model.adapter})
@@ -500,6 +538,8 @@ def write_final(run: Run, means: dict[str, float] | None) -> None:
         run.encoder.tokenizer.save_pretrained(str(beside))
         card = model_card(run.config, run.source, means, len(run.data.train))
         (beside / "README.md").write_text(card, encoding="utf-8")
-        beside.rename(run.directory.final)
-    except OSError as error:
-        raise StorageError(f"{run.directory.final}: cannot be written ({error.strerror})") from None
+
+    try:
+        write_folder(run.directory.final, write)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{run.directory.final}: cannot be written ({safe_text(error)})") from None

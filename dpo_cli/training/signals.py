@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 from dpo_cli.errors import InterruptedByUserError, StoppedError
@@ -16,6 +17,7 @@ class StopSignals:
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
         self._received: int | None = None
+        self._told = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -29,14 +31,30 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._received == signal.SIGINT:
-            os._exit(130)  # the last checkpoint is intact: it was renamed into place
+            _leave()
         if self._received is None:
             self._received = number
-            self._say(f"{signal.Signals(number).name} received: stopping at the next safe place")
+            # Not by way of the console: it may be in the middle of a line, and cannot begin another in there.
+            _write(2, f"{signal.Signals(number).name} received: stopping at the next safe place\n")
 
     def poll(self) -> None:
         """StoppedError (75) or InterruptedByUserError (130) if a signal has come."""
+        if self._received is not None and not self._told:
+            self._told = True
+            self._say(f"stopping for {signal.Signals(self._received).name}")
         if self._received == signal.SIGINT:
             raise InterruptedByUserError("stopped by Ctrl-C")
         if self._received is not None:
             raise StoppedError(f"stopped by {signal.Signals(self._received).name}")
+
+
+def _leave() -> None:
+    """Out at once: the last checkpoint is intact, since it was renamed into place. The cursor comes back."""
+    if os.isatty(1):
+        _write(1, "\x1b[?25h\n")
+    os._exit(130)
+
+
+def _write(descriptor: int, text: str) -> None:
+    with suppress(OSError):
+        os.write(descriptor, text.encode())

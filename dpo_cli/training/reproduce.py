@@ -1,0 +1,159 @@
+"""What a run's numbers depend on, and running it again: versions, device, data and weights, compared by name."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_cli import __version__
+from dpo_cli.config import RunConfig, flat, read_config
+from dpo_cli.console.text import safe_text
+from dpo_cli.training.checkpoint import ADAPTER, MODEL, Settled, sha256_of
+from dpo_cli.training.run import Run
+from dpo_cli.training.run_directory import RunDirectory, config_changes
+
+PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "hydra-core", "numpy")
+# What must be the same for the same bytes to come out, besides config and settled choices: keys of the manifest.
+DECIDING = ("dpo_cli", "git_revision", "python", "platform", "packages", "hardware", "data_fingerprint", "model")
+# Of those, what says where something lies and not what it is.
+PASSING = ("model.path", "model.origin", "hardware.device")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and machine: what a number may depend on."""
+    return {
+        "dpo_cli": __version__,
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "hardware": {
+            "device": str(device),
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "cuda": torch.version.cuda,
+        },
+    }
+
+
+def _git_revision() -> str | None:
+    """The revision of the checkout this program runs from; None for an installed package."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def manifest_of(run: Run) -> dict[str, Any]:
+    """What manifest.json says of a run: enough to run it again, and to say what is different then."""
+    return {
+        **environment(run.device),
+        "argv": sys.argv[1:],
+        "seed": run.config.seed,
+        "device": str(run.device),
+        "dtype": run.settled.dtype,
+        "deterministic": run.config.deterministic,
+        "model": {
+            "name": run.source.name,
+            "revision": run.config.model.revision,
+            "path": run.source.path,
+            "origin": run.source.origin,
+            "digest": run.digest,
+        },
+        "batches": {"way": run.batching.way.value, "token_budget": run.token_budget},
+        "template": {"kind": run.encoder.kind, "closing_token": run.encoder.closing},
+        "data_fingerprint": run.data.fingerprint,
+        "data": {name.replace(" ", "_"): report.as_dict() for name, report in run.data.reports()},
+        "total_steps": run.total_steps,
+    }
+
+
+def settled_in(manifest: dict[str, Any]) -> Settled | None:
+    """What was settled when the run of a manifest began; None where the manifest does not say."""
+    batches = manifest.get("batches")
+    try:
+        assert isinstance(batches, dict)
+        budget = batches["token_budget"]
+        assert budget is None or type(budget) is int
+        device = str(manifest["device"]).split(":")[0]
+        return Settled(device, str(manifest["dtype"]), str(batches["way"]), budget)
+    except (AssertionError, KeyError, ValueError):
+        return None
+
+
+def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, `key: was -> is`, where two manifests differ in what decides a run's bytes."""
+    before, after = flat(earlier), flat(now)
+    return [
+        f"{key}: {safe_text(before.get(key), 60)} -> {safe_text(after.get(key), 60)}"
+        for key in sorted(before.keys() | after.keys())
+        if key.split(".")[0] in DECIDING and key not in PASSING and before.get(key) != after.get(key)
+    ]
+
+
+def earlier_manifest(directory: RunDirectory, config: RunConfig, going_on: bool) -> dict[str, Any]:
+    """The manifest of the run that this one goes on with, begins anew or replays; else empty."""
+    if going_on:
+        if not directory.config.is_file() or config_changes(read_config(directory.config), config)[0]:
+            return {}
+        return directory.read_manifest()
+    return RunDirectory(Path(config.replay).expanduser()).read_manifest() if config.replay is not None else {}
+
+
+def say_what_differs(run: Run, earlier: dict[str, Any]) -> None:
+    """Under which conditions this run's numbers are not those of the run it repeats or goes on with."""
+    found = differences(earlier, manifest_of(run))
+    for difference in found:
+        run.reporter.warn(f"other than when the run was begun: {difference}")
+    if found:
+        run.reporter.warn("its numbers are those of the run that was begun only as far as these allow")
+    elif run.config.replay is not None and not run.resumed:
+        run.reporter.say(f"replay of {safe_text(run.config.replay)}: versions, device, data and model are the same")
+
+
+def replay_in_words(run: Run, weights: str | None) -> list[tuple[str, str]]:
+    """Whether a replayed run has come to the same weights."""
+    if run.config.replay is None:
+        return []
+    replayed = RunDirectory(Path(run.config.replay).expanduser())
+    before = replayed.read_manifest().get("weights_sha256") or weights_digest(replayed.final)
+    if before is None:
+        return [("replay", f"{safe_text(replayed.path)} has not come to its end: there is nothing to compare with")]
+    same = "the same weights as" if before == weights else "other weights than"
+    return [("replay", f"{same} {safe_text(replayed.path)} (sha256 {safe_text(before, 16)} and {weights!s:.13}...)")]
+
+
+def weights_digest(folder: Path) -> str | None:
+    """The sha256 of the weights' file in a `final/` or a checkpoint."""
+    file = next((folder / name for name in (ADAPTER, MODEL) if (folder / name).is_file()), None)
+    return sha256_of(file) if file is not None else None
+
+
+@contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """Within, torch takes only algorithms that give the same bits every time, and says so where it has none."""
+    if not wanted:
+        yield
+        return
+    # cuBLAS reads this when it is first used: two buffers of 4 MiB, as its documentation asks for.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

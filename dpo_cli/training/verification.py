@@ -1,0 +1,92 @@
+"""verify_resume: that a stopped run goes on to the same bytes, proved on the user's own machine, model and data.
+
+A few steps are trained straight, and again from the checkpoint in their middle, by the same code that trains and
+resumes every run; then every tensor and every metric is compared.
+"""
+
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from dpo_cli.config import RunConfig
+from dpo_cli.console.reporter import Reporter
+from dpo_cli.console.text import duration, plural, safe_text
+from dpo_cli.errors import CheckpointError, StoppedError
+from dpo_cli.training.checkpoint import ADAPTER, MODEL, OPTIMIZER, RNG, WINDOW, checkpoint_name
+from dpo_cli.training.runner import train
+
+STEPS, STOP = 4, 2
+TIMINGS = ("seconds", "pairs_per_second", "tokens_per_second", "peak_memory_gib")
+
+
+def verify_resume(config: RunConfig, reporter: Reporter) -> None:
+    """Say that resume is exact here; CheckpointError names what differs. Nothing is left on disk.
+
+    The run is the config's own, shortened: 4 steps without warm-up, on pairs enough for them, with an evaluation and a
+    half-full log window after the checkpoint.
+    """
+    enough = 2 * STEPS * config.batch_size + 64
+    data = replace(config.data, limit=min(config.data.limit or enough, enough), eval_limit=8)
+    short = replace(
+        config, data=data, optimizer=replace(config.optimizer, warmup_steps=0), max_steps=STEPS, save_every=STOP,
+        eval_every=STEPS - 1, log_every=STEPS - 1, keep_checkpoints=STEPS, verify_resume=False,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="dpo-verify-") as folder:
+        straight, resumed = Path(folder) / "straight", Path(folder) / "resumed"
+        try:
+            reporter.say(f"training {STEPS} steps straight")
+            train(replace(short, output_dir=str(straight)), _silent(), "verify")
+            _as_stopped(straight, resumed)
+            reporter.say(f"training the last {STEPS - STOP} of them again from the checkpoint after step {STOP}")
+            train(replace(short, output_dir=str(resumed), resume="auto"), _silent(), "verify")
+        except StoppedError as stop:
+            raise type(stop)(str(stop).split(" at step ")[0]) from None
+        found = list(_differences(straight, resumed))
+        lines = len(_metrics(straight))
+        seconds = sum(_metrics(run)[-1]["seconds"] for run in (straight, resumed))
+    if found:
+        exact = "" if config.deterministic else "; deterministic=true makes a GPU take the same sums in the same order"
+        raise CheckpointError(f"verify_resume: not exact on this machine: {'; '.join(found)}{exact}")
+    reporter.say(
+        f"resume is exact here: weights, optimizer, random states and {plural(lines, 'line')} of metrics are the same "
+        f"to the last bit ({duration(seconds)} of training)"
+    )
+
+
+def _silent() -> Reporter:
+    return Reporter(io.StringIO())
+
+
+def _as_stopped(straight: Path, copy: Path) -> None:
+    """A copy of the run as it would lie there had it been killed after the checkpoint in its middle."""
+    shutil.copytree(straight, copy)
+    shutil.rmtree(copy / "final")
+    shutil.rmtree(copy / "checkpoints" / checkpoint_name(STEPS))
+
+
+def _differences(straight: Path, resumed: Path) -> Iterator[str]:
+    """In words, what is not the same in two runs."""
+    one, other = (run / "checkpoints" / checkpoint_name(STEPS) for run in (straight, resumed))
+    for name in (ADAPTER, MODEL, OPTIMIZER, RNG, WINDOW):
+        if (one / name).is_file() and (one / name).read_bytes() != (other / name).read_bytes():
+            before, after = load_file(one / name), load_file(other / name)
+            largest, where = max(
+                (float((before[key].double() - after[key].double()).abs().max()), key) for key in before.keys() & after
+            )
+            yield f"{name} is off by up to {largest:.2g} ({safe_text(where)})"
+    lines = zip(_metrics(straight), _metrics(resumed), strict=True)
+    for number, (line, again) in enumerate(lines, start=1):
+        for key in line.keys() | again.keys():
+            if key not in TIMINGS and line.get(key) != again.get(key):
+                yield f"metrics.jsonl line {number}: {key} is {line.get(key)}, resumed {again.get(key)}"
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
