@@ -139,3 +139,12 @@ def tiny_words(pairs: Path, folder: Path) -> list[str]:
 def records(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The fault tests end with a table: what was tried, what was survived."""
+    harness = sys.modules.get("harness")
+    if harness is not None and harness.LEDGER.tried:
+        terminalreporter.section("faults")
+        for line in harness.closing_table():
+            terminalreporter.line(line)

@@ -107,7 +107,8 @@ def save_checkpoint(
 
     try:
         if not _is_whole(target):
-            remove_folder(target)
+            if target.exists():
+                remove_folder(target)
             write_folder(target, write)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{target}: the checkpoint cannot be written ({safe_text(error)})") from None

@@ -1,0 +1,169 @@
+"""Fault 1: a run that is killed, at any instant and at every write point, goes on to the bytes of the straight run."""
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import LEDGER, fault, run_words, same_content, start, straight  # noqa: F401 - a fixture
+
+from dpo_cli.training.checkpoint import checkpoints, validate
+
+pytestmark = pytest.mark.faults
+Straight = Callable[..., dict[str, bytes]]
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree", "os.chmod", "os.utime"}
+BATCH = 12  # write points a test: enough that a failure is easily found, few enough to read
+
+
+def die_at(point: int, run: Path, seen: Callable[[str], None] = lambda _: None) -> None:
+    """In a child: end at once, as by SIGKILL, before the change number `point` (from 1) in the run directory."""
+    inside, counted = str(run), [0]
+
+    def change(what: str, path: Any) -> None:
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path).startswith(inside):
+            return
+        counted[0] += 1
+        seen(f"{what} {os.path.relpath(path, inside)}")
+        if counted[0] == point:
+            os._exit(137)
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            change("open", arguments[0])
+        elif event in CHANGES:
+            change(event, arguments[0])
+
+    fsync = os.fsync
+
+    def synced(descriptor: int) -> None:
+        change("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    os.fsync = synced
+    sys.addaudithook(watch)
+
+
+SHORT = ("max_steps=3", "save_every=1", "eval_every=2", "keep_checkpoints=1")  # the first is pruned, the best stays
+
+
+@pytest.fixture(scope="module")
+def write_points(tmp_path_factory: pytest.TempPathFactory, straight: Straight) -> list[str]:  # noqa: F811
+    """Every change that a short run makes in its directory, in order."""
+    folder = tmp_path_factory.mktemp("points")
+    file = folder / "points"
+
+    def note(point: str) -> None:
+        with file.open("a") as lines:
+            lines.write(point + "\n")
+
+    left = start(folder, run_words(folder, *SHORT), lambda: die_at(0, folder / "run", note)).wait()
+    assert left.code == 0, left.err
+    assert same_content(folder / "run", straight(*SHORT))
+    return file.read_text().splitlines()
+
+
+def test_the_write_points_cover_the_protocol(write_points: list[str]) -> None:
+    """Two checkpoints and final/: written beside, flushed, sealed, renamed, the parent flushed, and only then pruned."""
+    save = write_points[next(n for n, point in enumerate(write_points) if ".tmp-step-00000002" in point) :]
+    order = ["mkdir checkpoints/.tmp-step-00000002", "open checkpoints/.tmp-step-00000002", "fsync checkpoints/.tmp-step",
+             "MANIFEST.json", "rename checkpoints/.tmp-step-00000002", "fsync checkpoints"]  # fmt: skip
+    places = [next(n for n, point in enumerate(save) if wanted in point) for wanted in order[:1]]
+    for wanted in order[1:]:
+        places.append(next(n for n, point in enumerate(save) if n > places[-1] and wanted in point))
+    pruned = next(n for n, point in enumerate(write_points) if point == "os.rename checkpoints/step-00000001")
+    sealed = next(n for n, point in enumerate(write_points) if point.startswith("os.rename checkpoints/.tmp-step-00000002"))
+    assert pruned > sealed
+    assert 80 < len(write_points) < 300
+
+
+@pytest.mark.parametrize("part", range(25))
+def test_a_run_killed_at_any_write_point_goes_on_to_the_same_bytes(
+    tmp_path: Path, straight: Straight, write_points: list[str], part: int  # noqa: F811
+) -> None:
+    expected = straight(*SHORT)
+    for point in range(part * BATCH + 1, min((part + 1) * BATCH, len(write_points)) + 1):
+        folder = tmp_path / str(point)
+        words = run_words(folder, *SHORT)
+        with fault(1):
+            killed = start(folder, words, lambda point=point, run=folder / "run": die_at(point, run)).wait()  # type: ignore[misc]
+            assert killed.code == 137, (point, killed)
+            for checkpoint in checkpoints(folder / "run" / "checkpoints"):
+                validate(checkpoint)  # what has a checkpoint's name is one
+            resumed = start(folder, [*words, "resume=auto"]).wait()
+            assert resumed.code == 0, (point, write_points[point - 1], resumed.err)
+            LEDGER.compared[1] += same_content(folder / "run", expected)
+        LEDGER.notes["write points of a run, each killed at"] += 1
+
+
+PHASES = ["training", "save", "evaluation", "reference", "training", "save", "final", "start", "evaluation", "training"]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_run_killed_three_times_at_random_goes_on_to_the_same_bytes(
+    tmp_path: Path, straight: Straight, seed: int  # noqa: F811
+) -> None:
+    expected, draw = straight(), random.Random(seed)
+    words = run_words(tmp_path)
+    for attempt in range(3):
+        phase = PHASES[(3 * seed + attempt) % len(PHASES)]
+        with fault(1):
+            child = start(tmp_path, [*words, "resume=auto"])
+            for _ in range(draw.randint(1, 3)):  # a later one of its kind
+                child.reach(phase)
+                time.sleep(draw.uniform(0, 0.02))
+            place = child.phase[0]
+            child.send(signal.SIGKILL)
+            left = child.wait()
+            assert left.code in (-signal.SIGKILL, 0), left.err
+            if left.code:
+                LEDGER.notes[f"random SIGKILLs in {['start', 'tokenising', *PHASE_NAMES][place]}"] += 1
+    with fault(1):
+        resumed = start(tmp_path, [*words, "resume=auto"]).wait()
+        assert resumed.code == 0, resumed.err
+        LEDGER.compared[1] += same_content(tmp_path / "run", expected)
+
+
+PHASE_NAMES = ["reference", "training", "evaluation", "save", "final"]
+
+
+WARM_AND_LAYOUTS = {
+    "packed by tokens": ["micro_batch_size=auto", "batching=packed"],
+    "padded by tokens": ["micro_batch_size=auto", "batching=padded"],
+    "one pass a step": ["micro_batch_size=4"],
+    "reference in the loop": ["reference.cache=off"],
+    "adapter off": ["reference=adapter_off"],
+    "bfloat16": ["model.dtype=bfloat16"],
+    "checkpointed": ["engine.gradient_checkpointing=true"],
+    "every weight": ["lora=off", "optimizer.lr=1e-4"],
+    "sgd": ["optimizer=sgd"],
+    "rmsprop": ["optimizer=rmsprop"],
+}
+
+
+@pytest.mark.parametrize("layout", WARM_AND_LAYOUTS)
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+def test_every_layout_and_reference_resumes_to_the_same_bytes(
+    tmp_path: Path, straight: Straight, layout: str, warm: bool  # noqa: F811
+) -> None:
+    import shutil
+
+    more = WARM_AND_LAYOUTS[layout]
+    if layout == "every weight":
+        more = [*more, "lora.dropout=0"]
+    words = run_words(tmp_path, *more)
+    with fault(1):
+        child = start(tmp_path, words)
+        while child.reach("training") and not (tmp_path / "run" / "checkpoints" / "step-00000002").exists():
+            time.sleep(0.001)
+        child.send(signal.SIGKILL)
+        child.wait()
+        if not warm:
+            shutil.rmtree(tmp_path / "cache" / "reference", ignore_errors=True)
+        resumed = start(tmp_path, [*words, "resume=auto"]).wait()
+        assert resumed.code == 0, resumed.err
+        LEDGER.compared[1] += same_content(tmp_path / "run", straight(*more))
