@@ -101,6 +101,9 @@ def _run(command: Callable[[list[str]], int]) -> NoReturn:
         code = OutOfMemoryError.exit_code
     except BrokenPipeError:
         code = 0
+    except OSError as error:  # one that no part foresaw is still about a file, and the user can see to it
+        _print_error(f"{error.filename or 'a file'}: {error.strerror or error}")
+        code = StorageError.exit_code
     from dpo_cli.console.reporter import silence_closed_stdout
 
     silence_closed_stdout()
@@ -261,8 +264,6 @@ class _memory_errors:  # noqa: N801 - reads as a statement
                 "out of memory. What helps, in this order: micro_batch_size=1, engine.gradient_checkpointing=true, "
                 "reference=adapter_off, a smaller data.max_length"
             ) from None
-        if isinstance(error, OSError) and error.errno == 28:
-            raise StorageError(f"no space left on device ({error.filename or 'while writing'})") from None
 
 
 def train_help() -> str:

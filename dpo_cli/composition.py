@@ -30,7 +30,8 @@ from dpo_cli.config import (
     unknown_keys,
 )
 from dpo_cli.console.text import safe_text
-from dpo_cli.errors import ConfigError
+from dpo_cli.errors import CheckpointError, ConfigError
+from dpo_cli.paths import user_path
 
 
 def conf_dir() -> Path:
@@ -188,7 +189,7 @@ def replayed(overrides: list[Override]) -> tuple[RunConfig, str]:
     Python may run must be said on this command line again.
     """
     given = {override.key_or_group: override.value() for override in overrides}
-    run = Path(str(given["replay"])).expanduser()
+    run = user_path(str(given["replay"]), CheckpointError, "replay")
     earlier = read_config(run / "config.yaml")
     container = to_container(earlier)
     trusted = "model.trust_remote_code"

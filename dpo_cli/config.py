@@ -64,7 +64,7 @@ def did_you_mean(word: str, choices: List[str]) -> str:
 
 
 def _show(value: Any) -> str:
-    return "null" if value is None else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _require(holds: bool, key: str, value: Any, rule: str) -> None:

@@ -118,6 +118,11 @@ def packed_tokens(pairs: Sequence[TokenizedPair]) -> int:
     return sum(sum(lengths.values()) for lengths in pieces.values())
 
 
+def padded_tokens(pairs: Sequence[TokenizedPair]) -> int:
+    """Tokens of the padded rows that these pairs make, pad tokens included."""
+    return 2 * len(pairs) * max(longest_side(pair) for pair in pairs)
+
+
 def by_packed_tokens(budget: int) -> Cut:
     """Cut a batch into few pieces of at most `budget` tokens in packed rows, alike in size.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from dpo_cli.console.text import safe_text
 from dpo_cli.errors import DataError
+from dpo_cli.paths import user_path
 
 MAX_LINE_BYTES = 16 * 2**20  # a longer line is a mistake, not a pair
 SHIPPED = {"sample:train": "sample/train.jsonl", "sample:test": "sample/test.jsonl"}
@@ -37,7 +38,7 @@ def local_path(source: str) -> Path | None:
     """
     if source in SHIPPED:
         return Path(__file__).resolve().parent.parent / "assets" / SHIPPED[source]
-    path = Path(source).expanduser()
+    path = user_path(source, DataError)
     if path.is_file():
         return path
     if path.is_dir():
@@ -87,7 +88,7 @@ def _parse(line: bytes) -> tuple[dict[str, Any] | None, str | None]:
     except UnicodeDecodeError as error:
         return None, f"not UTF-8 at byte {error.start + 1}: {excerpt}"
     except json.JSONDecodeError as error:
-        return None, f"not JSON ({error.msg} at column {error.colno}): {excerpt}"
+        return None, f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno}): {excerpt}"
     except ValueError as error:
         return None, f"not JSON ({error}): {excerpt}"
     except RecursionError:

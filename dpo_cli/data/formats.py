@@ -49,10 +49,19 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
+# What other data sets call the three: the likeliest first.
+OTHER_NAMES = {
+    "prompt": ("question", "instruction", "input", "query"),
+    "chosen": ("preferred", "accepted", "winner", "good", "positive", "better"),
+    "rejected": ("dispreferred", "refused", "loser", "bad", "negative", "worse"),
+}
+
+
 def _field(row: Row, name: str) -> Any:
     if name in row:
         return row[name]
-    close = difflib.get_close_matches(name, [str(key) for key in row], n=1, cutoff=0.6)
+    close = [other for other in OTHER_NAMES.get(name, ()) if other in row]
+    close = close or difflib.get_close_matches(name, [str(key) for key in row], n=1, cutoff=0.6)
     hint = f"; did you mean data.columns.{name}={close[0]}?" if close else ""
     has = ", ".join(str(key) for key in row) or "nothing"
     raise BadRowError(f"no '{name}' key. A row needs prompt, chosen and rejected; it has {has}{hint}")

@@ -27,6 +27,7 @@ from dpo_cli.console.text import safe_text
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.models.builtin import resolve_builtin
 from dpo_cli.models.lora_function import fuse_lora
+from dpo_cli.paths import user_path
 
 if TYPE_CHECKING:  # the schema needs Hydra's OmegaConf, which a machine that only measures has not
     from dpo_cli.config import LoraConfig, ModelConfig
@@ -129,9 +130,15 @@ def find_model(config: "ModelConfig", say: Callable[[str], None] = lambda _: Non
         resolve_builtin(config.name_or_path, say) if config.revision is None else (config.name_or_path, "hub")
     )
     local = config.name_or_path.startswith((".", "/", "~")) or config.name_or_path.count("/") > 1
-    if local and not Path(path).expanduser().is_dir():
+    folder = user_path(path, CheckpointError, "model.name_or_path")
+    if local and not folder.is_dir():
         raise CheckpointError(f"model.name_or_path={safe_text(path)}: no such folder")
-    return ModelSource(config, str(Path(path).expanduser()) if local else path, origin)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        is_adapter = (folder / "adapter_config.json").is_file()
+        adapter = "an adapter; name the model it sits on, and this one with model.adapter"
+        what = adapter if is_adapter else "no model: it has no config.json"
+        raise CheckpointError(f"model.name_or_path={safe_text(path)}: holds {what}")
+    return ModelSource(config, str(folder) if local else path, origin)
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -170,17 +177,22 @@ def _not_loaded(part: str, source: ModelSource, error: Exception) -> CheckpointE
 
 
 def model_digest(model: Any) -> str:
-    """A hash of every weight of a model in memory and of its architecture.
+    """Two hashes, `weights-architecture`: of every weight of a model in memory, and of its config.
 
     Of what is computed with, an SFT adapter folded in, so that no path or name can stand for other weights.
     """
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
-        whole = hashlib.sha256("".join(sorted(pool.map(_tensor_digest, model.state_dict().items()))).encode())
+        weights = hashlib.sha256("".join(sorted(pool.map(_tensor_digest, model.state_dict().items()))).encode())
     config = model.config.to_dict()
     for passing in ("_name_or_path", "transformers_version", "dtype", "use_cache"):
         config.pop(passing, None)
-    whole.update(json.dumps(config, sort_keys=True, default=str).encode())
-    return whole.hexdigest()
+    architecture = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    return f"{weights.hexdigest()[:32]}-{architecture.hexdigest()[:16]}"
+
+
+def same_weights(digest: str, other: str) -> bool:
+    """Whether two digests are of the same weights, whatever a newer library has added to the config."""
+    return digest.split("-")[0] == other.split("-")[0]
 
 
 def _tensor_digest(item: tuple[str, Tensor]) -> str:
@@ -212,7 +224,9 @@ def _adapter_folder(adapter: str) -> Path:
 
     PEFT would fall back to a pickle, which can run code when it is read.
     """
-    folder = Path(adapter).expanduser()
+    folder = user_path(adapter, CheckpointError, "model.adapter")
+    if not folder.is_dir() and (adapter.startswith((".", "/", "~")) or adapter.count("/") > 1):
+        raise CheckpointError(f"{safe_text(adapter)}: no such folder; a PEFT adapter's folder or hub id is needed")
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(adapter, allow_patterns=["adapter_config.json", ADAPTER_FILE]))

@@ -13,7 +13,7 @@ from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.batches import Cut, by_size
 from dpo_cli.data.pairs import PairData, check_sources, load_pairs
 from dpo_cli.data.tokens import PairEncoder
-from dpo_cli.errors import CheckpointError, ConfigError
+from dpo_cli.errors import CheckpointError, ConfigError, StorageError
 from dpo_cli.evaluation.generate import greedy_answers
 from dpo_cli.evaluation.report import write_report
 from dpo_cli.evaluation.scores import score_pairs, summarize, windows
@@ -28,6 +28,7 @@ from dpo_cli.models.loading import (
     load_model,
     load_tokenizer,
     model_digest,
+    same_weights,
 )
 from dpo_cli.models.logps import Batching, Way
 from dpo_cli.models.memory import ENOUGH_TOKENS, OTHERWISE
@@ -39,6 +40,7 @@ from dpo_cli.models.reference_cache import (
     cache_path,
     values_key,
 )
+from dpo_cli.paths import user_path
 from dpo_cli.theory.losses import Objective, make_objective
 from dpo_cli.theory.statistics import Estimate
 from dpo_cli.training.checkpoint import newest_valid, read_json, validate
@@ -65,7 +67,7 @@ def find_subject(config: EvalConfig) -> Subject:
     """Read what `checkpoint` names; CheckpointError where there is nothing, or nothing that can be evaluated."""
     assert config.checkpoint is not None
     name = config.checkpoint
-    path = Path(name).expanduser()
+    path = user_path(name, CheckpointError, "checkpoint")
     if not path.exists() and not name.startswith((".", "/", "~")) and name.count("/") == 1 and not path.parent.is_dir():
         return _model_subject(name, config)
     if not path.is_dir():
@@ -167,6 +169,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         data = load_pairs(data_dials, encoder, seed, held_out_only=True, poll=signals.poll)
         base = load_model(source, dtype.value, device.value)
         digest = model_digest(base)
+        _warn_of_other_weights(subject, config, dtype.value, digest, reporter)
         policy, reference = _load(subject, base, dtype.value, device.value)
         way = _way(config, subject, policy, base, data, device.value, digest)
         key = values_key(digest, dtype.value, device.value, way) if config.reference_cache == "auto" else None
@@ -244,6 +247,20 @@ def _dtype(subject: Subject, device: torch.device) -> Decision:
     return choose_dtype(subject.base.dtype, device, lora=True)
 
 
+def _warn_of_other_weights(
+    subject: Subject, config: EvalConfig, dtype: torch.dtype, digest: str, reporter: Reporter
+) -> None:
+    """Say so where the model under a run's adapter is not the one that the run was trained on."""
+    facts = subject.directory.read_manifest() if subject.directory else {}
+    model = facts.get("model")
+    known = model.get("digest") if isinstance(model, dict) else None
+    same_dtype = facts.get("dtype") == str(dtype).removeprefix("torch.")
+    if isinstance(known, str) and same_dtype and config.reference_model is None and not same_weights(known, digest):
+        reporter.warn(
+            f"{safe_text(subject.base.name_or_path)} holds other weights than when this run was trained on it"
+        )
+
+
 def _way(
     config: EvalConfig, subject: Subject, policy: Any, base: Any, data: PairData, device: torch.device, digest: str
 ) -> Way:
@@ -306,7 +323,7 @@ def _folder(config: EvalConfig, subject: Subject, data: str) -> Path:
     plain = "".join(c if c.isalnum() or c in "._-" else "_" for c in f"{stem}-{subject.label}")
     name = config.name or plain
     if config.output_dir is not None:
-        return Path(config.output_dir).expanduser() / name
+        return user_path(config.output_dir, StorageError, "output_dir") / name
     if subject.directory is not None:
         reports = subject.directory.path / "eval"
         if reports.is_symlink():

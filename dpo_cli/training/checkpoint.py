@@ -63,6 +63,7 @@ class TrainingState:
     skipped_steps: int  # whose update was left out because it was not finite
     held_out_loss: float | None  # of the evaluation after this very step, if there was one
     data_fingerprint: str
+    model_digest: str  # of the SFT model
     settled: Settled
     alarms_sounded: list[str]  # by the radar: each is said once a run
 

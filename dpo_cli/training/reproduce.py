@@ -15,6 +15,8 @@ import torch
 from dpo_cli import __version__
 from dpo_cli.config import RunConfig, flat, read_config
 from dpo_cli.console.text import safe_text
+from dpo_cli.errors import CheckpointError
+from dpo_cli.paths import user_path
 from dpo_cli.training.checkpoint import ADAPTER, MODEL, Settled, sha256_of
 from dpo_cli.training.run import Run
 from dpo_cli.training.run_directory import RunDirectory, config_changes
@@ -109,7 +111,11 @@ def earlier_manifest(directory: RunDirectory, config: RunConfig, going_on: bool)
         if not directory.config.is_file() or config_changes(read_config(directory.config), config)[0]:
             return {}
         return directory.read_manifest()
-    return RunDirectory(Path(config.replay).expanduser()).read_manifest() if config.replay is not None else {}
+    return (
+        RunDirectory(user_path(config.replay, CheckpointError, "replay")).read_manifest()
+        if config.replay is not None
+        else {}
+    )
 
 
 def say_what_differs(run: Run, earlier: dict[str, Any]) -> None:
@@ -127,7 +133,7 @@ def replay_in_words(run: Run, weights: str | None) -> list[tuple[str, str]]:
     """Whether a replayed run has come to the same weights."""
     if run.config.replay is None:
         return []
-    replayed = RunDirectory(Path(run.config.replay).expanduser())
+    replayed = RunDirectory(user_path(run.config.replay, CheckpointError, "replay"))
     before = replayed.read_manifest().get("weights_sha256") or weights_digest(replayed.final)
     if before is None:
         return [("replay", f"{safe_text(replayed.path)} has not come to its end: there is nothing to compare with")]

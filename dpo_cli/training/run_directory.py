@@ -20,6 +20,7 @@ from typing import Any
 from dpo_cli.config import FREE_KEYS, LOUD_KEYS, RunConfig, config_text, flat, public_container
 from dpo_cli.console.text import redacted, safe_text
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
+from dpo_cli.paths import user_path
 from dpo_cli.training.checkpoint import newest_valid, read_json, validate
 from dpo_cli.training.durable import sweep, write_whole
 from dpo_cli.training.metrics_log import MetricsLog
@@ -148,8 +149,8 @@ def resumed_directory(config: RunConfig) -> Path | None:
     if config.resume == "auto":
         if config.output_dir is None:
             raise ConfigError("resume=auto: give the run directory to go on in, for instance output_dir=outputs/my-run")
-        return Path(config.output_dir).expanduser()
-    path = Path(config.resume).expanduser()
+        return user_path(config.output_dir, StorageError, "output_dir")
+    path = user_path(config.resume, CheckpointError, "resume")
     shown = f"resume={safe_text(config.resume)}"
     if not path.is_dir():
         raise CheckpointError(f"{shown}: no such checkpoint or run directory")
@@ -167,7 +168,7 @@ def find_checkpoint(config: RunConfig, directory: RunDirectory) -> tuple[Path | 
     """
     if config.resume is None:
         return None, []
-    path = Path(config.resume).expanduser()
+    path = user_path(config.resume, CheckpointError, "resume")
     if config.resume != "auto" and not (path / "checkpoints").is_dir():
         validate(path.resolve())
         return path.resolve(), []

@@ -39,11 +39,13 @@ from dpo_cli.models.loading import (
     load_model,
     load_tokenizer,
     model_digest,
+    same_weights,
     wait_for,
 )
 from dpo_cli.models.logps import Batching, Way, causal_model
 from dpo_cli.models.memory import plan_memory
 from dpo_cli.models.packing import remembered_way
+from dpo_cli.paths import user_path
 from dpo_cli.theory.losses import make_objective
 from dpo_cli.theory.metrics import MeanOverPairs, pair_metrics
 from dpo_cli.theory.schedules import lr_factor
@@ -113,7 +115,7 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
     assert config.data.train is not None
     check_sources(config.data)
     resumed = resumed_directory(config)
-    asked = Path(config.output_dir).expanduser() if config.output_dir is not None else None
+    asked = user_path(config.output_dir, StorageError, "output_dir") if config.output_dir is not None else None
     if resumed is not None and asked is not None and asked.resolve() != resumed.resolve():
         raise ConfigError(f"output_dir={asked}: resume={config.resume} goes on in {resumed}; leave output_dir out")
     choose = default_directory if config.dry_run else claim_directory
@@ -210,6 +212,10 @@ def put_together(
     policy = load_model(source, dtype.value, device.value)
     _check_vocabulary(policy, encoder, data.train)
     digest = model_digest(policy)
+    if state is not None and not same_weights(state.model_digest, digest):
+        raise CheckpointError(
+            f"{checkpoint}: was trained on other weights than model.name_or_path={safe_text(source.name)} holds now"
+        )
     if settled is None or settled.device != device.value.type:
         way = remembered_way(config.batching, policy, data.train, device.value, digest, keep=not config.dry_run)
     else:
@@ -460,6 +466,7 @@ def save(run: Run, rng: dict[str, Tensor] | None = None) -> Path:
         skipped_steps=run.skipped_steps,
         held_out_loss=loss if evaluated == run.step else None,
         data_fingerprint=run.data.fingerprint,
+        model_digest=run.digest,
         settled=run.settled,
         alarms_sounded=run.radar.sounded,
     )

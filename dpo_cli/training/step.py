@@ -10,9 +10,9 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from dpo_cli.data.batches import by_size, packed_tokens
+from dpo_cli.data.batches import by_size, packed_tokens, padded_tokens
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.models.logps import pair_logps
+from dpo_cli.models.logps import Way, pair_logps
 from dpo_cli.models.memory import DoesNotFitError, alone_too_large, make_room, one_pass
 from dpo_cli.theory.losses import LogRatios
 from dpo_cli.theory.metrics import MeanOverPairs, pair_metrics
@@ -81,7 +81,8 @@ def cut_finer(run: Run, pairs: list[TokenizedPair]) -> None:
         words = f"{size} pairs a pass"
     else:
         # Less than what did not fit, or the same passes would come again.
-        run.token_budget = max(1, min(run.token_budget, packed_tokens(pairs)) // 2)
+        size = padded_tokens(pairs) if run.batching.way is Way.PADDED else packed_tokens(pairs)
+        run.token_budget = max(1, min(run.token_budget, size) // 2)
         run.batching = replace(run.batching, cut=cut_by_tokens(run.token_budget, run.batching.way))
         words = f"{run.token_budget:,} tokens a pass"
     run.reporter.warn(f"memory ran out on a pass of {len(pairs)} pairs; batches are cut finer from here on: {words}")

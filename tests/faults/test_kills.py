@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import LEDGER, fault, run_words, same_content, start, straight  # noqa: F401 - a fixture
+from harness import LEDGER, fault, run_words, same_content, start, straight  # noqa: F401
 
 from dpo_cli.training.checkpoint import checkpoints, validate
 
@@ -52,7 +52,7 @@ SHORT = ("max_steps=3", "save_every=1", "eval_every=2", "keep_checkpoints=1")  #
 
 
 @pytest.fixture(scope="module")
-def write_points(tmp_path_factory: pytest.TempPathFactory, straight: Straight) -> list[str]:  # noqa: F811
+def write_points(tmp_path_factory: pytest.TempPathFactory, straight: Straight) -> list[str]:
     """Every change that a short run makes in its directory, in order."""
     folder = tmp_path_factory.mktemp("points")
     file = folder / "points"
@@ -68,22 +68,27 @@ def write_points(tmp_path_factory: pytest.TempPathFactory, straight: Straight) -
 
 
 def test_the_write_points_cover_the_protocol(write_points: list[str]) -> None:
-    """Two checkpoints and final/: written beside, flushed, sealed, renamed, the parent flushed, and only then pruned."""
+    """Checkpoints are written beside, flushed, sealed, renamed, the parent is flushed, and only then is pruned."""
     save = write_points[next(n for n, point in enumerate(write_points) if ".tmp-step-00000002" in point) :]
-    order = ["mkdir checkpoints/.tmp-step-00000002", "open checkpoints/.tmp-step-00000002", "fsync checkpoints/.tmp-step",
+    order = ["mkdir checkpoints/.tmp-step-00000002", "open checkpoints/.tmp-step-00000002", "fsync checkpoints/.tmp-",
              "MANIFEST.json", "rename checkpoints/.tmp-step-00000002", "fsync checkpoints"]  # fmt: skip
     places = [next(n for n, point in enumerate(save) if wanted in point) for wanted in order[:1]]
     for wanted in order[1:]:
         places.append(next(n for n, point in enumerate(save) if n > places[-1] and wanted in point))
     pruned = next(n for n, point in enumerate(write_points) if point == "os.rename checkpoints/step-00000001")
-    sealed = next(n for n, point in enumerate(write_points) if point.startswith("os.rename checkpoints/.tmp-step-00000002"))
+    sealed = next(
+        n for n, point in enumerate(write_points) if point.startswith("os.rename checkpoints/.tmp-step-00000002")
+    )
     assert pruned > sealed
     assert 80 < len(write_points) < 300
 
 
 @pytest.mark.parametrize("part", range(25))
 def test_a_run_killed_at_any_write_point_goes_on_to_the_same_bytes(
-    tmp_path: Path, straight: Straight, write_points: list[str], part: int  # noqa: F811
+    tmp_path: Path,
+    straight: Straight,
+    write_points: list[str],
+    part: int,
 ) -> None:
     expected = straight(*SHORT)
     for point in range(part * BATCH + 1, min((part + 1) * BATCH, len(write_points)) + 1):
@@ -105,7 +110,9 @@ PHASES = ["training", "save", "evaluation", "reference", "training", "save", "fi
 
 @pytest.mark.parametrize("seed", range(24))
 def test_a_run_killed_three_times_at_random_goes_on_to_the_same_bytes(
-    tmp_path: Path, straight: Straight, seed: int  # noqa: F811
+    tmp_path: Path,
+    straight: Straight,
+    seed: int,
 ) -> None:
     expected, draw = straight(), random.Random(seed)
     words = run_words(tmp_path)
@@ -148,7 +155,10 @@ WARM_AND_LAYOUTS = {
 @pytest.mark.parametrize("layout", WARM_AND_LAYOUTS)
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 def test_every_layout_and_reference_resumes_to_the_same_bytes(
-    tmp_path: Path, straight: Straight, layout: str, warm: bool  # noqa: F811
+    tmp_path: Path,
+    straight: Straight,
+    layout: str,
+    warm: bool,
 ) -> None:
     import shutil
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import LEDGER, Child, fault, run_words, same_content, start, straight  # noqa: F401 - a fixture
+from harness import LEDGER, Child, fault, run_words, same_content, start, straight  # noqa: F401
 
 from dpo_cli.training.checkpoint import checkpoints, validate
 
@@ -44,7 +44,10 @@ def resumes(folder: Path, expected: dict[str, bytes], number: int) -> None:
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("phase", ["tokenising", "reference", "training", "evaluation", "save"])
 def test_a_signal_in_any_phase_saves_and_ends_with_75(
-    tmp_path: Path, straight: Straight, phase: str, kind: signal.Signals  # noqa: F811
+    tmp_path: Path,
+    straight: Straight,
+    phase: str,
+    kind: signal.Signals,
 ) -> None:
     with fault(2):
         slowed = {"tokenising": "load_pairs", "reference": "complete_reference"}.get(phase, "log_train")
@@ -58,7 +61,7 @@ def test_a_signal_in_any_phase_saves_and_ends_with_75(
         resumes(tmp_path, straight(), 2)
 
 
-def test_a_second_signal_while_saving_corrupts_nothing(tmp_path: Path, straight: Straight) -> None:  # noqa: F811
+def test_a_second_signal_while_saving_corrupts_nothing(tmp_path: Path, straight: Straight) -> None:
     with fault(2, tries=2):
         child = start(tmp_path, run_words(tmp_path), slow("save_checkpoint", 0.3))
         assert child.reach("training")
@@ -70,7 +73,7 @@ def test_a_second_signal_while_saving_corrupts_nothing(tmp_path: Path, straight:
         resumes(tmp_path, straight(), 2)
 
 
-def test_a_signal_while_answers_are_generated_is_answered(tmp_path: Path, straight: Straight) -> None:  # noqa: F811
+def test_a_signal_while_answers_are_generated_is_answered(tmp_path: Path, straight: Straight) -> None:
     run = tmp_path / "trained"
     assert start(run, run_words(run)).wait().code == 0
 
@@ -97,7 +100,7 @@ def test_a_signal_while_answers_are_generated_is_answered(tmp_path: Path, straig
         assert (left.code, left.err.splitlines()[-1]) == (75, "error: stopped by SIGTERM")
 
 
-def test_ctrl_c_once_saves_and_ends_with_130(tmp_path: Path, straight: Straight) -> None:  # noqa: F811
+def test_ctrl_c_once_saves_and_ends_with_130(tmp_path: Path, straight: Straight) -> None:
     with fault(3):
         child = start(tmp_path, run_words(tmp_path), slow("log_train", 0.2))
         assert child.reach("training")
@@ -109,7 +112,9 @@ def test_ctrl_c_once_saves_and_ends_with_130(tmp_path: Path, straight: Straight)
 
 @pytest.mark.parametrize("phase", ["training", "evaluation", "save"])
 def test_ctrl_c_twice_leaves_at_once_with_the_last_checkpoint_intact(
-    tmp_path: Path, straight: Straight, phase: str  # noqa: F811
+    tmp_path: Path,
+    straight: Straight,
+    phase: str,
 ) -> None:
     with fault(3):
         slowed = {"training": "forward_backward", "evaluation": "score_pairs", "save": "save_checkpoint"}[phase]
@@ -159,7 +164,7 @@ def test_ctrl_c_twice_on_a_terminal_gives_the_cursor_back(tmp_path: Path) -> Non
         assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")
 
 
-def test_a_signal_at_every_moment_of_a_run_is_answered(tmp_path: Path, straight: Straight) -> None:  # noqa: F811
+def test_a_signal_at_every_moment_of_a_run_is_answered(tmp_path: Path, straight: Straight) -> None:
     """Fifteen moments, spread evenly: whatever the run is doing, it ends in one of the promised ways and goes on."""
     measured = time.monotonic()
     assert start(tmp_path / "whole", run_words(tmp_path / "whole")).wait().code == 0
