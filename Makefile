@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
-.PHONY: help setup demo test check format wheel clean train eval bench mutants bench-gpu theorem test-peer
+.PHONY: help setup demo test check format wheel clean train eval bench mutants bench-gpu theorem test-peer test-faults
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -39,6 +39,9 @@ eval: $(STAMP) ## Evaluate: make eval CHECKPOINT=outputs/... ARGS='samples=3'
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest
+
+test-faults: $(STAMP) ## Kill, starve and mislead the program in some six hundred ways (minutes)
+	$(BIN)/python -m pytest -m faults tests/faults
 
 check: $(STAMP) ## Check format, lint and types
 	$(BIN)/ruff format --check .

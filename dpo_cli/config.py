@@ -55,6 +55,7 @@ FREE_KEYS = (
 # Keys that a resumed run may change, and is told so: the end of the run, and with it the schedule, or its roundings.
 LOUD_KEYS = ("max_steps", "epochs", "micro_batch_size", "deterministic")
 MAX_CONFIG_BYTES = 2**20
+MAX_CONFIG_DEPTH = 10
 
 
 def did_you_mean(word: str, choices: List[str]) -> str:
@@ -540,6 +541,18 @@ def flat(container: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
     return found
 
 
+def _refuse_bombs(text: str, shown: str) -> None:
+    """CheckpointError for YAML that this program never writes, and that a loader would choke on."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        # A few lines of aliases to aliases unfold to gigabytes.
+        if isinstance(event, yaml.AliasEvent):
+            raise CheckpointError(f"{shown}: holds a YAML alias; a run's config is data only")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_CONFIG_DEPTH:
+            raise CheckpointError(f"{shown}: nested too deeply to be the config of a run")
+
+
 def read_config(path: Path) -> RunConfig:
     """The config of an earlier run, read as data: a stranger's file executes and resolves nothing.
 
@@ -550,9 +563,7 @@ def read_config(path: Path) -> RunConfig:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise CheckpointError(f"{shown}: too large to be the config of a run ({path.stat().st_size:,} bytes)")
         text = path.read_text(encoding="utf-8")
-        # A few lines of aliases to aliases unfold to gigabytes; what this program writes has none.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise CheckpointError(f"{shown}: holds a YAML alias; a run's config is data only")
+        _refuse_bombs(text, shown)
         container = yaml.safe_load(text)
     except FileNotFoundError:
         raise CheckpointError(f"{shown}: no such file; a run directory holds a config.yaml") from None

@@ -89,9 +89,17 @@ class PairEncoder:
         if self.kind == "chat":
             question = Message("user", "question")
             try:
-                after = self._render((question, Message("assistant", "answer")), False).rsplit("answer", 1)[-1]
+                prompt = self._render((question,), True)
+                whole = self._render((question, Message("assistant", "answer")), False)
             except Exception as error:
                 raise ConfigError(f"the model's chat template fails ({error}); choose data.template=plain") from None
+            if "question" not in prompt or "answer" not in whole:
+                raise ConfigError(
+                    "the model's chat template leaves out what user or assistant say; choose data.template=plain"
+                )
+            before, after = whole.rsplit("answer", 1)
+            if before != prompt:  # an empty thought before every answer, say: how the model is asked is what counts
+                self.reason += ", which opens an answer otherwise when it is asked for one: so it is trained"
             # Not all_special_ids: the token that ends a turn often has no role of its own.
             added = self.tokenizer.added_tokens_decoder
             special = [token for token in self._encode(after) if token in added and added[token].special]

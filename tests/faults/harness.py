@@ -49,6 +49,7 @@ class Ledger:
 
 LEDGER = Ledger()
 FAULTS = {
+    0: "mistakes on the command line",
     1: "SIGKILL at random instants and at every write point",
     2: "SIGTERM, SIGUSR1 in every phase",
     3: "Ctrl-C once, twice",
