@@ -48,10 +48,11 @@ class Tolerance:
         return self.fixed + self.per_token * math.sqrt(tokens)
 
 
-# bfloat16 keeps 8 bits: a logit of 20 is rounded by up to 0.06.
+# bfloat16 keeps 8 bits: a logit of 20 is rounded by up to 0.06. SmolLM2's log-probs of 37 tokens were seen to move by
+# 0.71 nats with the company they were computed in; another model's are off by tens.
 TOLERANCES = {
     torch.float32: Tolerance(1e-3, 1e-3),
-    torch.bfloat16: Tolerance(0.1, 0.1),
+    torch.bfloat16: Tolerance(0.25, 0.25),
     torch.float16: Tolerance(0.02, 0.02),
 }
 

@@ -42,10 +42,10 @@ def verify_resume(config: RunConfig, reporter: Reporter) -> None:
         straight, resumed = Path(folder) / "straight", Path(folder) / "resumed"
         try:
             reporter.say(f"training {STEPS} steps straight")
-            train(replace(short, output_dir=str(straight)), _silent(), "verify")
+            _train_in_silence(replace(short, output_dir=str(straight)))
             _as_stopped(straight, resumed)
             reporter.say(f"training the last {STEPS - STOP} of them again from the checkpoint after step {STOP}")
-            train(replace(short, output_dir=str(resumed), resume="auto"), _silent(), "verify")
+            _train_in_silence(replace(short, output_dir=str(resumed), resume="auto"))
         except StoppedError as stop:
             raise type(stop)(str(stop).split(" at step ")[0]) from None
         found = list(_differences(straight, resumed))
@@ -60,8 +60,12 @@ def verify_resume(config: RunConfig, reporter: Reporter) -> None:
     )
 
 
-def _silent() -> Reporter:
-    return Reporter(io.StringIO())
+def _train_in_silence(config: RunConfig) -> None:
+    silent = Reporter(io.StringIO())
+    try:
+        train(config, silent, "verify")
+    finally:
+        silent.close()
 
 
 def _as_stopped(straight: Path, copy: Path) -> None:

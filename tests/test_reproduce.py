@@ -1,0 +1,252 @@
+"""Running again: a proof that resume is exact, replays that say what differs, the best checkpoint kept."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ended, records, sample_rows, tiny_words, write_jsonl
+
+from dpo_cli.errors import StorageError
+from dpo_cli.training import verification
+from dpo_cli.training.checkpoint import Settled, checkpoints, read_state
+from dpo_cli.training.durable import sweep, write_folder, write_whole
+from dpo_cli.training.metrics_log import MetricsLog
+from dpo_cli.training.reproduce import determinism, differences, settled_in
+
+Command = Callable[..., Ended]
+
+
+def words(pairs: Path, folder: Path, *more: str) -> list[str]:
+    return [*tiny_words(pairs, folder), *more]
+
+
+# verify_resume
+
+
+def test_verify_resume_proves_it_and_leaves_nothing(
+    command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    ended = command("dpo-train", *words(pairs_file, tmp_path / "run", "verify_resume=true", "lora.dropout=0.1"))
+    assert ended.code == 0, ended.err
+    assert ended.out.splitlines()[-1].startswith(
+        "resume is exact here: weights, optimizer, random states and 5 lines of metrics are the same to the last bit"
+    )
+    assert not (tmp_path / "run").exists() and not list((tmp_path / "temporary").iterdir())
+
+
+@pytest.mark.parametrize("lost", ["set_rng_states", "_restore_optimizer"])
+def test_verify_resume_notices_what_a_resume_forgets(
+    command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    from dpo_cli.training import checkpoint, runner
+
+    monkeypatch.setattr(runner if lost == "set_rng_states" else checkpoint, lost, lambda *_: None)
+    ended = command("dpo-train", *words(pairs_file, tmp_path / "run", "verify_resume=true", "lora.dropout=0.1"))
+    assert ended.code == 4
+    assert "verify_resume: not exact on this machine: adapter_model.safetensors is off by up to " in ended.err
+    assert "metrics.jsonl line 4: " in ended.err
+
+
+def test_verify_resume_is_no_resume_and_no_dry_run(command: Command, pairs_file: Path, tmp_path: Path) -> None:
+    for other in ("resume=auto", "dry_run=true"):
+        ended = command("dpo-train", *words(pairs_file, tmp_path / "run", "verify_resume=true", other))
+        assert ended.code == 2 and "leave resume and dry_run out" in ended.err
+
+
+def test_the_steps_to_verify_hold_an_evaluation_and_half_a_window() -> None:
+    assert verification.STOP < verification.STEPS - 1 < verification.STEPS
+
+
+# replay
+
+
+def test_a_replay_comes_to_the_same_weights_and_says_so(command: Command, pairs_file: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    assert command("dpo-train", *words(pairs_file, first, "beta=0.3", "seed=5")).code == 0
+    ended = command("dpo-train", f"replay={first}", f"output_dir={tmp_path / 'again'}")
+    assert ended.code == 0, ended.err
+    assert f"replay of {first}: versions, device, data and model are the same" in ended.out
+    assert f"the same weights as {first} (sha256 " in ended.out
+    names = [run / "final" / "adapter_model.safetensors" for run in (first, tmp_path / "again")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    assert "beta: 0.3" in (tmp_path / "again" / "config.yaml").read_text()
+
+
+def test_a_replay_says_what_differs(command: Command, tmp_path: Path) -> None:
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", sample_rows(20))
+    first = tmp_path / "first"
+    assert command("dpo-train", *words(pairs, first)).code == 0
+    manifest = json.loads((first / "manifest.json").read_text())
+    manifest["packages"]["torch"] = "1.0"
+    (first / "manifest.json").write_text(json.dumps(manifest))
+    write_jsonl(pairs, sample_rows(21)[1:])
+    ended = command("dpo-train", f"replay={first}", f"output_dir={tmp_path / 'again'}")
+    assert ended.code == 0, ended.err
+    assert f"warning: other than when the run was begun: packages.torch: 1.0 -> {torch.__version__}" in ended.out
+    assert "warning: other than when the run was begun: data_fingerprint: " in ended.out
+    assert f"other weights than {first}" in ended.out
+
+
+def test_a_replay_takes_what_was_measured_then_and_no_other_dial(
+    command: Command, pairs_file: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    assert command("dpo-train", *words(pairs_file, first, "model.dtype=auto")).code == 0
+    manifest = json.loads((first / "manifest.json").read_text())
+    manifest["dtype"], manifest["batches"] = "float32", {"way": "mask", "token_budget": 321}
+    (first / "manifest.json").write_text(json.dumps(manifest))
+    ended = command("dpo-train", f"replay={first}", f"output_dir={tmp_path / 'again'}", "save_every=1")
+    assert ended.code == 0, ended.err
+    state = read_state(checkpoints(tmp_path / "again" / "checkpoints")[-1])
+    assert state.settled == Settled("cpu", "float32", "mask", 321)
+    refused = command("dpo-train", f"replay={first}", "beta=0.5")
+    assert refused.code == 2
+    assert refused.err.startswith(f"error: beta=0.5: replay={first} runs a config as it was; with it go log_every, ")
+
+
+def test_a_replay_that_was_stopped_goes_on(command: Command, pairs_file: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert command("dpo-train", *words(pairs_file, first, "save_every=1")).code == 0
+    assert command("dpo-train", f"replay={first}", f"output_dir={again}").code == 0
+    shutil.rmtree(again / "final")
+    shutil.rmtree(again / "checkpoints" / "step-00000003")
+    ended = command("dpo-train", f"replay={first}", f"output_dir={again}", "resume=auto")
+    assert ended.code == 0 and "at step 2" in ended.out and f"the same weights as {first}" in ended.out
+
+
+def test_what_decides_a_runs_bytes_is_compared_and_nothing_else() -> None:
+    was = {
+        "packages": {"torch": "1"},
+        "hardware": {"threads": 2, "device": "cpu"},
+        "model": {"digest": "a", "path": "x"},
+    }
+    now = {
+        "packages": {"torch": "2"},
+        "hardware": {"threads": 1, "device": "cuda"},
+        "model": {"digest": "b", "path": "y"},
+    }
+    assert differences({**was, "argv": []}, {**now, "argv": ["x"]}) == [
+        "hardware.threads: 2 -> 1", "model.digest: a -> b", "packages.torch: 1 -> 2",
+    ]  # fmt: skip
+    assert differences(was, was) == []
+
+
+@pytest.mark.parametrize("manifest", [{}, {"batches": 3}, {"batches": {"way": "segments"}}, {
+    "device": "cpu", "dtype": "load", "batches": {"way": "segments", "token_budget": 3}}, {
+    "device": "cpu", "dtype": "float32", "batches": {"way": "segments", "token_budget": "3"}}])  # fmt: skip
+def test_a_manifest_that_says_nothing_of_use_settles_nothing(manifest: dict[str, Any]) -> None:
+    assert settled_in(manifest) is None
+
+
+# deterministic
+
+
+def test_deterministic_holds_within_a_run_and_not_after_it(
+    command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpo_cli.training import runner
+
+    original, seen = runner.train_step, []
+
+    def watched(*arguments: Any) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        original(*arguments)
+
+    monkeypatch.setattr(runner, "train_step", watched)
+    assert command("dpo-train", *words(pairs_file, tmp_path / "run", "deterministic=true")).code == 0
+    assert seen == [True] * 3 and not torch.are_deterministic_algorithms_enabled()
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["deterministic"] is True
+    with determinism(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+# Checkpoints: the best is kept
+
+
+def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept_and_named(
+    command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpo_cli.training import runner
+
+    original = runner.pair_metrics
+
+    def worse_after_two(*arguments: Any) -> dict[str, torch.Tensor]:
+        found = original(*arguments)
+        return {**found, "loss": found["loss"] + abs(len(seen_steps) - 2)}
+
+    seen_steps: list[int] = []
+    score = runner.score_pairs
+    monkeypatch.setattr(runner, "pair_metrics", worse_after_two)
+    monkeypatch.setattr(runner, "score_pairs", lambda run, *rest: (seen_steps.append(1), score(run, *rest))[1])
+    more = ("max_steps=6", "save_every=1", "eval_every=1", "keep_checkpoints=1")
+    ended = command("dpo-train", *words(pairs_file, tmp_path / "run", *more))
+    assert ended.code == 0, ended.err
+    kept = checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in kept] == ["step-00000002", "step-00000006"]
+    losses = {line["step"]: line["loss"] for line in records(tmp_path / "run") if line["split"] == "eval"}
+    assert min(losses, key=lambda step: losses[step]) == 2
+    assert read_state(kept[0]).held_out_loss == losses[2]
+    assert f"best     {kept[0]}: held-out loss " in ended.out
+
+
+# Files that are whole or not there
+
+
+def test_a_write_that_fails_leaves_the_earlier_file_and_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_whole(tmp_path / "a.json", b"first")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "a.json", b"second")
+    with pytest.raises(OSError, match="No space"):
+        write_folder(tmp_path / "folder", lambda beside: (beside / "x").write_text("y"))  # type: ignore[arg-type, return-value]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_bytes() == b"first"
+
+
+def test_a_sweep_takes_only_what_is_unfinished(tmp_path: Path) -> None:
+    for name in (".tmp-file", "file", ".lock"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".tmp-folder").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").write_text("x")
+    (tmp_path / ".tmp-link").symlink_to(tmp_path / "elsewhere")
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "elsewhere", "file"]
+    assert (tmp_path / "elsewhere" / "precious").exists()
+
+
+def test_metrics_wait_while_there_is_no_room_and_are_cut_to_whole_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    assert log.append({"step": 0}) is None
+    room = log._write
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log, "_write", full)
+    assert "its lines wait in memory" in str(log.append({"step": 1}))
+    assert log.append({"step": 2}) is None  # said once
+    with pytest.raises(StorageError, match="No space left"):
+        log.flush()
+    assert [record["step"] for record in log.read()] == [0, 1, 2] and log.records == 3
+    monkeypatch.setattr(log, "_write", room)
+    log.flush()
+    with log.path.open("ab") as file:
+        file.write(b'{"step": 3')  # a kill in the middle of a line
+    again = MetricsLog(log.path)
+    again.cut(2)
+    assert log.path.read_text() == '{"step": 0}\n{"step": 1}\n' and again.records == 2
