@@ -5,7 +5,7 @@
 Table `modes`: SmolLM2-135M, LoRA r=16 on all linear layers, 8 pairs a step, max_length 512, the first 24 pairs of the
 data as plain text after one warm-up step. Every measurement has a process of its own; the modes take turns, and each
 figure is the median over the repeats. Table `growth`: cost against length, number of pairs and LoRA rank. Table
-`watching`: what preflight and radar cost. Nothing else should run beside it.
+`watching`: what preflight, rehearsal, guards and a save cost. Nothing else should run beside it.
 
 The floor is the arithmetic at the matmul rate measured in the same process: for each token a forward and a backward
 product with every weight of the layers and of the adapters, with the adapters' own gradients, and the head for
@@ -216,25 +216,37 @@ def measure_pairs(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_watching(task: dict[str, Any]) -> dict[str, Any]:
-    """What preflight and radar cost beside the steps they guard."""
-    from dpo_cli.training.runner import preflight_of, train_step
+    """What preflight, rehearsal, radar, guard and saving cost beside the steps they guard, in seconds."""
+    from dpo_cli.training.checkpoint import rng_states
+    from dpo_cli.training.rehearsal import rehearse_longest
+    from dpo_cli.training.runner import preflight_of, require_finite, save, train_step
 
-    with tempfile.TemporaryDirectory() as folder:
+    def seconds(work: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    with tempfile.TemporaryDirectory(dir=task["folder"]) as folder:
         run, _ = assembled(Path(folder), task["words"])
-        preflights, steps, radars = [], [], []
+        took: dict[str, list[float]] = {
+            name: [] for name in ("preflight", "rehearsal", "step", "radar", "guard", "save")
+        }
         for _ in range(3):
-            began = time.perf_counter()
-            preflight_of(run)
-            preflights.append(time.perf_counter() - began)
+            took["preflight"].append(seconds(lambda: preflight_of(run)))
+            took["rehearsal"].append(seconds(lambda: rehearse_longest(run)))
         for batch in run.schedule.batches(0, run.total_steps):
-            began = time.perf_counter()
-            train_step(run, [run.data.train[place] for place in batch])
-            steps.append(time.perf_counter() - began)
-            began = time.perf_counter()
-            run.radar.alarms(run.radar.drift())
-            radars.append(time.perf_counter() - began)
-        middle = statistics.median
-        return {"preflight": middle(preflights), "step": middle(steps[1:]), "radar": middle(radars)}
+            pairs = [run.data.train[place] for place in batch]
+            took["step"].append(seconds(lambda pairs=pairs: train_step(run, pairs)))  # type: ignore[misc]
+            took["radar"].append(seconds(lambda: run.radar.alarms(run.radar.drift())))
+            took["save"].append(seconds(lambda: save(run)))
+            # What a step does for the sake of safety: generators noted, what is not finite looked for.
+            weights = [(name, weight) for name, weight in run.policy.named_parameters() if weight.requires_grad]
+            noted, looked = seconds(rng_states), seconds(lambda weights=weights: require_finite(weights, 0))  # type: ignore[misc]
+            took["guard"].append(noted + looked)
+        middle = {name: statistics.median(times[name == "step" :]) for name, times in took.items()}
+        checkpoint = next(path for path in run.directory.checkpoints.iterdir() if path.name.startswith("step-"))
+        size = sum(file.stat().st_size for file in checkpoint.iterdir())
+        return {**middle, "slowest_save": max(took["save"]), "checkpoint_mb": size / 1e6}
 
 
 MEASURES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -411,14 +423,20 @@ def table_growth(words: argparse.Namespace) -> dict[str, Any]:
 
 
 def table_watching(words: argparse.Namespace) -> dict[str, Any]:
-    """Preflight and radar beside a run of 200 steps."""
+    """What is checked and saved beside a run of 200 steps."""
     with tempfile.TemporaryDirectory() as scratch:
         run = ["experiment=demo", "max_steps=7", f"model.name_or_path={model_folder()}"]
-        one = ours({"measure": "watching", "words": run}, Path(scratch))
+        one = ours({"measure": "watching", "words": run, "folder": words.saves}, Path(scratch))
     whole = 200 * one["step"]
     print(f"\nstep       {one['step']:8.3f} s, median of 6")
-    print(f"preflight  {one['preflight']:8.3f} s, median of 3: {100 * one['preflight'] / whole:.2f}% of 200 steps")
-    print(f"radar      {1000 * one['radar']:8.3f} ms a logged step: {100 * one['radar'] / one['step']:.3f}% of it")
+    for name in ("preflight", "rehearsal"):
+        print(f"{name:<10} {one[name]:8.3f} s, median of 3: {100 * one[name] / whole:.2f}% of 200 steps")
+    for name in ("radar", "guard"):
+        print(f"{name:<10} {1000 * one[name]:8.3f} ms a step: {100 * one[name] / one['step']:.3f}% of it")
+    checks = one["preflight"] + one["rehearsal"] + 200 * (one["radar"] + one["guard"])
+    print(f"together   {checks:8.3f} s: {100 * checks / whole:.2f}% of 200 steps")
+    stall = f"{one['save']:8.3f} s, median of 7, slowest {one['slowest_save']:.3f} s"
+    print(f"save       {stall}: {one['checkpoint_mb']:.1f} MB, hashed and flushed to disk")
     return one
 
 
@@ -437,6 +455,7 @@ def main() -> None:
     )
     parser.add_argument("--sizes", type=int, default=4, help="how many of 1,000, 10,000, 100,000, 1,000,000 pairs")
     parser.add_argument("--tables", default="modes,growth,watching", help="which of modes, growth, watching")
+    parser.add_argument("--saves", help="a folder on the disk whose saves are timed; the temporary one if not given")
     parser.add_argument("--json", help="write everything here too")
     words = parser.parse_args()
     if words.worker:

@@ -22,6 +22,9 @@ LOGPS, HEAD, TOKENS = "dpo_cli/models/logps.py", "dpo_cli/models/head.py", "dpo_
 ATTENTION, CACHE = "dpo_cli/models/attention.py", "dpo_cli/models/reference_cache.py"
 STEP = "dpo_cli/training/step.py"
 RUNNER, SCORES = "dpo_cli/training/runner.py", "dpo_cli/evaluation/scores.py"
+DURABLE, CHECKPOINT = "dpo_cli/training/durable.py", "dpo_cli/training/checkpoint.py"
+DIRECTORY, METRICS_LOG = "dpo_cli/training/run_directory.py", "dpo_cli/training/metrics_log.py"
+OF_FAULTS = "-m faults tests/faults/"
 OF_LOSSES = "tests/test_losses.py tests/test_theorem.py"
 OF_RUNS = "tests/test_training.py tests/test_evaluate.py tests/test_preflight.py"
 
@@ -138,6 +141,41 @@ MUTANTS = [
            "pairs_of(row.value, ", "tests/test_pairs.py"),
     Mutant("chosen stands for rejected in a batch", LOGPS, "_place(one.responses, pair.rejected, apart)",
            "_place(one.responses, pair.chosen, apart)", "tests/test_logps.py"),
+    Mutant("a checkpoint that is not flushed", DURABLE, "        for file in beside.iterdir():\n            sync(file)\n        "
+           "sync(beside)\n", "", OF_FAULTS + "test_kills.py -k protocol"),
+    Mutant("an old checkpoint removed in sight", DURABLE, "        os.rename(folder, doomed)\n    except OSError:\n        "
+           "return\n    shutil.rmtree(doomed, ignore_errors=True)", "        shutil.rmtree(folder)\n    except OSError:\n        "
+           "return", OF_FAULTS + "test_kills.py -k any_write_point"),
+    Mutant("a checkpoint is not looked into", CHECKPOINT, "        if sha256_of(file) != digest:", "        if False:",
+           OF_FAULTS + "test_storage.py -k damaged_file_is_named"),
+    Mutant("the best checkpoint is pruned", CHECKPOINT, " and (best is None or checkpoint != best[0]):", ":",
+           "tests/test_reproduce.py"),
+    Mutant("reference values of another run", "dpo_cli/training/preparation.py", "run.resumed and not cache.adopt(own)",
+           "run.resumed and not own.exists()", OF_FAULTS + "test_storage.py -k another_run_left"),
+    Mutant("reference values in other company", CACHE, "in_passes(batching, together, compute)",
+           "in_passes(batching, cache.missing(together), compute)", "tests/test_reference_cache.py"),
+    Mutant("the lock is not taken", DIRECTORY, "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+           OF_FAULTS + "test_storage.py -k second_run"),
+    Mutant("links are written through", DIRECTORY, "            if file.is_symlink():", "            if False:",
+           OF_FAULTS + "test_hostile.py -k link_in_a_run_directory"),
+    Mutant("half a line of metrics stays", METRICS_LOG, "                os.ftruncate(file.fileno(), end)", "                pass",
+           OF_FAULTS + "test_storage.py -k metrics_without_room"),
+    Mutant("metrics are not flushed before a save", RUNNER, "    run.directory.metrics.flush()  # a checkpoint", "    # a "
+           "checkpoint", OF_FAULTS + "test_storage.py -k metrics_without_room"),
+    Mutant("a skipped update is made", RUNNER, "    if not bad:\n        run.optimizer.step()", "    if True:\n        "
+           "run.optimizer.step()", OF_FAULTS + "test_numbers.py -k skipped"),
+    Mutant("a state that is not finite is saved", RUNNER, "    require_finite([", "    list([",
+           OF_FAULTS + "test_numbers.py -k never_saved"),
+    Mutant("half a gradient stays after memory ran out", STEP, "        run.optimizer.zero_grad(set_to_none=True)\n        set",
+           "        set", OF_FAULTS + "test_numbers.py -k memory_that_runs_out"),
+    Mutant("random numbers drawn twice after memory ran out", STEP, "        set_rng_states(rng)\n", "",
+           OF_FAULTS + "test_numbers.py -k memory_that_runs_out"),
+    Mutant("a file decides that code runs", "dpo_cli/pipeline/evaluate.py", "    if run.model.trust_remote_code and not config",
+           "    if False and not config", OF_FAULTS + "test_hostile.py -k a_file_cannot_decide"),
+    Mutant("secrets are shown", "dpo_cli/console/text.py", "        if len(value) >= 8 and value in text", "        if False",
+           OF_FAULTS + "test_hostile.py -k secrets"),
+    Mutant("other weights are taken on resume", RUNNER, "if state is not None and not same_weights(state.model_digest, digest):",
+           "if False:", OF_FAULTS + "test_hostile.py -k other_weights"),
 ]  # fmt: skip
 
 

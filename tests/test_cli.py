@@ -137,7 +137,9 @@ def test_a_missing_model_is_exit_code_4(command: Command, tmp_path: Path, pairs_
 
 def test_an_sft_adapter_that_is_nowhere_is_exit_code_4(command: Command, tmp_path: Path, pairs_file: Path) -> None:
     ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "run"), "model.adapter=/nowhere/adapter")
-    assert ended.code == 4 and ended.err.startswith("error: /nowhere/adapter: no such adapter, neither a folder nor on")
+    assert ended.code == 4 and ended.err.startswith(
+        "error: /nowhere/adapter: no such folder; a PEFT adapter's folder or hub id"
+    )
 
 
 def test_an_output_directory_that_is_a_file_is_exit_code_7(command: Command, tmp_path: Path, pairs_file: Path) -> None:

@@ -25,3 +25,11 @@ def test_the_patterns_of_the_mutants_stand_once_in_the_program() -> None:
     assert len(mutants) >= 25
     for mutant in mutants:
         assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, mutant.name
+
+
+def test_every_fault_of_the_published_table_is_tried_by_its_number() -> None:
+    rows = dict(re.findall(r"^\| (\d+) \| ([^|]+) \|", (ROOT / "docs" / "faults.md").read_text(), re.M))
+    tests = "".join(path.read_text() for path in (ROOT / "tests" / "faults").glob("*.py"))
+    tried = set(re.findall(r"\bfault\((\d+)", tests)) | set(re.findall(r"^(?:data|row)\('[^']+', (\d+)", tests, re.M))
+    assert set(rows) == {str(number) for number in range(1, 25)}
+    assert set(rows) - tried == set()

@@ -20,7 +20,7 @@ from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import StoppedError
 from dpo_cli.models import reference_cache
 from dpo_cli.models.loading import attach_lora, model_digest
-from dpo_cli.models.logps import Batching, Way, make_batch
+from dpo_cli.models.logps import Batch, Batching, Way, make_batch
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
 from dpo_cli.models.reference_cache import (
     RECORD,
@@ -30,6 +30,7 @@ from dpo_cli.models.reference_cache import (
     complete,
     values_key,
 )
+from dpo_cli.theory.losses import PairLogps
 
 Command = Callable[..., Ended]
 BATCHING = Batching(CPU, Way.SEGMENTS, by_packed_tokens(40))
@@ -297,3 +298,33 @@ def test_rows_added_to_the_data_cost_only_themselves(command: Command, tmp_path:
     write_jsonl(file, rows)
     ended = command("dpo-train", *tiny_words(file, tmp_path / "two"), *words)
     assert "reference log-probs of 8 pairs computed in" in ended.out
+
+
+def test_a_pass_that_was_cut_off_is_completed_in_the_same_company(tmp_path: Path) -> None:
+    """In bfloat16 a value depends on the row it was computed in: what is missing is asked for beside what is there."""
+    asked: list[list[TokenizedPair]] = []
+
+    class Watched(FrozenReference):
+        def logps(self, batch: Batch) -> PairLogps:
+            asked.append(list(batch.pairs))
+            return super().logps(batch)
+
+    cache = ReferenceCache(tmp_path / "values")
+    cache.add(PAIRS[:2], VALUES[:2])
+    pieces = replace(BATCHING, cut=lambda pairs: [list(pairs[:1]), list(pairs[1:])])
+    complete(cache, [PAIRS], pieces, torch.float32, lambda: Watched(tiny()), None, Progress())
+    assert asked == [PAIRS[1:]]  # not PAIRS[2:], and not the piece of which all is known
+    assert cache.logps(PAIRS[:2]) == ([c for c, _ in VALUES[:2]], [r for _, r in VALUES[:2]])  # what is there stays
+
+
+def test_a_run_takes_the_values_it_began_with_before_those_of_the_cache(tmp_path: Path) -> None:
+    own, shared = filled(tmp_path / "own"), ReferenceCache(tmp_path / "shared")
+    shared.add(PAIRS, VALUES)
+    copy = tmp_path / "reference.logps"
+    copy.write_bytes(own.records([*PAIRS, *PAIRS]))
+    assert copy.stat().st_size == 32 * len(PAIRS)  # each once
+    assert shared.adopt(copy)
+    assert shared.logps(PAIRS) == own.logps(PAIRS)
+    assert not shared.adopt(tmp_path / "nowhere")
+    copy.write_bytes(copy.read_bytes()[:-1])
+    assert not ReferenceCache(None).adopt(copy)
