@@ -6,6 +6,7 @@ that before the first update every log-ratio is exactly zero.
 
 import hashlib
 import json
+import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from dpo_cli.console.text import safe_text
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.models.builtin import resolve_builtin
 from dpo_cli.models.lora_function import fuse_lora
+from dpo_cli.models.notes import note, recall
 from dpo_cli.paths import user_path
 
 if TYPE_CHECKING:  # the schema needs Hydra's OmegaConf, which a machine that only measures has not
@@ -61,8 +63,11 @@ def choose_device(asked: str) -> Decision:
     return Decision(device, "as asked")
 
 
-def choose_dtype(asked: str, device: torch.device, lora: bool) -> Decision:
-    """The dtype of the base weights, of policy and reference alike. Adapters are float32 in any case."""
+def choose_dtype(asked: str, device: torch.device, lora: bool, keep: bool = True) -> Decision:
+    """The dtype of the base weights, of policy and reference alike. Adapters are float32 in any case.
+
+    What is measured for it on a CPU is measured once a machine, and noted in the cache folder unless `keep` is false.
+    """
     if asked != "auto":
         if asked == "float16" and device.type == "cpu":
             raise ConfigError("model.dtype=float16: a CPU computes it slowly and loosely; choose bfloat16 or float32")
@@ -79,16 +84,39 @@ def choose_dtype(asked: str, device: torch.device, lora: bool) -> Decision:
             return Decision(torch.bfloat16, "this GPU has it")
         return Decision(torch.float32, "this GPU has no bfloat16")
     if device.type == "cpu":
-        ratio = _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
+        ratio, when = _bfloat16_speed(keep)
         if ratio > 1.25:
-            return Decision(torch.bfloat16, f"{ratio:.1f} times as fast as float32 on this CPU, measured")
-        return Decision(torch.float32, f"bfloat16 is {ratio:.1f} times as fast on this CPU, measured")
+            return Decision(torch.bfloat16, f"{ratio:.1f} times as fast as float32 on this CPU, {when}")
+        return Decision(torch.float32, f"bfloat16 is {ratio:.1f} times as fast on this CPU, {when}")
     return Decision(torch.float32, f"the safe choice on {device.type}")
 
 
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    """Of a product of the size of a small model's layer."""
-    return best_seconds(torch.ones(512, 768, dtype=dtype), torch.ones(768, 1536, dtype=dtype), times=8)
+def _bfloat16_speed(keep: bool) -> tuple[float, str]:
+    """How many times as fast as float32 this CPU multiplies matrices of a small layer, and when it was measured.
+
+    In turns, and the best of many: other work on the machine slows both, and the decision must not hang on it.
+    """
+    how = [torch.__version__, _cpu_name(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    known = recall("cpus", how)
+    if known is not None and isinstance(known.get("ratio"), float):
+        return known["ratio"], "measured earlier"
+    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    for _ in range(12):
+        for dtype in best:
+            left, right = torch.ones(512, 768, dtype=dtype), torch.ones(768, 1536, dtype=dtype)
+            best[dtype] = min(best[dtype], best_seconds(left, right, times=4))
+    ratio = best[torch.float32] / best[torch.bfloat16]
+    if keep:
+        note("cpus", how, {"ratio": ratio})
+    return ratio, "measured"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def best_seconds(left: Tensor, right: Tensor, times: int) -> float:

@@ -7,10 +7,7 @@ What two right ways may differ by is measured too: by how much the model's log-p
 are rounded once more. Every layer rounds several times, and differently in each way.
 """
 
-import hashlib
 import importlib.metadata
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,9 +19,9 @@ from dpo_cli.console.text import safe_text
 from dpo_cli.data.batches import longest_side
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import ConfigError
-from dpo_cli.models.builtin import cache_dir
 from dpo_cli.models.loading import Decision
 from dpo_cli.models.logps import Way, causal_model, make_batch, response_logps
+from dpo_cli.models.notes import note, recall
 
 VERSION = 1  # of the check below: another number measures anew
 FLOOR = 2e-5  # nats a token: below this a difference is rounding in any dtype
@@ -85,22 +82,12 @@ def remembered_way(
     longest = max(map(longest_side, pairs))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     how = [VERSION, digest, str(next(policy.parameters()).dtype), where, longest, *libraries]
-    note = cache_dir() / "ways" / f"{hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]}.json"
-    if asked == "auto":
-        try:
-            known = json.loads(note.read_text(encoding="utf-8"))
-            return Decision(Way(known["way"]), f"{safe_text(known['reason'], 300)} (earlier, on this very model)")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            pass  # not measured yet, or a note that cannot be read
+    known = recall("ways", how) if asked == "auto" else None
+    if known is not None and known.get("way") in [*Way]:
+        return Decision(Way(known["way"]), f"{safe_text(known.get('reason'), 300)} (earlier, on this very model)")
     chosen = choose_way(asked, policy, pairs, device)
     if asked == "auto" and keep:
-        beside = note.with_name(f".{note.name}-{os.getpid()}")
-        try:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps({"way": chosen.value.value, "reason": chosen.reason}), encoding="utf-8")
-            beside.rename(note)
-        except OSError:
-            pass  # measured again next time
+        note("ways", how, {"way": chosen.value.value, "reason": chosen.reason})
     return chosen
 
 

@@ -198,7 +198,7 @@ def put_together(
     if settled is not None and (state is not None or settled.device == device.value.type):
         dtype = Decision(getattr(torch, settled.dtype), "as the run began")
     else:
-        dtype = choose_dtype(config.model.dtype, device.value, config.lora.enabled)
+        dtype = choose_dtype(config.model.dtype, device.value, config.lora.enabled, keep=not config.dry_run)
     source = find_model(config.model, reporter.say)
     encoder = PairEncoder(load_tokenizer(source), config.data.template)
     data = load_pairs(config.data, encoder, config.seed, poll=poll)

@@ -1,0 +1,38 @@
+"""What was measured on this machine, remembered: notes of a few bytes in the cache folder.
+
+A measurement taken twice may come out twice, under load say; a decision that rests on one must not change between two
+runs of one command.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.models.builtin import cache_dir
+
+
+def recall(kind: str, how: list[Any]) -> dict[str, Any] | None:
+    """What was noted under these conditions, as it stands there; None where nothing can be read."""
+    try:
+        found = json.loads(_place(kind, how).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def note(kind: str, how: list[Any], facts: dict[str, Any]) -> None:
+    """Note what was found under these conditions; where that is not possible it is measured again next time."""
+    place = _place(kind, how)
+    beside = place.with_name(f".{place.name}-{os.getpid()}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(facts), encoding="utf-8")
+        beside.rename(place)
+    except OSError:
+        return
+
+
+def _place(kind: str, how: list[Any]) -> Path:
+    return cache_dir() / kind / f"{hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]}.json"
