@@ -70,7 +70,7 @@ Examples
   dpo-eval checkpoint=my-adapter data=jsonl data.eval=pairs.jsonl
   dpo-eval checkpoint=merged-model reference_model=sft-model data=hh
 
-Writes report.json (means and 95% intervals) and pairs.jsonl (a line a pair) to <run>/eval/<name>/.
+Writes report.json (means and 95% intervals), pairs.jsonl (a line a pair) and report.html to <run>/eval/<name>/.
 Exit codes: 0 done, 2 command line, 3 data, 4 checkpoint or model, 6 memory, 7 storage, 75 stopped by a
 signal, 130 Ctrl-C.
 """

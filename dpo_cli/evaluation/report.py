@@ -40,7 +40,7 @@ def write_report(
         ("margin", rewards_chosen - rewards_rejected),
     ]
     values = {name: column.tolist() for name, column in columns}
-    for path in (folder, folder / "pairs.jsonl", folder / "report.json"):
+    for path in (folder, folder / "pairs.jsonl", folder / "report.json", folder / "report.html"):
         if path.is_symlink():  # in a stranger's run directory it could have us write anywhere
             raise StorageError(f"{safe_text(path)}: is a symbolic link, and is not written through")
     try:
@@ -56,3 +56,11 @@ def write_report(
     except OSError as error:
         reason = error.strerror or "cannot be written"
         raise StorageError(f"{safe_text(folder)}: the report cannot be written ({reason})") from None
+
+
+def write_page(folder: Path, text: str) -> None:
+    """Write `report.html` beside a report that `write_report` has written."""
+    try:
+        (folder / "report.html").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{safe_text(folder)}: the page cannot be written ({error.strerror})") from None

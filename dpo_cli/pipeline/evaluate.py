@@ -15,7 +15,8 @@ from dpo_cli.data.pairs import PairData, check_sources, load_pairs
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
 from dpo_cli.evaluation.generate import greedy_answers
-from dpo_cli.evaluation.report import write_report
+from dpo_cli.evaluation.page import page
+from dpo_cli.evaluation.report import write_page, write_report
 from dpo_cli.evaluation.scores import score_pairs, summarize, windows
 from dpo_cli.models.loading import (
     START_FILE,
@@ -49,6 +50,7 @@ from dpo_cli.training.run_directory import RunDirectory
 from dpo_cli.training.signals import StopSignals
 
 DEFAULT_BETA = 0.1
+REPORTS = (("report", "report.json"), ("pairs", "pairs.jsonl"), ("page", "report.html"))
 
 
 @dataclass(frozen=True)
@@ -198,9 +200,17 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         }
         write_report(folder, facts, estimates, data.held_out, scores, beta)
         _show_estimates(reporter, estimates)
+        answers: list[list[str]] = []
         if config.samples:
-            _show_answers(reporter, policy, reference, encoder, data, config, device.value, signals)
-    reporter.facts([("report", str(folder / "report.json")), ("pairs", str(folder / "pairs.jsonl"))])
+            answers = _answers(policy, reference, encoder, data, config, device.value, signals)
+            _show_answers(reporter, answers, config.max_new_tokens)
+        margins = (beta * scores.ratios.margin).tolist()
+        labelled = [(label, estimates[name]) for label, name in SHOWN]
+        title = f"{Path(subject.weights).name} on {data.held_out_report.source}"
+        shown = {name: facts[name] for name in ("checkpoint", "reference", "beta", "loss_name", "device", "dtype")}
+        sentences = {"data": "\n".join(data.held_out_report.sentences(data_dials.max_length))}
+        write_page(folder, page(title, {**shown, **sentences}, labelled, margins, answers))
+    reporter.facts([(name, str(folder / file)) for name, file in REPORTS])
     return folder
 
 
@@ -381,8 +391,7 @@ def _show_estimates(reporter: Reporter, estimates: dict[str, Estimate]) -> None:
     reporter.say()
 
 
-def _show_answers(
-    reporter: Reporter,
+def _answers(
     policy: Any,
     reference: Reference,
     encoder: PairEncoder,
@@ -390,7 +399,8 @@ def _show_answers(
     config: EvalConfig,
     device: torch.device,
     signals: StopSignals,
-) -> None:
+) -> list[list[str]]:
+    """Held-out prompts with the greedy answers of reference and policy to them, as they are."""
     pairs = [text.pair for text in data.held_out_texts[: config.samples]]
     limit = config.max_new_tokens
     after = greedy_answers(policy, encoder, pairs, limit, device, signals.poll)
@@ -400,10 +410,15 @@ def _show_answers(
     else:
         assert isinstance(reference, FrozenReference)
         before = greedy_answers(reference.model, encoder, pairs, limit, device, signals.poll)
-    reporter.say(f"greedy answers to {plural(len(pairs), 'held-out prompt')}, at most {limit} tokens")
-    rows = []
-    for pair, old, new in zip(pairs, before, after, strict=True):
-        question = pair.messages[-1].content
-        rows.append([safe_text(question, limit=200), safe_text(old, limit=700), safe_text(new, limit=700)])
+    prompts = [pair.messages[-1].content for pair in pairs]
+    return [list(row) for row in zip(prompts, before, after, strict=True)]
+
+
+def _show_answers(reporter: Reporter, answers: list[list[str]], limit: int) -> None:
+    reporter.say(f"greedy answers to {plural(len(answers), 'held-out prompt')}, at most {limit} tokens")
+    rows = [
+        [safe_text(question, limit=200), safe_text(old, limit=700), safe_text(new, limit=700)]
+        for question, old, new in answers
+    ]
     reporter.side_by_side(["prompt", "reference (before)", "policy (after)"], rows)
     reporter.say()

@@ -333,9 +333,47 @@ def test_hostile_text_in_pairs_names_and_answers_is_shown_escaped_everywhere(
         assert missing.code == 3 and missing.err.count("\n") == 1
         log = (tmp_path / "run" / "train.log").read_text()
         card = (tmp_path / "run" / "final" / "README.md").read_text()
-        for surface in (trained.out, scored.out, missing.err, log, card):
+        (page,) = (tmp_path / "run" / "eval").glob("*/report.html")
+        for surface in (trained.out, scored.out, missing.err, log, card, page.read_text()):
             found = ALLOWED.search(surface)
             assert not found, (found, surface[max(0, found.start() - 40) : found.end() + 20] if found else "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</td></table><iframe src=//evil>", "<!--", "]]>",
+     "&lt;b&gt;", "javascript:alert(1)", "<style>*{display:none}</style>", "\x1b[31m</title><svg onload=alert(1)>"],
+)  # fmt: skip
+def test_the_page_of_a_report_holds_no_mark_that_is_not_its_own(text: str) -> None:
+    from html.parser import HTMLParser
+
+    from dpo_cli.evaluation.page import page
+    from dpo_cli.theory.statistics import Estimate
+
+    class Reader(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.marks: set[str] = set()
+            self.words = ""
+
+        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            self.marks |= {tag, *(f"{tag}.{name}" for name, _ in attributes)}
+
+        def handle_data(self, data: str) -> None:
+            self.words += data + "\n"
+
+        def handle_comment(self, data: str) -> None:
+            self.marks.add("comment")
+
+    def read(words: str) -> Reader:
+        reader = Reader()
+        reader.feed(page(words, {words: words}, [(words, Estimate(1.0, 0.5, 1.5, 9))], [1.0, -2.0], [[words] * 3]))
+        return reader
+
+    with fault(20):
+        plain, found = read("plain"), read(text)
+        assert found.marks == plain.marks and "script" not in found.marks
+        assert found.words.count(safe_text(text)) == plain.words.count("plain") == 8
 
 
 def test_words_that_look_like_markup_stay_words(command: Command, tmp_path: Path) -> None:
