@@ -296,8 +296,8 @@ def restore(
     """
     try:
         _restore_weights(checkpoint, policy)
-        _restore_optimizer(load_file(checkpoint / OPTIMIZER), policy, optimizer)
-        rng, window = load_file(checkpoint / RNG), load_file(checkpoint / WINDOW)
+        _restore_optimizer(load_tensors(checkpoint / OPTIMIZER), policy, optimizer)
+        rng, window = load_tensors(checkpoint / RNG), load_tensors(checkpoint / WINDOW)
         if "cpu" not in rng or rng["cpu"].shape != torch.get_rng_state().shape:
             raise CheckpointError(f"{checkpoint / RNG}: holds no state of this program's random generator")
         if window.keys() != {"last_pairs"} or window["last_pairs"].shape[:-1] != (4,):
@@ -308,16 +308,25 @@ def restore(
         raise CheckpointError(f"{checkpoint}: does not fit this run ({safe_text(first, limit=200)})") from None
 
 
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, in memory of their own.
+
+    As loaded they are the file itself, mapped: when a run prunes the checkpoint it was resumed from, its room on the
+    disk would not come back, and whoever cut the file short would kill the run.
+    """
+    return {name: tensor.clone() for name, tensor in load_file(file).items()}
+
+
 def _restore_weights(checkpoint: Path, policy: Any) -> None:
     if isinstance(policy, PeftModel):
         file = checkpoint / ADAPTER
-        stored = load_file(file)
+        stored = load_tensors(file)
         expected = get_peft_model_state_dict(policy, save_embedding_layers=False)
         _same_names(file, set(stored), set(expected))
         set_peft_model_state_dict(policy, stored)
     else:
         file = checkpoint / MODEL
-        problem = policy.load_state_dict(load_file(file), strict=False)
+        problem = policy.load_state_dict(load_tensors(file), strict=False)
         tied = set(getattr(policy, "_tied_weights_keys", None) or ())
         _same_names(file, set(problem.unexpected_keys), set(problem.missing_keys) - tied)
 

@@ -213,9 +213,12 @@ def start(
 
 def cache_for(folder: Path) -> Path:
     """A cache of a trial's own: the reference pass begins cold in it, the tiny model is there."""
-    cache, shared = folder / "cache", Path(os.environ["DPO_CACHE"])
+    from dpo_cli.models.builtin import TINY, resolve_builtin
+
+    cache = folder / "cache"
     if not cache.exists():
-        shutil.copytree(shared / "tiny-random-1", cache / "tiny-random-1")
+        shared = Path(resolve_builtin(TINY, print)[0])
+        shutil.copytree(shared, cache / shared.name)
     return cache
 
 

@@ -112,6 +112,32 @@ def test_a_stop_without_room_says_so_and_keeps_the_last_checkpoint(tmp_path: Pat
         LEDGER.compared[4] += same_content(tmp_path / "run", straight())
 
 
+def test_a_resumed_run_gives_back_the_room_of_the_checkpoint_it_came_from(tmp_path: Path) -> None:
+    """A file that is removed while it is mapped keeps its room on the disk until the run ends."""
+
+    def list_maps() -> None:
+        from dpo_cli.training import runner
+
+        original = runner.finish
+
+        def finish(run: Any) -> Any:
+            (tmp_path / "maps").write_text(Path("/proc/self/maps").read_text())
+            return original(run)
+
+        runner.finish = finish
+
+    with fault(4):
+        words = run_words(tmp_path, "keep_checkpoints=1", "eval_every=0")
+        child = start(tmp_path, words)
+        while child.reach("training") and not (tmp_path / "run" / "checkpoints" / "step-00000002").exists():
+            time.sleep(0.001)
+        child.send(9)
+        child.wait()
+        left = start(tmp_path, [*words, "resume=auto"], list_maps).wait()
+        assert left.code == 0 and "going on from" in left.out
+        assert "step-00000" not in (tmp_path / "maps").read_text()
+
+
 # Fault 5: the console
 
 
