@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ from dpo_cli.training.checkpoint import checkpoints, validate
 pytestmark = pytest.mark.faults
 Straight = Callable[..., dict[str, bytes]]
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree", "os.chmod", "os.utime"}
-BATCH = 12  # write points a test: enough that a failure is easily found, few enough to read
+BATCH, PARTS = 12, 20  # write points a test, and tests
 
 
 def die_at(point: int, run: Path, seen: Callable[[str], None] = lambda _: None) -> None:
@@ -35,6 +36,8 @@ def die_at(point: int, run: Path, seen: Callable[[str], None] = lambda _: None) 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             change("open", arguments[0])
+        elif event in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # by name in a folder that is open
+            change(event, os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), arguments[0]))
         elif event in CHANGES:
             change(event, arguments[0])
 
@@ -69,21 +72,26 @@ def write_points(tmp_path_factory: pytest.TempPathFactory, straight: Straight) -
 
 def test_the_write_points_cover_the_protocol(write_points: list[str]) -> None:
     """Checkpoints are written beside, flushed, sealed, renamed, the parent is flushed, and only then is pruned."""
-    save = write_points[next(n for n, point in enumerate(write_points) if ".tmp-step-00000002" in point) :]
-    order = ["mkdir checkpoints/.tmp-step-00000002", "open checkpoints/.tmp-step-00000002", "fsync checkpoints/.tmp-",
-             "MANIFEST.json", "rename checkpoints/.tmp-step-00000002", "fsync checkpoints"]  # fmt: skip
-    places = [next(n for n, point in enumerate(save) if wanted in point) for wanted in order[:1]]
+    beside = r"checkpoints/\.tmp-step-00000002-\d+"
+    order = [
+        f"os.mkdir {beside}", f"fsync {beside}/adapter_model.safetensors", f"fsync {beside}/state.json",
+        f"open {beside}/MANIFEST.json", f"fsync {beside}/MANIFEST.json", f"fsync {beside}", f"os.rename {beside}",
+        "fsync checkpoints",
+    ]  # fmt: skip
+    places = [next(n for n, point in enumerate(write_points) if re.fullmatch(order[0], point))]
     for wanted in order[1:]:
-        places.append(next(n for n, point in enumerate(save) if n > places[-1] and wanted in point))
+        later = (n for n, point in enumerate(write_points) if n > places[-1] and re.fullmatch(wanted, point))
+        places.append(next(later))
+    assert places[-1] == places[-2] + 1  # nothing is touched between the rename and the flush of its folder
     pruned = next(n for n, point in enumerate(write_points) if point == "os.rename checkpoints/step-00000001")
     sealed = next(
         n for n, point in enumerate(write_points) if point.startswith("os.rename checkpoints/.tmp-step-00000002")
     )
     assert pruned > sealed
-    assert 80 < len(write_points) < 300
+    assert 100 < len(write_points) < BATCH * PARTS
 
 
-@pytest.mark.parametrize("part", range(25))
+@pytest.mark.parametrize("part", range(PARTS))
 def test_a_run_killed_at_any_write_point_goes_on_to_the_same_bytes(
     tmp_path: Path,
     straight: Straight,
