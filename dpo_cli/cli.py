@@ -88,6 +88,7 @@ def evaluate() -> NoReturn:
 
 def _run(command: Callable[[list[str]], int]) -> NoReturn:
     code = 1
+    _open_standard_streams()
     try:
         code = command(sys.argv[1:])
     except DpoError as error:
@@ -108,6 +109,17 @@ def _run(command: Callable[[list[str]], int]) -> NoReturn:
 
     silence_closed_stdout()
     sys.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Put nothing in the place of a standard stream that is closed, lest the next file take its number."""
+    for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
 def _print_error(text: str) -> None:
@@ -155,11 +167,9 @@ def _train(words: list[str]) -> int:
     else:
         config, name = run_config(choice.container), f"{choice.choices['model']}-{choice.choices['data']}"
     if show:
-        import yaml
+        from dpo_cli.config import config_text
 
-        from dpo_cli.config import to_container
-
-        print(yaml.safe_dump(to_container(config), sort_keys=False), end="")
+        print(config_text(config), end="")
         return 0
     _check_files_early(config.data.train, config.data.eval)
     quiet_libraries()
@@ -224,9 +234,11 @@ def _check_files_early(*sources: str | None) -> None:
 
 def _sweep(jobs: list[list[str]]) -> int:
     """One run after the other, each a process of its own: its memory goes back, its failure stays its own."""
+    from dpo_cli.console.text import safe_text
+
     worst = 0
     for number, words in enumerate(jobs, start=1):
-        print(f"run {number}/{len(jobs)}: dpo-train {' '.join(words)}", flush=True)
+        print(f"run {number}/{len(jobs)}: dpo-train {safe_text(' '.join(words))}", flush=True)
         command = [sys.executable, "-c", "from dpo_cli.cli import train; train()", *words]
         code = subprocess.run(command, check=False).returncode
         if code in (75, 130):

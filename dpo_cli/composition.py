@@ -194,10 +194,9 @@ def replayed(overrides: list[Override]) -> tuple[RunConfig, str]:
     container = to_container(earlier)
     trusted = "model.trust_remote_code"
     for key, value in given.items():
-        if key not in FREE_KEYS and key != trusted:
-            raise ConfigError(
-                f"{key}={value}: replay={safe_text(run)} runs a config as it was; with it go {', '.join(FREE_KEYS)}"
-            )
+        if key not in (*FREE_KEYS, "device", trusted):
+            allowed = ", ".join([*FREE_KEYS, "device"])
+            raise ConfigError(f"{key}={value}: replay={safe_text(run)} runs a config as it was; with it go {allowed}")
         *groups, leaf = key.split(".")
         place = container
         for group in groups:

@@ -16,7 +16,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_cli.console.text import redacted, safe_text
+from dpo_cli.console.text import safe_text, without_secrets
 from dpo_cli.errors import CheckpointError, ConfigError
 
 OBJECTIVES = ("dpo",)
@@ -43,17 +43,17 @@ LOSS_DIALS = {
 }
 REFERENCE_NAMES = ("frozen", "adapter_off")
 ENGINE_NAMES = ("single",)
-CACHE_MODES = ("auto", "off")
+CACHE_MODES = ("auto", "run", "off")
 BATCHINGS = ("auto", "packed", "padded")
 RADAR_MODES = ("warn", "stop", "off")
 NON_FINITE_MODES = ("abort", "skip")
-# Keys that a resumed run may change: they decide what is shown, kept or checked, not what is computed.
+# Keys that a resumed run may change: what is shown, kept or checked, and what is done where a run would end.
 FREE_KEYS = (
-    "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "resume", "device", "radar", "dry_run",
+    "log_every", "eval_every", "save_every", "keep_checkpoints", "output_dir", "resume", "radar", "dry_run",
     "verify_resume", "replay", "non_finite", "reference.cache",
 )  # fmt: skip
 # Keys that a resumed run may change, and is told so: the end of the run, and with it the schedule, or its roundings.
-LOUD_KEYS = ("max_steps", "epochs", "micro_batch_size", "deterministic")
+LOUD_KEYS = ("max_steps", "epochs", "micro_batch_size", "device", "deterministic")
 MAX_CONFIG_BYTES = 2**20
 MAX_CONFIG_DEPTH = 10
 
@@ -329,7 +329,7 @@ class RunConfig:
             self.beta,
             "must be above 0; 0.1 is usual, higher stays closer to the reference",
         )
-        _at_least("seed", self.seed, 0)
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "must be a whole number from 0 to 2**63 - 1")
         _at_least("batch_size", self.batch_size, 1)
         _check_micro_batch_size(self.micro_batch_size)
         _one_of("batching", self.batching, BATCHINGS)
@@ -381,7 +381,7 @@ class EvalConfig:
         _at_least("max_new_tokens", self.max_new_tokens, 1)
         _check_micro_batch_size(self.micro_batch_size)
         _one_of("batching", self.batching, BATCHINGS)
-        _one_of("reference_cache", self.reference_cache, CACHE_MODES)
+        _one_of("reference_cache", self.reference_cache, ("auto", "off"))
         allowed = self.name is None or (bool(self.name) and not set(self.name) & set("/\\\0") and self.name[0] != ".")
         _require(allowed, "name", self.name, "must be a plain folder name")
 
@@ -518,15 +518,7 @@ def config_text(config: RunConfig) -> str:
 
 def public_container(config: Any) -> Dict[str, Any]:
     """The config as plain data in which every secret is redacted: what may be written and shown."""
-
-    def public(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: public(content) for key, content in value.items()}
-        if isinstance(value, list):
-            return [public(content) for content in value]
-        return redacted(value) if isinstance(value, str) else value
-
-    container: Dict[str, Any] = public(to_container(config))
+    container: Dict[str, Any] = without_secrets(to_container(config))
     return container
 
 
@@ -560,6 +552,8 @@ def read_config(path: Path) -> RunConfig:
     """
     shown = safe_text(path)
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{shown}: is not a file")
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise CheckpointError(f"{shown}: too large to be the config of a run ({path.stat().st_size:,} bytes)")
         text = path.read_text(encoding="utf-8")

@@ -119,7 +119,7 @@ MUTANTS = [
     Mutant("reduction by micro-batch", STEP, "(losses.sum() / len(batch)).backward()", "losses.mean().backward()",
            OF_RUNS),
     Mutant("a short batch counts as a full one", STEP, "(losses.sum() / len(batch)).backward()",
-           "(losses.sum() / config.batch_size).backward()", OF_RUNS),
+           "(losses.sum() / run.config.batch_size).backward()", OF_RUNS),
     Mutant("gradients pile up", RUNNER, "        run.optimizer.step()\n    run.optimizer.zero_grad(set_to_none=True)\n",
            "        run.optimizer.step()\n", OF_RUNS),
     Mutant("no clipping", RUNNER, "clip_grad_norm_(run.trainable, config.max_grad_norm)",
@@ -164,7 +164,7 @@ MUTANTS = [
            "checkpoint", OF_FAULTS + "test_storage.py -k metrics_without_room"),
     Mutant("a skipped update is made", RUNNER, "    if not bad:\n        run.optimizer.step()", "    if True:\n        "
            "run.optimizer.step()", OF_FAULTS + "test_numbers.py -k skipped"),
-    Mutant("a state that is not finite is saved", RUNNER, "    require_finite([", "    list([",
+    Mutant("a state that is not finite is saved", RUNNER, "    require_finite([", "    (lambda *_: None)([",
            OF_FAULTS + "test_numbers.py -k never_saved"),
     Mutant("half a gradient stays after memory ran out", STEP, "        run.optimizer.zero_grad(set_to_none=True)\n        set",
            "        set", OF_FAULTS + "test_numbers.py -k memory_that_runs_out"),

@@ -152,7 +152,8 @@ class Reporter:
     # Lines
 
     def say(self, text: str = "", style: str | None = None) -> None:
-        """One line of the program's own words; foreign text in it must have passed `safe_text`."""
+        """One line, whatever is in it: names and messages of others are shown as `safe_text` shows them."""
+        text = safe_text(text)
         self._write_log(text)
         self.console.print(Text(text, style=style or ""))
 
@@ -162,6 +163,7 @@ class Reporter:
 
     def facts(self, rows: list[tuple[str, str]]) -> None:
         """Labelled lines, aligned; a label may repeat as an empty one."""
+        rows = [(label, safe_text(text)) for label, text in rows]
         width = max(len(label) for label, _ in rows)
         for label, text in rows:
             self._write_log(f"{label:<{width}}  {text}")
@@ -192,6 +194,7 @@ class Reporter:
 
     def grid(self, headings: list[str], rows: list[list[str]], left: int = 1) -> None:
         """A small table: the first `left` columns are words, the others numbers."""
+        rows = [[safe_text(cell) for cell in row] for row in rows]
         table = Table(box=None, pad_edge=False, header_style="dim")
         for place, heading in enumerate(headings):
             table.add_column(Text(heading), justify="left" if place < left else "right", overflow="fold")
@@ -203,6 +206,7 @@ class Reporter:
 
     def side_by_side(self, headings: list[str], rows: list[list[str]]) -> None:
         """Long texts beside each other, a row each; below each other where there is no terminal."""
+        rows = [[safe_text(cell) for cell in row] for row in rows]
         for row in rows:
             self._write_log("\n".join(f"{heading}: {cell}" for heading, cell in zip(headings, row, strict=True)))
         if not self.console.is_terminal:

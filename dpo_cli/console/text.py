@@ -6,13 +6,14 @@ Whatever could move the cursor, set the clipboard, reorder the line or fake a st
 import os
 import re
 import unicodedata
+from typing import Any
 
 # Cc: C0 and C1 controls. Cf: bidi marks, zero-width characters. Cs: lone surrogates. Co, Cn: unassigned glyphs.
 _UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 # Tokens that show by their form what they are: Hugging Face, OpenAI and its like, GitHub, GitLab, Slack, AWS, Google.
 _SECRET = re.compile(
-    r"\b(?:hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[a-z]-|AIza)[A-Za-z0-9_-]{16,}|\bAKIA[A-Z0-9]{16}\b"
+    r"\b(?:hf_|sk-(?=\S*\d)|gh[opsu]_|github_pat_|glpat-|xox[a-z]-|AIza)[A-Za-z0-9_-]{16,}|\bAKIA[A-Z0-9]{16}\b"
     r"|(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"  # a user and a password in an address
 )
 # What an environment variable is called that holds one.
@@ -23,10 +24,19 @@ REDACTED = "[redacted]"
 def redacted(text: str) -> str:
     """The text without secrets: tokens known by their form, and values of environment variables named like one."""
     text = _SECRET.sub(REDACTED, text)
-    for name, value in os.environ.items():
-        if len(value) >= 8 and value in text and _SECRET_NAME.search(name):
-            text = text.replace(value, REDACTED)
+    named = {value for name, value in os.environ.items() if len(value) >= 8 and _SECRET_NAME.search(name)}
+    for value in sorted(named, key=len, reverse=True):  # one may begin another
+        text = text.replace(value, REDACTED)
     return text
+
+
+def without_secrets(value: Any) -> Any:
+    """Nested mappings and lists with every text `redacted`."""
+    if isinstance(value, dict):
+        return {key: without_secrets(content) for key, content in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(content) for content in value]
+    return redacted(value) if isinstance(value, str) else value
 
 
 def _escape(character: str) -> str:

@@ -13,11 +13,11 @@ import numpy as np
 from dpo_cli.console.text import safe_text, significant
 from dpo_cli.theory.statistics import Estimate
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
 STYLE = (
     "body{font:15px/1.45 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem .25rem 0;text-align:left}"
-    "td,th{vertical-align:top}"
+    "td,th{vertical-align:top}td{white-space:pre-line}"
     "td.n{text-align:right;font-variant-numeric:tabular-nums}th{color:#777;font-weight:normal}"
     ".answers td{white-space:pre-wrap;border-top:1px solid #ddd;width:33%}"
     "svg{display:block}rect{fill:#4a7}rect.w{fill:#c55}"

@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # the schema needs Hydra's OmegaConf, which a machine that on
     from dpo_cli.config import LoraConfig, ModelConfig
 
 ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_KINDS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA")
 START_FILE = "dpo_start.json"  # beside an adapter: the SFT adapter that was folded into its base first
 
 
@@ -190,6 +191,8 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
             use_safetensors=True,  # a pickle can run code when it is read
         )
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            raise
         raise _not_loaded("model", source, error) from None
     if source.config.adapter is not None:
         model = fold_adapter(model, source.config.adapter)
@@ -232,17 +235,23 @@ def _tensor_digest(item: tuple[str, Tensor]) -> str:
 def load_adapter(model: Any, adapter: str) -> Any:
     """A PEFT adapter on a model; CheckpointError where it is missing or does not fit in every tensor."""
     folder = _adapter_folder(adapter)
+    _check_kind(folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing tensors PEFT only warns; they are refused below
             loaded = PeftModel.from_pretrained(model, folder)
-        lacking = _missing_tensors(loaded, folder / ADAPTER_FILE)
+        lacking, beyond = _other_tensors(loaded, folder / ADAPTER_FILE)
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            raise
         raise CheckpointError(
             f"{safe_text(adapter)}: this adapter does not fit the model ({_first_line(error)})"
         ) from None
-    if lacking:
-        raise CheckpointError(f"{safe_text(adapter)}: lacks {len(lacking)} tensors of the adapter, {lacking[0]} first")
+    for problem, names in (("lacks", lacking), ("has, beyond this model,", beyond)):
+        if names:
+            raise CheckpointError(
+                f"{safe_text(adapter)}: {problem} {len(names)} tensors of the adapter, {safe_text(names[0])} first"
+            )
     fuse_lora(loaded)
     return loaded
 
@@ -267,11 +276,26 @@ def _adapter_folder(adapter: str) -> Path:
     return folder
 
 
-def _missing_tensors(model: Any, file: Path) -> list[str]:
-    """What an adapter's file lacks of what the model expects: PEFT itself only warns."""
+def _check_kind(folder: Path) -> None:
+    """CheckpointError for adapters of a kind whose loading reads other files, pickles among them."""
+    try:
+        text = (folder / "adapter_config.json").read_text(encoding="utf-8")
+        kind = json.loads(text)["peft_type"] if len(text) <= 2**20 else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        kind = None
+    if kind not in ADAPTER_KINDS:
+        found = "cannot be read" if kind is None else f"is of the kind {safe_text(kind, limit=40)}"
+        raise CheckpointError(
+            f"{safe_text(folder / 'adapter_config.json')}: {found}; kinds are {', '.join(ADAPTER_KINDS)}"
+        )
+
+
+def _other_tensors(model: Any, file: Path) -> tuple[list[str], list[str]]:
+    """What an adapter's file lacks of what the model expects, and what it has beyond: PEFT itself only warns."""
     with safe_open(file, framework="pt") as tensors:
         stored = set(tensors.keys())
-    return sorted(set(get_peft_model_state_dict(model, save_embedding_layers=False)) - stored)
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    return sorted(expected - stored), sorted(name for name in stored - expected if ".lora_" in name)
 
 
 def _first_line(error: Exception) -> str:

@@ -51,7 +51,7 @@ def ran_out(error: BaseException) -> bool:
     """Whether an error is a device's way of saying that it has no memory left."""
     words = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "memory" in words and "alloc" in words
+        isinstance(error, RuntimeError) and "alloc" in words and ("memory" in words or "cublas" in words)
     )
 
 

@@ -46,6 +46,7 @@ from dpo_cli.theory.losses import Objective, make_objective
 from dpo_cli.theory.statistics import Estimate
 from dpo_cli.training.checkpoint import newest_valid, read_json, validate
 from dpo_cli.training.preparation import complete_cache, cut_by_tokens
+from dpo_cli.training.reproduce import settled_in
 from dpo_cli.training.run_directory import RunDirectory
 from dpo_cli.training.signals import StopSignals
 
@@ -250,10 +251,9 @@ def _data_dials(config: EvalConfig, subject: Subject, overrides: list[tuple[str,
 
 def _dtype(subject: Subject, device: torch.device) -> Decision:
     """The dtype the run was trained in, so that the numbers are the run's own; else chosen anew."""
-    facts = subject.directory.read_manifest() if subject.directory else {}
-    recorded = facts.get("dtype")
-    if recorded in ("float32", "bfloat16", "float16") and facts.get("device", "").split(":")[0] == device.type:
-        return Decision(getattr(torch, recorded), "as in training")
+    settled = settled_in(subject.directory.read_manifest()) if subject.directory else None
+    if settled is not None and settled.device == device.type:
+        return Decision(getattr(torch, settled.dtype), "as in training")
     return choose_dtype(subject.base.dtype, device, lora=True)
 
 
@@ -275,17 +275,10 @@ def _way(
     config: EvalConfig, subject: Subject, policy: Any, base: Any, data: PairData, device: torch.device, digest: str
 ) -> Way:
     """The way the run made its batches, so that the numbers are the run's own; else one that both models can take."""
-    facts = subject.directory.read_manifest() if subject.directory else {}
-    recorded = facts.get("batches")
-    way = recorded.get("way") if isinstance(recorded, dict) else None
-    if (
-        config.batching == "auto"
-        and config.reference_model is None
-        and isinstance(way, str)
-        and way in [*Way]
-        and facts.get("device", "").split(":")[0] == device.type
-    ):
-        return Way(way)
+    settled = settled_in(subject.directory.read_manifest()) if subject.directory else None
+    own = config.batching == "auto" and config.reference_model is None
+    if own and settled is not None and settled.device == device.type:
+        return Way(settled.way)
     chosen: Way = remembered_way(config.batching, base, data.held_out, device, digest).value
     if not subject.is_adapter:
         of_policy = remembered_way(config.batching, policy, data.held_out, device, model_digest(policy)).value

@@ -8,6 +8,7 @@ read back may be a stranger's: every size, name, type and shape is checked, and 
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -40,9 +41,14 @@ class Settled:
     dtype: str
     way: str  # in which batches are laid out, and
     token_budget: int | None  # by which they are cut; None where they are cut by pairs
+    pairs_a_pass: int | None = None  # where memory ran out and `micro_batch_size` was more
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES or self.way not in [*Way] or (self.token_budget or 1) < 1:
+        if (
+            self.dtype not in DTYPES
+            or self.way not in [*Way]
+            or any(size is not None and size < 1 for size in (self.token_budget, self.pairs_a_pass))
+        ):
             raise ValueError("no such dtype, way or budget")
 
 
@@ -165,9 +171,8 @@ def checkpoints(folder: Path) -> list[Path]:
     """Folders named like checkpoints, oldest first; whether they are valid only `validate` can say."""
     if not folder.is_dir():
         return []
-    return sorted(
-        path for path in folder.iterdir() if path.name.startswith("step-") and path.is_dir() and not path.is_symlink()
-    )
+    named = (path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,12}", path.name))
+    return sorted(path for path in named if path.is_dir() and not path.is_symlink())
 
 
 def set_aside_newer(folder: Path, step: int) -> list[Path]:
@@ -183,8 +188,8 @@ def set_aside_newer(folder: Path, step: int) -> list[Path]:
 def read_json(file: Path) -> Any:
     """The content of a small JSON file that may be a stranger's; CheckpointError where it is too large or no JSON."""
     try:
-        if file.is_symlink():
-            raise CheckpointError(f"{safe_text(file)}: is a symbolic link")
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            raise CheckpointError(f"{safe_text(file)}: is not a file of its own")
         if file.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{safe_text(file)}: too large ({file.stat().st_size:,} bytes)")
         return json.loads(file.read_text(encoding="utf-8"))
@@ -202,7 +207,7 @@ def validate(checkpoint: Path) -> None:
     try:
         files = read_json(manifest)["files"]
         expected = [(str(name), int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise CheckpointError(f"{safe_text(manifest)}: is not the manifest of a checkpoint") from None
     for needed in (OPTIMIZER, RNG, WINDOW, STATE):
         if needed not in files:
@@ -214,13 +219,19 @@ def validate(checkpoint: Path) -> None:
             raise CheckpointError(
                 f"{safe_text(manifest)}: names a file outside the checkpoint ({safe_text(name, limit=80)})"
             )
-        file = checkpoint / name
+        _check_file(checkpoint / name, size, digest)
+
+
+def _check_file(file: Path, size: int, digest: str) -> None:
+    try:
         if file.is_symlink() or not file.is_file():
             raise CheckpointError(f"{safe_text(file)}: missing")
         if file.stat().st_size != size:
             raise CheckpointError(f"{safe_text(file)}: has {file.stat().st_size} bytes, the manifest says {size}")
         if sha256_of(file) != digest:
             raise CheckpointError(f"{safe_text(file)}: its content is not what was saved (sha256 differs)")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{safe_text(file)}: cannot be read ({safe_text(error, limit=100)})") from None
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
@@ -243,9 +254,11 @@ def read_state(checkpoint: Path) -> TrainingState:
     try:
         settled = Settled(**_typed(Settled, found.pop("settled")))
         state = TrainingState(**_typed(TrainingState, {**found, "settled": settled}))
-        if state.step < 0 or state.records < 0:
+        if min(state.step, state.records, state.skipped_steps, state.sums_pairs, state.sums_tokens) < 0:
             raise ValueError("a count below 0")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if state.sums_seconds < 0 or (state.sums_pairs and not state.sums_seconds):
+            raise ValueError("pairs that took no time")
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{safe_text(file)}: is not the state of a run ({safe_text(error, limit=100)})") from None
     return state
 
@@ -300,11 +313,15 @@ def restore(
         rng, window = load_tensors(checkpoint / RNG), load_tensors(checkpoint / WINDOW)
         if "cpu" not in rng or rng["cpu"].shape != torch.get_rng_state().shape:
             raise CheckpointError(f"{checkpoint / RNG}: holds no state of this program's random generator")
-        if window.keys() != {"last_pairs"} or window["last_pairs"].shape[:-1] != (4,):
+        if (
+            window.keys() != {"last_pairs"}
+            or window["last_pairs"].shape[:-1] != (4,)
+            or not window["last_pairs"].is_floating_point()
+        ):
             raise CheckpointError(f"{checkpoint / WINDOW}: holds no window of pairs")
         return rng, window
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{checkpoint}: does not fit this run ({safe_text(first, limit=200)})") from None
 
 
@@ -338,8 +355,10 @@ def _restore_optimizer(stored: dict[str, Tensor], policy: Any, optimizer: torch.
         if name not in parameters:
             raise CheckpointError(f"{OPTIMIZER}: no parameter {safe_text(name)} in this run")
         parameter = parameters[name]
-        if value.ndim and value.shape != parameter.shape:
+        if value.shape != parameter.shape and not (key == "step" and value.ndim == 0):
             raise CheckpointError(f"{OPTIMIZER}: {safe_text(full_name)} has another shape than its weight")
+        if not value.is_floating_point():
+            raise CheckpointError(f"{OPTIMIZER}: {safe_text(full_name)} holds no numbers of the optimizer")
         # AdamW keeps its step count on the CPU, whatever the device; a fused one keeps it beside the weights.
         beside = value.ndim or optimizer.param_groups[0].get("fused")
         optimizer.state[parameter][key] = value.to(parameter.device) if beside else value

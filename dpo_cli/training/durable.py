@@ -4,12 +4,18 @@ What is being written carries a name that begins with `.tmp-`; it is flushed to 
 whatever still carries such a name was left by a process that is gone, and may be swept away by the run's next owner.
 """
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 UNFINISHED = ".tmp-"
+# Only names that this program makes are swept: a run directory may lie in a folder of somebody else's.
+OURS = re.compile(
+    r"\.tmp-(?:removed-)?(?:step-\d+|final)(?:-\d+)?|\.tmp-(?:config\.yaml|manifest\.json|reference\.logps)"
+)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -58,6 +64,8 @@ def remove_folder(folder: Path) -> None:
 def sweep(folder: Path) -> None:
     """Remove what a process that is gone has left unfinished in a folder."""
     for path in folder.glob(f"{UNFINISHED}*"):
+        if not OURS.fullmatch(path.name):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -69,5 +77,8 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some network file systems cannot flush a folder, and need not
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(descriptor)

@@ -17,6 +17,7 @@ from dpo_cli.errors import DivergedError
 
 SKIPS_IN_A_ROW = 10  # beyond these nothing is learned any more
 ROWS_NAMED = 8
+UNSEEN = 100  # steps at most that a deferred guard has not looked at
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class NonFiniteGuard:
             bad = (~(torch.isfinite(step.losses).all() & torch.isfinite(grad_norm))).float()
             self._bad = bad if self._bad is None else torch.maximum(self._bad, bad)
             self.optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # read by torch's fused optimizers
+            if len(self._unseen) >= UNSEEN:
+                self.look()
             return ""
         if step.is_finite:
             self._in_a_row = 0

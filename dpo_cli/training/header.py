@@ -23,7 +23,7 @@ def reference_in_words(config: RunConfig) -> str:
     start = "the SFT model" + (f" with the adapter {safe_text(config.model.adapter)}" if config.model.adapter else "")
     if config.reference.name == "adapter_off":
         return f"{start}: the policy's own base weights with the adapter switched off"
-    if config.reference.cache == "auto" and not config.dry_run:
+    if config.reference.cache != "off" and not config.dry_run:
         return f"{start}, frozen; loaded a second time only where its log-probs are not on disk"
     return f"{start}, loaded a second time and frozen"
 

@@ -62,6 +62,9 @@ class MetricsLog:
         whole = [line for line in lines if line.endswith(b"\n")]
         if len(whole) < records:
             raise CheckpointError(f"{self.path}: has {len(whole)} lines; the checkpoint was saved after {records}")
+        for number, line in enumerate(whole[:records], start=1):
+            if not _is_record(line):
+                raise CheckpointError(f"{self.path} line {number}: is not a line that this run has written")
         try:
             if self.path.is_file():
                 os.truncate(self.path, sum(map(len, whole[:records])))
@@ -73,3 +76,11 @@ class MetricsLog:
         """Every record, those that wait included."""
         stored = self.path.read_bytes() if self.path.is_file() else b""
         return [json.loads(line) for line in (stored + b"".join(self._waiting)).splitlines()]
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and {"step", "split", "loss"} <= record.keys()

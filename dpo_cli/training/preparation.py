@@ -11,7 +11,7 @@ from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural
 from dpo_cli.data.batches import Cut, by_packed_tokens, by_padded_tokens, by_size
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.errors import StorageError
+from dpo_cli.errors import CheckpointError, StorageError
 from dpo_cli.evaluation.scores import windows
 from dpo_cli.models.loading import ModelSource, compile_layers, load_model, undisturbed
 from dpo_cli.models.logps import Batching, Way
@@ -25,6 +25,7 @@ from dpo_cli.models.reference_cache import (
     complete,
     values_key,
 )
+from dpo_cli.paths import user_path
 from dpo_cli.training.checkpoint import Settled
 from dpo_cli.training.durable import write_whole
 from dpo_cli.training.preflight import check_distinct, choose_pairs
@@ -43,6 +44,8 @@ def choose_cut(
     """How a batch is cut into forward passes, the token budget if there is one, and both in words."""
     if config.micro_batch_size != "auto":
         size = int(config.micro_batch_size)
+        if settled is not None and settled.pairs_a_pass is not None and settled.device == device.type:
+            size = min(size, settled.pairs_a_pass)  # it was found then that no more fit
         return by_size(size), None, f"{plural(size, 'pair')} a forward pass"
     if settled is not None and settled.token_budget is not None and settled.device == device.type:
         tokens, words = settled.token_budget, f"cut at {settled.token_budget:,} tokens, as the run began"
@@ -73,9 +76,9 @@ def make_reference(
     config: RunConfig, policy: Any, source: ModelSource, dtype: torch.dtype, device: torch.device, way: Way, digest: str
 ) -> Reference:
     """The reference of a run: its values on disk, to be completed later, or a model that is asked in every step."""
-    if config.reference.cache == "auto" and not config.dry_run:  # a dry run writes nothing
+    if config.reference.cache != "off" and not config.dry_run:  # a dry run writes nothing
         key = values_key(digest, dtype, device, way, config.engine.compile)
-        return CachedReference(ReferenceCache(cache_path(key)))
+        return CachedReference(ReferenceCache(cache_path(key) if config.reference.cache == "auto" else None))
     return load_reference(config, policy, source, dtype, device)
 
 
@@ -107,6 +110,8 @@ def reference_of(run: Run) -> str:
     cache = run.reference.cache
     needed = {pair.token_key: pair for batch in needed_batches(run) for pair in batch}.values()
     lacking = len(cache.missing(needed))
+    if cache.path is None:
+        return "its log-probs are computed once, for this run alone"
     there = f"{len(needed) - lacking:,} of {len(needed):,} log-probs are in {cache.path} ({cache.size_in_words})"
     return f"not loaded: {there}" if lacking == 0 else there
 
@@ -143,6 +148,8 @@ def complete_reference(run: Run) -> None:
         return
     config, reporter, own = run.config, run.reporter, run.directory.reference
     cache, needed = run.reference.cache, needed_batches(run)
+    if not run.resumed and config.replay is not None:  # with the same bits it comes to the same weights
+        cache.adopt(user_path(config.replay, CheckpointError, "replay") / own.name)
     if run.resumed and not cache.adopt(own):
         reporter.warn(
             f"{own}: missing or damaged; the run goes on with the values of the cache, equal but for rounding"

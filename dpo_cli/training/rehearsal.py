@@ -23,7 +23,10 @@ def rehearse_longest(run: Run) -> None:
     steps = min(run.total_steps, run.schedule.steps_per_epoch)
     trained_on = (run.data.train[place] for batch in run.schedule.batches(0, steps) for place in batch)
     longest = sorted(trained_on, key=longest_side, reverse=True)[: run.config.batch_size]
-    largest = max(run.batching.cut(longest), key=lambda piece: sum(map(longest_side, piece)))
+    largest = longest[:1]
+    for pair in longest[1:]:  # as many of the longest as still make one pass
+        if len(run.batching.cut([*largest, pair])) == 1:
+            largest.append(pair)
     rng = rng_states()
     # The optimizer's memory comes with the first update: until then something of its size stands in for it.
     on_cpu = run.device.type == "cpu"
@@ -62,7 +65,7 @@ def rehearse(run: Run) -> None:
                 f"about {duration(seconds * run.total_steps + evaluation)}: {plural(run.total_steps, 'step')} of "
                 f"{duration(seconds)}, and {plural(evaluations, 'evaluation')} of "
                 f"{plural(len(run.data.held_out), 'held-out pair')}"
-                + ("; less where reference log-probs are on disk" if run.config.reference.cache == "auto" else ""),
+                + ("; less where reference log-probs are on disk" if run.config.reference.cache != "off" else ""),
             ),
             ("dry run", "nothing was trained and nothing written; leave dry_run out to begin"),
         ]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from dpo_cli import __version__
 from dpo_cli.config import RunConfig, flat, read_config
 from dpo_cli.console.text import safe_text
-from dpo_cli.errors import CheckpointError
+from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.paths import user_path
 from dpo_cli.training.checkpoint import ADAPTER, MODEL, Settled, sha256_of
 from dpo_cli.training.run import Run
@@ -28,6 +29,7 @@ DECIDING = ("dpo_cli", "git_revision", "python", "platform", "packages", "hardwa
 PASSING = ("model.path", "model.origin", "hardware.device")
 
 
+@cache
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and machine: what a number may depend on."""
     return {
@@ -84,14 +86,15 @@ def manifest_of(run: Run) -> dict[str, Any]:
 
 def settled_in(manifest: dict[str, Any]) -> Settled | None:
     """What was settled when the run of a manifest began; None where the manifest does not say."""
-    batches = manifest.get("batches")
+    batches, device = manifest.get("batches"), str(manifest.get("device")).split(":")[0]
+    if not isinstance(batches, dict):
+        return None
+    budget = batches.get("token_budget")
     try:
-        assert isinstance(batches, dict)
-        budget = batches["token_budget"]
-        assert budget is None or type(budget) is int
-        device = str(manifest["device"]).split(":")[0]
-        return Settled(device, str(manifest["dtype"]), str(batches["way"]), budget)
-    except (AssertionError, KeyError, ValueError):
+        if budget is not None and type(budget) is not int:
+            return None
+        return Settled(device, str(manifest.get("dtype")), str(batches.get("way")), budget)
+    except ValueError:
         return None
 
 
@@ -107,15 +110,12 @@ def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def earlier_manifest(directory: RunDirectory, config: RunConfig, going_on: bool) -> dict[str, Any]:
     """The manifest of the run that this one goes on with, begins anew or replays; else empty."""
-    if going_on:
-        if not directory.config.is_file() or config_changes(read_config(directory.config), config)[0]:
-            return {}
-        return directory.read_manifest()
-    return (
-        RunDirectory(user_path(config.replay, CheckpointError, "replay")).read_manifest()
-        if config.replay is not None
-        else {}
-    )
+    if going_on and directory.config.is_file():
+        same = not config_changes(read_config(directory.config), config)[0]
+        return directory.read_manifest() if same else {}
+    if config.replay is None:
+        return {}
+    return RunDirectory(user_path(config.replay, CheckpointError, "replay")).read_manifest()
 
 
 def say_what_differs(run: Run, earlier: dict[str, Any]) -> None:
@@ -160,6 +160,11 @@ def determinism(wanted: bool) -> Iterator[None]:
     torch.backends.cudnn.benchmark = False
     try:
         yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        first = safe_text(str(error).splitlines()[0], limit=160)
+        raise ConfigError(f"deterministic=true: this model needs what has no such form ({first})") from None
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]

@@ -68,13 +68,14 @@ class Run:
     records_kept: int = 0  # lines of metrics.jsonl that a resumed run keeps
     resumed: bool = False  # from a checkpoint
     skipped_steps: int = 0  # whose update was left out because it was not finite
+    pairs_a_pass: int | None = None  # where memory ran out and `micro_batch_size` was more
     held_out_loss: tuple[int, float] | None = None  # the latest, and the step it was measured after
 
     @property
     def settled(self) -> Settled:
         """What was measured for this run and holds to its end."""
         dtype = str(self.dtype.value).removeprefix("torch.")
-        return Settled(self.device.type, dtype, self.batching.way.value, self.token_budget)
+        return Settled(self.device.type, dtype, self.batching.way.value, self.token_budget, self.pairs_a_pass)
 
     @property
     def trainable(self) -> list[nn.Parameter]:

@@ -10,15 +10,16 @@ import fcntl
 import json
 import os
 import platform
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.config import FREE_KEYS, LOUD_KEYS, RunConfig, config_text, flat, public_container
-from dpo_cli.console.text import redacted, safe_text
+from dpo_cli.console.text import safe_text, without_secrets
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
 from dpo_cli.paths import user_path
 from dpo_cli.training.checkpoint import newest_valid, read_json, validate
@@ -42,7 +43,11 @@ def claim_directory(job: str, now: float) -> Path:
     while True:
         folder = default_directory(job, now)
         try:
-            folder.mkdir(parents=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{safe_text(folder.parent)}: cannot be made ({error.strerror})") from None
+        try:
+            folder.mkdir()
         except FileExistsError:
             continue
         except OSError as error:
@@ -74,9 +79,8 @@ class RunDirectory:
         self._refuse_links()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".write-probe"
-            probe.write_text("", encoding="utf-8")
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=self.checkpoints):
+                pass
         except OSError as error:
             raise StorageError(f"output_dir={safe_text(self.path)}: cannot be written ({error.strerror})") from None
 
@@ -90,9 +94,10 @@ class RunDirectory:
                 )
 
     @contextmanager
-    def owned(self) -> Iterator[None]:
+    def owned(self, warn: Callable[[str], None] = lambda _: None) -> Iterator[None]:
         """Within, no other run can use the directory; ConfigError says who does. What was left unfinished is swept."""
         self.create()
+        alone = True
         try:
             descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -105,15 +110,16 @@ class RunDirectory:
                 raise ConfigError(
                     f"output_dir={safe_text(self.path)}: in use by {owner}; wait for it, or name another output_dir"
                 ) from None
-            except OSError:
-                pass  # some network file systems have no locks: better a run without one than none
+            except OSError as error:  # some network file systems: better a run without a lock than none
+                warn(f"{safe_text(self.path)}: no locks here ({error.strerror}): see that no other run uses it")
+                alone = False
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             try:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()} since {since}\n".encode(), 0)
             except OSError:
                 pass  # a full disk: the lock holds all the same, it only cannot say whose it is
-            for folder in (self.path, self.checkpoints):
+            for folder in (self.path, self.checkpoints) if alone else ():
                 sweep(folder)
             yield
         finally:
@@ -125,7 +131,7 @@ class RunDirectory:
 
     def write_manifest(self, facts: dict[str, Any]) -> None:
         """Write manifest.json: versions, revision, seeds, fingerprints, counts."""
-        self._write(self.manifest, redacted(json.dumps(facts, indent=1)) + "\n")
+        self._write(self.manifest, json.dumps(without_secrets(facts), indent=1) + "\n")
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest, or an empty one where there is none that can be read."""
@@ -173,7 +179,7 @@ def find_checkpoint(config: RunConfig, directory: RunDirectory) -> tuple[Path | 
         validate(path.resolve())
         return path.resolve(), []
     checkpoint, passed = newest_valid(directory.checkpoints)
-    if checkpoint is None and config.resume != "auto":
+    if checkpoint is None and (passed or config.resume != "auto"):  # to begin anew would overwrite what may be mended
         raise CheckpointError("; ".join([f"resume={safe_text(config.resume)}: no valid checkpoint in it", *passed]))
     return checkpoint, passed
 

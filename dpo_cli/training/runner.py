@@ -10,6 +10,7 @@ it needs; what the parts do is theirs.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -123,9 +124,9 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
     if directory.finished and resumed is not None:
         reporter.say(f"already complete: {directory.final}")
         return directory.path
-    if resumed is None and directory.metrics.path.exists():
-        raise ConfigError(f"output_dir={directory.path}: holds a run already; resume=auto goes on with it")
-    with determinism(config.deterministic), nullcontext() if config.dry_run else directory.owned():
+    with determinism(config.deterministic), nullcontext() if config.dry_run else directory.owned(reporter.warn):
+        if resumed is None and directory.metrics.path.exists():
+            raise ConfigError(f"output_dir={directory.path}: holds a run already; resume=auto goes on with it")
         return _train_in(directory, config, reporter, resumed is not None)
 
 
@@ -139,10 +140,10 @@ def _train_in(directory: RunDirectory, config: RunConfig, reporter: Reporter, go
         reporter.warn(f"passed over a checkpoint: {reason}")
     earlier = earlier_manifest(directory, config, going_on)
     with StopSignals(reporter.warn) as signals:
-        run = put_together(config, directory, reporter, signals.poll, checkpoint, settled_in(earlier))
-        if earlier:
-            say_what_differs(run, earlier)
         try:
+            run = put_together(config, directory, reporter, signals.poll, checkpoint, settled_in(earlier))
+            if earlier:
+                say_what_differs(run, earlier)
             complete_reference(run)
             reporter.say(preflight_of(run))
             if config.dry_run:
@@ -162,9 +163,8 @@ def _train_in(directory: RunDirectory, config: RunConfig, reporter: Reporter, go
         except StoppedError as stop:
             if config.dry_run:
                 raise
-            raise type(stop)(
-                f"{stop} at step {run.step}; go on with: dpo-train ... output_dir={directory.path} resume=auto"
-            ) from None
+            again = f"dpo-train ... output_dir={directory.path} resume=auto"
+            raise type(stop)(f"{stop} at step {stop.step}; go on with: {again}") from None
 
 
 def _check_same_run(directory: RunDirectory, config: RunConfig, reporter: Reporter) -> None:
@@ -255,6 +255,7 @@ def put_together(
         batching=Batching(device.value, way.value, cut),
         batching_reason=way.reason,
         token_budget=budget,
+        pairs_a_pass=settled.pairs_a_pass if settled is not None and settled.device == device.value.type else None,
         schedule=schedule,
         total_steps=schedule.total_steps(config.epochs, config.max_steps),
         radar=Radar(config.beta, config.radar, config.loss.name),
@@ -329,8 +330,9 @@ def train_to_end(run: Run) -> None:
                 log_eval(run)
             if _due(run.step, config.save_every) and not last:
                 _save_or_go_on(run)
-    except StoppedError:
+    except StoppedError as stop:
         save(run, rng)
+        stop.step = run.step
         raise
 
 
@@ -424,6 +426,8 @@ def log_eval(run: Run) -> dict[str, float] | None:
         pair_metrics(scores.policy, scores.ratios, run.objective(scores.policy, scores.ratios), run.config.beta)
     )
     means = metrics.means()
+    if not math.isfinite(means["loss"]):
+        run.reporter.warn(f"step {run.step}: the held-out loss is not finite")
     run.held_out_loss = (run.step, means["loss"])
     write_record(run, "eval", means)
     return means
@@ -464,7 +468,7 @@ def save(run: Run, rng: dict[str, Tensor] | None = None) -> Path:
         sums_seconds=run.window.seconds,
         records=run.directory.metrics.records,
         skipped_steps=run.skipped_steps,
-        held_out_loss=loss if evaluated == run.step else None,
+        held_out_loss=loss if evaluated == run.step and loss is not None and math.isfinite(loss) else None,
         data_fingerprint=run.data.fingerprint,
         model_digest=run.digest,
         settled=run.settled,
@@ -523,7 +527,8 @@ def _judge(run: Run, weights: str | None = None) -> Verdict:
     history = History.of(records, len(run.data.held_out), config.optimizer.lr, config.beta, config.loss.name)
     verdict = judge(history)
     ended = {"weights_sha256": weights, "skipped_steps": run.skipped_steps, "verdict": verdict.as_dict()}
-    run.directory.write_manifest({**manifest_of(run), **ended})
+    begun = run.directory.read_manifest() or manifest_of(run)  # under which conditions a run was begun stays
+    run.directory.write_manifest({**begun, **ended})
     return verdict
 
 
@@ -542,7 +547,10 @@ def write_final(run: Run, means: dict[str, float] | None) -> None:
         if run.config.model.adapter is not None:  # without it the adapter would sit on the wrong base
             note = json.dumps({"sft_adapter": run.config.model.adapter})
             (beside / START_FILE).write_text(note, encoding="utf-8")
-        run.encoder.tokenizer.save_pretrained(str(beside))
+        try:
+            run.encoder.tokenizer.save_pretrained(str(beside))
+        except Exception as error:  # the tokenizers library has no kind of its own for a full disk
+            raise OSError(str(error)) from None
         card = model_card(run.config, run.source, means, len(run.data.train))
         (beside / "README.md").write_text(card, encoding="utf-8")
 

@@ -18,6 +18,7 @@ class StopSignals:
         self._say = say
         self._received: int | None = None
         self._told = False
+        self._interrupts = 0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -30,12 +31,12 @@ class StopSignals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._received == signal.SIGINT:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts == 2:
             _leave()
-        if self._received is None:
-            self._received = number
-            # Not by way of the console: it may be in the middle of a line, and cannot begin another in there.
-            _write(2, f"{signal.Signals(number).name} received: stopping at the next safe place\n")
+        self._received = self._received or number
+        # Not by way of the console: it may be in the middle of a line, and cannot begin another in there.
+        _write(2, f"{signal.Signals(number).name} received: stopping at the next safe place\n")
 
     def poll(self) -> None:
         """StoppedError (75) or InterruptedByUserError (130) if a signal has come."""

@@ -77,7 +77,7 @@ def cut_finer(run: Run, pairs: list[TokenizedPair]) -> None:
         raise alone_too_large(pairs[0])
     if run.token_budget is None:
         size = (len(pairs) + 1) // 2
-        run.batching = replace(run.batching, cut=by_size(size))
+        run.batching, run.pairs_a_pass = replace(run.batching, cut=by_size(size)), size
         words = f"{size} pairs a pass"
     else:
         # Less than what did not fit, or the same passes would come again.

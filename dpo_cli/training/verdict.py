@@ -4,6 +4,7 @@ The rules are a table. Each looks at the history alone and, where it holds, give
 next experiment. One red finding makes the run red, one yellow makes it yellow; none makes it green.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,15 @@ class History:
         of_training = [record for record in records if record["split"] == "train"]
         train = [record for record in of_training if record["step"] > 0]
         held_out = [record for record in records if record["split"] == "eval"]
-        return cls(train, held_out, held_out_pairs, lr, beta, loss, float(of_training[0]["loss"]))
+        return cls(
+            train,
+            held_out,
+            held_out_pairs,
+            lr,
+            beta,
+            loss,
+            float(of_training[0]["loss"]) if of_training else math.log(2),
+        )
 
     def late(self, key: str) -> float:
         """The mean of a train metric over the last quarter of the logged steps."""
@@ -227,7 +236,10 @@ RULES = (
 
 
 def judge(history: History) -> Verdict:
-    """The verdict on a run that has logged at least one step."""
+    """The verdict on a run."""
+    if not history.train:
+        nothing = Finding("nothing_trained", "red", "every update was left out as not finite", "model.dtype=float32")
+        return Verdict("red", [nothing], "no update was made")
     findings = [
         Finding(rule.name, rule.color, rule.reason(history), rule.next_step(history))
         for rule in RULES

@@ -129,11 +129,20 @@ class Child:
 
     def reach(self, phase: str) -> bool:
         """Wait until the command is in that phase; whether it came to it at all."""
+        deadline = time.monotonic() + 60
         while self.phase[0] != PHASES.index(phase):
+            assert time.monotonic() < deadline, f"no {phase} in a minute"
             if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 return False
             time.sleep(0.0002)
         return True
+
+    def heard(self, words: str, seconds: float = 60) -> None:
+        """Wait until the command has said so on standard error."""
+        deadline = time.monotonic() + seconds
+        while words not in (self.folder / "stderr").read_text(errors="replace"):
+            assert time.monotonic() < deadline, f"'{words}' was not said in {seconds} s"
+            time.sleep(0.002)
 
     def send(self, number: int) -> None:
         os.kill(self.pid, number)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_cli.console.text import redacted, safe_text
 from dpo_cli.errors import CheckpointError
-from dpo_cli.training.checkpoint import MANIFEST, checkpoints, read_state, sha256_of
+from dpo_cli.training.checkpoint import MANIFEST, checkpoints, read_state, sha256_of, validate
 
 pytestmark = pytest.mark.faults
 Command = Callable[..., Ended]
@@ -179,8 +179,7 @@ def test_an_adapter_that_does_not_fit_in_every_tensor_is_refused(
         assert resumed.code == 4
         assert "adapter_model.safetensors" in resumed.err or "does not fit this run" in resumed.err
         evaluated = command("dpo-eval", f"checkpoint={last}")
-        if harm != "left over":
-            assert evaluated.code == 4, evaluated.err
+        assert evaluated.code == 4, evaluated.err
 
 
 # Faults 16 and 17: resume
@@ -308,7 +307,9 @@ HOSTILE = [
     "[/INST] [red]x[/red] [link=file:///etc/passwd]y[/link]", "a\rb\x08c\x00d", "\u200bzero\ufeffwidth",
     "\U000e0041tag", "%s %n {0} {x!r} ${oc.env:HOME}", "<script>alert(1)</script>", "' OR 1=1; --", "\ud83d",
 ]  # fmt: skip
-ALLOWED = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff\U000e0000-\U000e007f]")
+FORBIDDEN = re.compile(
+    r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff\U000e0000-\U000e007f]"
+)
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
@@ -335,7 +336,7 @@ def test_hostile_text_in_pairs_names_and_answers_is_shown_escaped_everywhere(
         card = (tmp_path / "run" / "final" / "README.md").read_text()
         (page,) = (tmp_path / "run" / "eval").glob("*/report.html")
         for surface in (trained.out, scored.out, missing.err, log, card, page.read_text()):
-            found = ALLOWED.search(surface)
+            found = FORBIDDEN.search(surface)
             assert not found, (found, surface[max(0, found.start() - 40) : found.end() + 20] if found else "")
 
 
@@ -449,7 +450,11 @@ STATES = {
     "a step that is true": {"step": True},
     "a dtype that is a function": {"settled": {"device": "cpu", "dtype": "load", "way": "segments", "token_budget": 9}},
     "a way that is none": {"settled": {"device": "cpu", "dtype": "float32", "way": "x", "token_budget": 9}},
-    "a budget below 1": {"settled": {"device": "cpu", "dtype": "float32", "way": "segments", "token_budget": -5}},
+    "a budget below 1": {
+        "settled": {"device": "cpu", "dtype": "float32", "way": "segments", "token_budget": 0, "pairs_a_pass": None}
+    },
+    "a number without end": {"seconds": 10**400},
+    "fewer pairs than none": {"sums_pairs": -1},
     "an infinity": {"seconds": float("inf")},
     "a key more": {"more": 1},
 }
@@ -503,10 +508,10 @@ def test_a_link_in_a_run_directory_is_not_written_through(
         assert before == sorted((path, path.stat().st_mtime_ns) for path in [victim, *victim.rglob("*")])
 
 
-@pytest.mark.parametrize("place", ["eval", "eval/x", "eval/x/report.json", "eval/x/pairs.jsonl"])
+@pytest.mark.parametrize("place", ["eval", "eval/x", "eval/x/report.json", "eval/x/pairs.jsonl", "eval/x/report.html"])
 def test_a_report_is_not_written_through_a_link(command: Command, tmp_path: Path, stranger: Path, place: str) -> None:
     victim = tmp_path / "victim"
-    if place.endswith(("json", "jsonl")):
+    if place.endswith(("json", "jsonl", "html")):
         victim.write_text("precious")
     else:
         victim.mkdir()
@@ -516,6 +521,31 @@ def test_a_report_is_not_written_through_a_link(command: Command, tmp_path: Path
         ended = command("dpo-eval", f"checkpoint={stranger}", "name=x")
         assert ended.code in (4, 7) and "is a symbolic link" in ended.err
         assert (victim.is_dir() and not list(victim.iterdir())) or victim.read_text() == "precious"
+
+
+def test_a_strangers_manifest_of_a_run_is_shown_escaped_or_not_at_all(
+    command: Command, pairs_file: Path, tmp_path: Path, stranger: Path
+) -> None:
+    hostile: dict[str, Any] = {
+        "packages": {"\x1b]52;c;cm0gLXJm\x07": 1, "torch": "\x1b[31m1"},
+        "device": 5,
+        "batches": [],
+    }
+    change_json(stranger / "manifest.json", **hostile)
+    with fault(21, tries=2):
+        again = command("dpo-train", f"replay={stranger}", f"output_dir={tmp_path / 'again'}")
+        scored = command("dpo-eval", f"checkpoint={stranger}")
+        assert (again.code, scored.code) == (0, 0), (again.err, scored.err)
+        assert "packages.torch: \\x1b[31m1 -> " in again.out
+        for surface in (again.out, scored.out, (tmp_path / "again" / "train.log").read_text()):
+            assert not FORBIDDEN.search(surface)
+
+
+def test_a_manifest_with_a_size_without_end_is_refused(stranger: Path) -> None:
+    last = checkpoints(stranger / "checkpoints")[-1]
+    (last / MANIFEST).write_text(re.sub(r'"bytes": \d+', '"bytes": 1e999', (last / MANIFEST).read_text()))
+    with fault(21), pytest.raises(CheckpointError, match="is not the manifest of a checkpoint"):
+        validate(last)
 
 
 def test_no_pickle_is_read_from_a_model_or_an_adapter(
@@ -552,6 +582,7 @@ ADAPTERS = {
     "a rank of text": {"r": "many"},
     "another method": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 10**9},
     "no method": {"peft_type": "../../x"},
+    "a method that reads pickles": {"peft_type": "XLORA"},
     "another rank": {"r": 2},
 }
 
@@ -602,14 +633,14 @@ def test_secrets_reach_no_file_and_no_screen(
 
 @pytest.mark.parametrize(
     "secret",
-    ["hf_" + "x" * 30, "sk-" + "y" * 40, "sk-proj-" + "y" * 40, "ghp_" + "z" * 36, "github_pat_" + "w" * 30,
+    ["hf_" + "x" * 30, "sk-" + "y7" * 20, "sk-proj-" + "y7" * 20, "ghp_" + "z" * 36, "github_pat_" + "w" * 30,
      "xoxb-" + "1" * 20, "AKIA" + "A" * 16, "AIza" + "b" * 35, "glpat-" + "c" * 20],
 )  # fmt: skip
 def test_tokens_are_known_by_their_form(secret: str) -> None:
     with fault(22):
         assert redacted(f"a {secret} b") == "a [redacted] b"
         assert safe_text(f"https://u:{secret}@host/x") == "https://[redacted]@host/x"
-        assert redacted("task-force-one sketch hf_short") == "task-force-one sketch hf_short"
+        assert redacted("data/sk-learn-preferences-v hf_short") == "data/sk-learn-preferences-v hf_short"
 
 
 # Fault 23: code of a model's authors

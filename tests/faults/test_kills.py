@@ -146,7 +146,7 @@ def test_a_run_killed_three_times_at_random_goes_on_to_the_same_bytes(
 PHASE_NAMES = ["reference", "training", "evaluation", "save", "final"]
 
 
-WARM_AND_LAYOUTS = {
+LAYOUTS = {
     "packed by tokens": ["micro_batch_size=auto", "batching=packed"],
     "padded by tokens": ["micro_batch_size=auto", "batching=padded"],
     "one pass a step": ["micro_batch_size=4"],
@@ -160,7 +160,7 @@ WARM_AND_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", WARM_AND_LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 def test_every_layout_and_reference_resumes_to_the_same_bytes(
     tmp_path: Path,
@@ -170,7 +170,7 @@ def test_every_layout_and_reference_resumes_to_the_same_bytes(
 ) -> None:
     import shutil
 
-    more = WARM_AND_LAYOUTS[layout]
+    more = LAYOUTS[layout]
     if layout == "every weight":
         more = [*more, "lora.dropout=0"]
     words = run_words(tmp_path, *more)

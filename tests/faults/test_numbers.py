@@ -12,7 +12,7 @@ from harness import LEDGER, fault, run_words, same_content, start, straight  # n
 from safetensors.torch import load_file
 
 from dpo_cli.training import runner, step
-from dpo_cli.training.checkpoint import checkpoints, validate
+from dpo_cli.training.checkpoint import checkpoints, read_state, validate
 
 pytestmark = pytest.mark.faults
 Command = Callable[..., Ended]
@@ -69,7 +69,7 @@ def test_the_pair_whose_loss_is_not_finite_is_named_and_no_other(
 
     def for_one_pair(policy: Any, layout: Any) -> Any:
         logps = original(policy, layout)
-        here = torch.tensor([pair.index == bad and len(layout.pairs) > 0 for pair in layout.pairs])
+        here = torch.tensor([pair.index == bad for pair in layout.pairs])
         return type(logps)(torch.where(here, torch.nan, logps.chosen), logps.rejected, *_tokens(logps))
 
     monkeypatch.setattr(step, "pair_logps", for_one_pair)
@@ -116,6 +116,19 @@ def test_skipping_does_not_go_on_for_ever(
         ended = command("dpo-train", *words)
         assert ended.code == 5 and "step 13: " in ended.err
         assert "the 10 steps before it were skipped for the same reason" in ended.err
+
+
+def test_a_run_of_which_every_update_was_skipped_says_that_nothing_was_trained(
+    command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*_: Any) -> str:
+        return "step: its update is skipped"
+
+    monkeypatch.setattr("dpo_cli.training.guard.NonFiniteGuard.before_update", nothing)
+    with fault(8):
+        ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "run"), "non_finite=skip")
+        assert ended.code == 0, ended.err
+        assert "verdict  red: no update was made" in ended.out
 
 
 def test_the_count_of_skipped_updates_survives_a_resume(
@@ -230,6 +243,8 @@ def test_memory_that_runs_out_in_the_middle_of_a_run_redoes_the_step_from_its_st
             assert left.code == 0, left.err
             assert "batches are cut finer from here on: 2 pairs a pass" in left.out
         LEDGER.compared[9] += same_content(tmp_path / "1" / "run", content(tmp_path / "0" / "run"))
+        last = checkpoints(tmp_path / "1" / "run" / "checkpoints")[-1]
+        assert read_state(last).settled.pairs_a_pass == 2  # and a resumed run does not begin with 4 again
 
 
 def test_a_pair_too_long_for_the_memory_ends_with_6_in_the_rehearsal_with_its_lengths(

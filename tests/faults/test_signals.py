@@ -118,13 +118,25 @@ def test_ctrl_c_twice_leaves_at_once_with_the_last_checkpoint_intact(
 ) -> None:
     with fault(3):
         slowed = {"training": "forward_backward", "evaluation": "score_pairs", "save": "save_checkpoint"}[phase]
-        child = start(tmp_path, run_words(tmp_path), slow(slowed, 0.3))
+        child = start(tmp_path, run_words(tmp_path), slow(slowed, 1.0))
         assert child.reach(phase)
         child.send(signal.SIGINT)
-        time.sleep(0.05)
+        child.heard("SIGINT received")  # two signals at once would be one
         child.send(signal.SIGINT)
         left = child.wait()
         assert left.code == 130 and "error" not in left.err, left
+        resumes(tmp_path, straight(), 3)
+
+
+def test_ctrl_c_twice_after_a_sigterm_leaves_at_once(tmp_path: Path, straight: Straight) -> None:
+    with fault(3):
+        child = start(tmp_path, run_words(tmp_path), slow("forward_backward", 1.0))
+        assert child.reach("training")
+        for number, name in ((signal.SIGTERM, "SIGTERM received"), (signal.SIGINT, "SIGINT received")):
+            child.send(number)
+            child.heard(name)
+        child.send(signal.SIGINT)
+        assert child.wait().code == 130
         resumes(tmp_path, straight(), 3)
 
 
@@ -141,7 +153,7 @@ def test_ctrl_c_twice_on_a_terminal_gives_the_cursor_back(tmp_path: Path) -> Non
         for number in (1, 2):
             os.dup2(terminal, number)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-        slow("forward_backward", 0.3)()
+        slow("forward_backward", 1.0)()
 
     with fault(3):
         child = start(tmp_path, run_words(tmp_path), on_terminal)
@@ -153,11 +165,17 @@ def test_ctrl_c_twice_on_a_terminal_gives_the_cursor_back(tmp_path: Path) -> Non
             except OSError:
                 return b""
 
-        while not (child.phase[0] == 3 and b"\x1b[?25l" in shown):  # the cursor is hidden while the table is live
-            shown += read()
-            time.sleep(0.01)
+        def until(what: bytes) -> None:
+            nonlocal shown
+            deadline = time.monotonic() + 60
+            while what not in shown:
+                assert time.monotonic() < deadline, shown[-300:]
+                shown += read()
+                time.sleep(0.005)
+
+        until(b"\x1b[?25l")  # the cursor is hidden while the table is live
         child.send(signal.SIGINT)
-        time.sleep(0.05)
+        until(b"SIGINT received")
         child.send(signal.SIGINT)
         assert child.wait().code == 130
         shown += read()

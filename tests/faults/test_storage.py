@@ -141,12 +141,9 @@ def test_a_resumed_run_gives_back_the_room_of_the_checkpoint_it_came_from(tmp_pa
 # Fault 5: the console
 
 
-@pytest.mark.parametrize("place", ["/dev/full", "closed pipe", "closed"])
+@pytest.mark.parametrize("place", ["/dev/full", "closed pipe"])
 def test_a_console_that_cannot_be_written_changes_no_byte(tmp_path: Path, straight: Straight, place: str) -> None:
     def broken() -> None:
-        if place == "closed":
-            os.close(1)
-            return
         if place == "closed pipe":
             reader, writer = os.pipe()
             os.close(reader)
@@ -160,6 +157,19 @@ def test_a_console_that_cannot_be_written_changes_no_byte(tmp_path: Path, straig
         assert (left.code, left.err) == (0, "")
         LEDGER.compared[5] += same_content(tmp_path / "run", straight())
         assert "step 6/6" in (tmp_path / "run" / "train.log").read_text()  # what the console missed is there
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_a_stream_that_was_never_open_changes_no_byte(tmp_path: Path, straight: Straight, closed: str) -> None:
+    import shlex
+    import subprocess
+
+    with fault(5):
+        program = [sys.executable, "-c", "from dpo_cli.cli import train; train()", *run_words(tmp_path)]
+        done = subprocess.run(["bash", "-c", f"exec {shlex.join(program)} {closed}"], capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        LEDGER.compared[5] += same_content(tmp_path / "run", straight())
+        assert (tmp_path / "run" / ".lock").read_text().startswith("process ")  # and nothing else in it
 
 
 def test_a_reader_that_goes_away_changes_no_byte(tmp_path: Path, straight: Straight) -> None:
@@ -320,6 +330,32 @@ def test_metrics_shorter_than_their_checkpoint_are_refused(tmp_path: Path, finis
             MetricsLog(tmp_path / "metrics.jsonl").cut(4)
 
 
+@pytest.mark.parametrize("line", [b"{}\n", b"[1]\n", b'{"step": 1, "split": "tr\n', b"\xff\n", b"null\n"])
+def test_metrics_with_a_line_that_is_not_the_runs_own_are_refused_by_its_number(
+    tmp_path: Path, finished: Path, line: bytes
+) -> None:
+    from dpo_cli.training.metrics_log import MetricsLog
+
+    with fault(7):
+        lines = (finished / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        (tmp_path / "metrics.jsonl").write_bytes(b"".join([lines[0], line, *lines[2:]]))
+        with pytest.raises(CheckpointError, match="line 2: is not a line that this run has written"):
+            MetricsLog(tmp_path / "metrics.jsonl").cut(4)
+
+
+def test_a_run_of_which_no_checkpoint_is_valid_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    with fault(7):
+        assert start(tmp_path, run_words(tmp_path)).wait().code == 0
+        run = tmp_path / "run"
+        shutil.rmtree(run / "final")
+        for checkpoint in checkpoints(run / "checkpoints"):
+            (checkpoint / "state.json").unlink()
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+        left = start(tmp_path, run_words(tmp_path, "resume=auto")).wait()
+        assert left.code == 4 and "no valid checkpoint in it; " in left.err and left.err.count("\n") == 1
+        assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
 def test_the_runs_own_reference_values_damaged_are_said_and_computed_again(tmp_path: Path, straight: Straight) -> None:
     with fault(7):
         assert start(tmp_path, run_words(tmp_path)).wait().code == 0
@@ -361,9 +397,8 @@ def test_the_second_run_in_a_directory_hears_who_is_at_work_there(tmp_path: Path
         for more in ((), ("resume=auto",)):
             second = start(tmp_path / "second", run_words(tmp_path, *more)).wait()
             assert second.code == 2 and second.err.count("\n") == 1
-            if more or not (tmp_path / "run" / "metrics.jsonl").exists():
-                assert second.err.startswith(f"error: output_dir={tmp_path / 'run'}: in use by process {first.pid} on ")
-                assert second.err.endswith("; wait for it, or name another output_dir\n")
+            assert second.err.startswith(f"error: output_dir={tmp_path / 'run'}: in use by process {first.pid} on ")
+            assert second.err.endswith("; wait for it, or name another output_dir\n")
         assert first.wait().code == 0
         LEDGER.compared[18] += same_content(tmp_path / "run", straight())
 
@@ -406,6 +441,16 @@ def test_a_clock_that_jumps_back_an_hour_moves_no_duration(tmp_path: Path, strai
         seconds = [record["seconds"] for record in records(tmp_path / "run")]
         assert seconds == sorted(seconds) and 0 < seconds[-1] < 60
         LEDGER.compared[24] += same_content(tmp_path / "run", straight())
+
+
+def test_a_place_for_runs_that_leads_nowhere_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dpo_cli.errors import StorageError
+    from dpo_cli.training.run_directory import claim_directory
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").symlink_to("/a/disk/that/is/not/mounted")
+    with fault(6), pytest.raises(StorageError, match="outputs/job: cannot be made"):
+        claim_directory("job", 0.0)
 
 
 def test_runs_that_begin_in_the_same_second_get_directories_of_their_own(
