@@ -51,7 +51,6 @@ class StoppedError(DpoError):
     """A signal stopped the run, and what was done is saved: run again with resume=auto to go on."""
 
     exit_code = 75
-    step = 0  # after which the run can go on
 
 
 class InterruptedByUserError(StoppedError):

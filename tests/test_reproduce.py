@@ -216,30 +216,39 @@ def test_a_write_that_fails_leaves_the_earlier_file_and_no_trace(
 
 
 def test_a_sweep_takes_only_what_is_unfinished(tmp_path: Path) -> None:
-    for name in (".tmp-file", "file", ".lock"):
+    for name in (".tmp-manifest.json", "file", ".lock", ".tmp-of-somebody-else"):
         (tmp_path / name).write_text("x")
-    (tmp_path / ".tmp-folder").mkdir()
+    for name in (".tmp-step-00000002-99", ".tmp-removed-step-00000001", ".tmp-final-7"):
+        (tmp_path / name).mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "precious").write_text("x")
-    (tmp_path / ".tmp-link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / ".tmp-config.yaml").symlink_to(tmp_path / "elsewhere")
     sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "elsewhere", "file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".lock",
+        ".tmp-of-somebody-else",
+        "elsewhere",
+        "file",
+    ]
     assert (tmp_path / "elsewhere" / "precious").exists()
 
 
 def test_metrics_wait_while_there_is_no_room_and_are_cut_to_whole_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def line(step: int) -> dict[str, Any]:
+        return {"step": step, "split": "train", "loss": 0.5}
+
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    assert log.append({"step": 0}) is None
+    assert log.append(line(0)) is None
     room = log._write
 
     def full() -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(log, "_write", full)
-    assert "its lines wait in memory" in str(log.append({"step": 1}))
-    assert log.append({"step": 2}) is None  # said once
+    assert "its lines wait in memory" in str(log.append(line(1)))
+    assert log.append(line(2)) is None  # said once
     with pytest.raises(StorageError, match="No space left"):
         log.flush()
     assert [record["step"] for record in log.read()] == [0, 1, 2] and log.records == 3
@@ -249,4 +258,4 @@ def test_metrics_wait_while_there_is_no_room_and_are_cut_to_whole_lines(
         file.write(b'{"step": 3')  # a kill in the middle of a line
     again = MetricsLog(log.path)
     again.cut(2)
-    assert log.path.read_text() == '{"step": 0}\n{"step": 1}\n' and again.records == 2
+    assert [json.loads(text) for text in log.path.read_text().splitlines()] == [line(0), line(1)] and again.records == 2

@@ -139,6 +139,7 @@ def _train_in(directory: RunDirectory, config: RunConfig, reporter: Reporter, go
     for reason in passed_over:
         reporter.warn(f"passed over a checkpoint: {reason}")
     earlier = earlier_manifest(directory, config, going_on)
+    run: Run | None = None
     with StopSignals(reporter.warn) as signals:
         try:
             run = put_together(config, directory, reporter, signals.poll, checkpoint, settled_in(earlier))
@@ -164,7 +165,8 @@ def _train_in(directory: RunDirectory, config: RunConfig, reporter: Reporter, go
             if config.dry_run:
                 raise
             again = f"dpo-train ... output_dir={directory.path} resume=auto"
-            raise type(stop)(f"{stop} at step {stop.step}; go on with: {again}") from None
+            step = run.step if run is not None else 0
+            raise type(stop)(f"{stop} at step {step}; go on with: {again}") from None
 
 
 def _check_same_run(directory: RunDirectory, config: RunConfig, reporter: Reporter) -> None:
@@ -330,9 +332,8 @@ def train_to_end(run: Run) -> None:
                 log_eval(run)
             if _due(run.step, config.save_every) and not last:
                 _save_or_go_on(run)
-    except StoppedError as stop:
+    except StoppedError:
         save(run, rng)
-        stop.step = run.step
         raise
 
 
