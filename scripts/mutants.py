@@ -161,7 +161,7 @@ MUTANTS = [
     Mutant("half a line of metrics stays", METRICS_LOG, "                os.ftruncate(file.fileno(), end)", "                pass",
            OF_FAULTS + "test_storage.py -k metrics_without_room"),
     Mutant("metrics are not flushed before a save", RUNNER, "    run.directory.metrics.flush()  # a checkpoint", "    # a "
-           "checkpoint", OF_FAULTS + "test_storage.py -k metrics_without_room"),
+           "checkpoint", OF_FAULTS + "test_storage.py -k counts_no_line"),
     Mutant("a skipped update is made", RUNNER, "    if not bad:\n        run.optimizer.step()", "    if True:\n        "
            "run.optimizer.step()", OF_FAULTS + "test_numbers.py -k skipped"),
     Mutant("a state that is not finite is saved", RUNNER, "    require_finite([", "    (lambda *_: None)([",
@@ -172,7 +172,7 @@ MUTANTS = [
            OF_FAULTS + "test_numbers.py -k memory_that_runs_out"),
     Mutant("a file decides that code runs", "dpo_cli/pipeline/evaluate.py", "    if run.model.trust_remote_code and not config",
            "    if False and not config", OF_FAULTS + "test_hostile.py -k a_file_cannot_decide"),
-    Mutant("secrets are shown", "dpo_cli/console/text.py", "        if len(value) >= 8 and value in text", "        if False",
+    Mutant("secrets are shown", "dpo_cli/console/text.py", "sorted(named, key=len, reverse=True)", "[]",
            OF_FAULTS + "test_hostile.py -k secrets"),
     Mutant("other weights are taken on resume", RUNNER, "if state is not None and not same_weights(state.model_digest, digest):",
            "if False:", OF_FAULTS + "test_hostile.py -k other_weights"),

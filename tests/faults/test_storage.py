@@ -68,6 +68,34 @@ def test_metrics_without_room_wait_and_none_is_lost(tmp_path: Path, straight: St
         LEDGER.compared[4] += same_content(tmp_path / "run", straight(*ALL, "log_every=1"))
 
 
+def test_a_checkpoint_counts_no_line_of_metrics_that_is_not_on_disk(tmp_path: Path, straight: Straight) -> None:
+    """Metrics that wait go with the process that is killed: a checkpoint that counted them could not be resumed."""
+    more = ("save_every=1", "log_every=1", "keep_checkpoints=9")
+
+    def metrics_full_then_killed() -> None:
+        from dpo_cli.training import metrics_log, runner
+
+        original, write = runner.train_step, metrics_log.MetricsLog._write
+
+        def full(self: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        def step(run: Any, batch: Any) -> None:
+            metrics_log.MetricsLog._write = full if run.step >= 2 else write  # type: ignore[method-assign]
+            if run.step == 4:
+                os._exit(137)
+            original(run, batch)
+
+        runner.train_step = step
+
+    with fault(4):
+        killed = start(tmp_path, run_words(tmp_path, *more), metrics_full_then_killed).wait()
+        assert killed.code == 137 and "metrics.jsonl: cannot be written" in killed.out
+        assert checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-00000002"
+        assert start(tmp_path, run_words(tmp_path, *more, "resume=auto")).wait().code == 0
+        LEDGER.compared[4] += same_content(tmp_path / "run", straight(*more))
+
+
 def test_a_run_whose_end_finds_no_room_ends_with_7_keeps_what_it_has_and_goes_on_later(
     tmp_path: Path,
     straight: Straight,
