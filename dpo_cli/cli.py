@@ -29,7 +29,7 @@ Dials, with their defaults
   data.eval=PATH       held-out pairs; without it a share of data.train is held out
   data.max_length=512  tokens, prompt + response
   batching=auto        packed rows where the model's numbers allow; or packed, padded
-  reference.cache=auto keep the reference's log-probs on disk for later runs; or off
+  reference.cache=auto keep the reference's log-probs on disk for later runs; run, for this one alone; or off
   lora.r=16            rank of the adapters; lora=off trains every weight
   model.name_or_path=X your own SFT model: a folder or a hub id
   save_every=0         steps between checkpoints; resume=auto output_dir=RUN goes on

@@ -259,3 +259,19 @@ def test_metrics_wait_while_there_is_no_room_and_are_cut_to_whole_lines(
     again = MetricsLog(log.path)
     again.cut(2)
     assert [json.loads(text) for text in log.path.read_text().splitlines()] == [line(0), line(1)] and again.records == 2
+
+
+def test_values_of_one_run_alone_start_at_exactly_zero_and_go_on_with_it(
+    command: Command, pairs_file: Path, tmp_path: Path, cache: Path
+) -> None:
+    files = sorted((cache / "reference").glob("*")) if (cache / "reference").exists() else []
+    run, more = tmp_path / "run", ("reference.cache=run", "model.dtype=bfloat16", "save_every=1", "seed=11")
+    ended = command("dpo-train", *words(pairs_file, run, *more))
+    assert ended.code == 0 and "computed once, for this run alone" in ended.out
+    assert records(run)[0]["rewards/margins"] == 0.0
+    assert (sorted((cache / "reference").glob("*")) if (cache / "reference").exists() else []) == files
+    before = (run / "final" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / "step-00000003")
+    assert command("dpo-train", *words(pairs_file, run, *more, "resume=auto")).code == 0
+    assert (run / "final" / "adapter_model.safetensors").read_bytes() == before
