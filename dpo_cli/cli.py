@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from dpo_cli.errors import ConfigError, DpoError, OutOfMemoryError, StorageError
@@ -157,7 +158,7 @@ def _train(words: list[str]) -> int:
             run_config(composed("train", parse_overrides(job), RunConfig).container)
         if any(override.key_or_group == "output_dir" for override in overrides):
             raise ConfigError("output_dir: the runs of a sweep cannot share one; leave it out")
-        return _sweep(jobs)
+        return _sweep(jobs, show)
     for override in overrides:
         if override.is_sweep_override():
             raise ConfigError(f"'{override.input_line}': several values need -m: dpo-train -m {override.input_line}")
@@ -232,14 +233,21 @@ def _check_files_early(*sources: str | None) -> None:
             local_path(source)
 
 
-def _sweep(jobs: list[list[str]]) -> int:
+def _sweep(jobs: list[list[str]], show: bool) -> int:
     """One run after the other, each a process of its own: its memory goes back, its failure stays its own."""
     from dpo_cli.console.text import safe_text
 
     worst = 0
     for number, words in enumerate(jobs, start=1):
-        print(f"run {number}/{len(jobs)}: dpo-train {safe_text(' '.join(words))}", flush=True)
-        command = [sys.executable, "-c", "from dpo_cli.cli import train; train()", *words]
+        with suppress(OSError, ValueError):  # whoever reads along may go away: the runs go on
+            print(f"run {number}/{len(jobs)}: dpo-train {safe_text(' '.join(words))}", flush=True)
+        command = [
+            sys.executable,
+            "-c",
+            "from dpo_cli.cli import train; train()",
+            *words,
+            *(["--config"] if show else []),
+        ]
         code = subprocess.run(command, check=False).returncode
         if code in (75, 130):
             return code

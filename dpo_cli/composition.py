@@ -189,6 +189,8 @@ def replayed(overrides: list[Override]) -> tuple[RunConfig, str]:
     Python may run must be said on this command line again.
     """
     given = {override.key_or_group: override.value() for override in overrides}
+    if not str(given["replay"]).strip():
+        raise ConfigError("replay=: is empty; name a run directory")
     run = user_path(str(given["replay"]), CheckpointError, "replay")
     earlier = read_config(run / "config.yaml")
     container = to_container(earlier)

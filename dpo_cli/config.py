@@ -319,6 +319,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         _one_of("radar", self.radar, RADAR_MODES)
         _one_of("non_finite", self.non_finite, NON_FINITE_MODES)
+        for key in ("output_dir", "resume", "replay"):
+            value = getattr(self, key)
+            _require(value is None or bool(value.strip()), key, value, "is empty; leave it out, or name a directory")
         alone = not self.verify_resume or (self.resume is None and not self.dry_run)
         _require(alone, "verify_resume", True, "trains some steps of its own; leave resume and dry_run out")
         _one_of("objective", self.objective, OBJECTIVES)

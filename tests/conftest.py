@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,8 +82,13 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         entry = {"dpo-train": cli.train, "dpo-eval": cli.evaluate}[name]
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            entry()
+        watched = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+        try:
+            with pytest.raises(SystemExit) as ended:
+                entry()
+        finally:  # a command that was stopped leaves them ignored, since its process ends
+            for number, handler in watched.items():
+                signal.signal(number, handler)
         shown = capsys.readouterr()
         return Ended(int(ended.value.code or 0), shown.out, shown.err)
 

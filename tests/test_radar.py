@@ -158,6 +158,7 @@ def history(
     rejected: float = -0.1,
     correlation: float = 0.1,
     saturated: float = 0.0,
+    skipped: int = 0,
     worst: float = 0.7,
     start: float = math.log(2),
     name: str = "sigmoid",
@@ -169,6 +170,7 @@ def history(
             "rewards/margins": margin, "rewards/accuracies": early_accuracy if step < 11 else train_accuracy,
             "drift/chosen_per_token": chosen, "drift/rejected_per_token": rejected, "drift/pairs": 256,
             "drift/margin_length_correlation": correlation, "drift/saturated": saturated,
+            "skipped_steps": skipped,
         }
         for step in range(21)
     ]  # fmt: skip
@@ -192,6 +194,7 @@ VERDICTS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     ),
     "length_driven": ({"correlation": -0.9}, {"correlation": -0.5}),
     "saturated": ({"saturated": 0.8}, {"saturated": 0.3}),
+    "skipped_updates": ({"skipped": 3}, {"skipped": 2}),  # of 20
 }
 
 

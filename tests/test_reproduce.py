@@ -191,7 +191,6 @@ def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept_and_named(
     assert [path.name for path in kept] == ["step-00000002", "step-00000006"]
     losses = {line["step"]: line["loss"] for line in records(tmp_path / "run") if line["split"] == "eval"}
     assert min(losses, key=lambda step: losses[step]) == 2
-    assert read_state(kept[0]).held_out_loss == losses[2]
     assert f"best     {kept[0]}: held-out loss " in ended.out
 
 
@@ -275,3 +274,103 @@ def test_values_of_one_run_alone_start_at_exactly_zero_and_go_on_with_it(
     shutil.rmtree(run / "checkpoints" / "step-00000003")
     assert command("dpo-train", *words(pairs_file, run, *more, "resume=auto")).code == 0
     assert (run / "final" / "adapter_model.safetensors").read_bytes() == before
+
+
+# What a stop or a change must not do
+
+
+def test_a_run_that_has_learned_its_pairs_by_heart_can_be_resumed(
+    command: Command, pairs_file: Path, tmp_path: Path
+) -> None:
+    """Hinge is flat beyond its margin: no gradient is left, and that is no fault."""
+    run, more = tmp_path / "run", ("loss=hinge", "beta=1", "optimizer.lr=0.3", "max_steps=12", "save_every=8")
+    assert command("dpo-train", *words(pairs_file, run, *more)).code == 0
+    assert records(run)[-2]["loss"] == 0.0
+    before = (run / "final" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / "step-00000012")
+    ended = command("dpo-train", *words(pairs_file, run, *more, "resume=auto"))
+    assert ended.code == 0, ended.err
+    assert (run / "final" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_the_best_checkpoint_stays_the_best_where_a_stop_fell_into_its_evaluation(
+    command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import signal
+
+    from dpo_cli.training import runner
+
+    more = ("optimizer.lr=0.3", "optimizer.warmup_steps=0", "max_steps=6", "save_every=2", "eval_every=2")
+    more = (*more, "keep_checkpoints=1")
+    assert command("dpo-train", *words(pairs_file, tmp_path / "straight", *more)).code == 0
+    kept = [path.name for path in checkpoints(tmp_path / "straight" / "checkpoints")]
+    original, seen = runner.score_pairs, []
+
+    def stopped(policy: Any, reference: Any, pairs: Any, batching: Any, poll: Any) -> Any:
+        seen.append(1)
+        if len(seen) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(policy, reference, pairs, batching, poll)
+
+    monkeypatch.setattr(runner, "score_pairs", stopped)
+    for stop_at in (1, 2):
+        seen.clear()
+        run = tmp_path / str(stop_at)
+        assert command("dpo-train", *words(pairs_file, run, *more)).code == 75
+        assert command("dpo-train", *words(pairs_file, run, *more, "resume=auto")).code == 0
+        assert [path.name for path in checkpoints(run / "checkpoints")] == kept
+
+
+def test_changes_on_resume_are_kept_refused_or_said(command: Command, pairs_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert command("dpo-train", *words(pairs_file, run, "max_steps=6")).code == 0
+    finished = command("dpo-train", *words(pairs_file, run, "max_steps=9", "resume=auto"))
+    assert finished.code == 0
+    assert "max_steps: 6 -> 9 has no effect: a finished run is not trained on" in finished.out
+    shutil.rmtree(run / "final")
+    lower = command("dpo-train", *words(pairs_file, run, "max_steps=3", "resume=auto"))
+    assert lower.code == 4 and "is at step 6, and the run now ends at 3" in lower.err
+    assert command("dpo-train", *words(pairs_file, run, "max_steps=8", "resume=auto")).code == 0
+    assert "max_steps: 8" in (run / "config.yaml").read_text()
+    again = command("dpo-train", f"replay={run}", f"output_dir={tmp_path / 'again'}")
+    assert "warning: other than when the run was begun: it was resumed with max_steps: 6 -> 8" in again.out
+
+
+@pytest.mark.parametrize("key", ["output_dir", "resume", "replay"])
+def test_an_empty_name_is_no_place(command: Command, key: str) -> None:
+    ended = command("dpo-train", f"{key}=")
+    assert ended.code == 2 and f"{key}=" in ended.err and "is empty" in ended.err
+
+
+def test_a_sweep_goes_on_when_its_reader_goes_away(pairs_file: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    sweep = [word for word in words(pairs_file, tmp_path) if not word.startswith("output_dir")]
+    program = [
+        sys.executable,
+        "-c",
+        "from dpo_cli.cli import train; train()",
+        "-m",
+        *sweep,
+        "max_steps=1",
+        "beta=0.1,0.2",
+    ]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, cwd=tmp_path, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline().startswith("run 1/2: ")
+        child.stdout.close()
+        assert child.wait() == 0
+    assert len(list((tmp_path / "outputs").glob("*/*/final"))) == 2
+
+
+def test_a_sweep_shows_its_configs_and_stops(command: Command, pairs_file: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    sweep = [word for word in words(pairs_file, tmp_path) if not word.startswith("output_dir")]
+    program = [sys.executable, "-c", "from dpo_cli.cli import train; train()", "-m", *sweep, "beta=0.1,0.2", "--config"]
+    done = subprocess.run(program, capture_output=True, cwd=tmp_path, text=True, check=True)
+    assert done.stdout.count("\nobjective: dpo\n") == 2 and not (tmp_path / "outputs").exists()

@@ -127,6 +127,8 @@ class Reporter:
             soft_wrap=not self._stream.isatty(),
             # A dumb terminal has no cursor to move; rich decides by TERM as well.
             force_terminal=None if self._stream.isatty() else False,
+            # A width of 0 would show nothing at all.
+            _environ={name: value for name, value in os.environ.items() if (name, value) != ("COLUMNS", "0")},
         )
         self._log: Any = None
         self._live: Live | None = None

@@ -43,6 +43,8 @@ def local_path(source: str) -> Path | None:
         return path
     if path.is_dir():
         raise DataError(f"{safe_text(source)}: is a folder; name a file in it")
+    if path.exists():
+        raise DataError(f"{safe_text(source)}: is not a regular file; write its content to one")
     name = path.name.lower()
     looks_local = _reader(name) is not None or source.startswith((".", "/", "~")) or source.count("/") != 1
     if not looks_local:

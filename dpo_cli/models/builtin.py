@@ -21,6 +21,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from dpo_cli.console.text import safe_text
+from dpo_cli.errors import StorageError
+from dpo_cli.paths import user_path
+
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TINY = "dpo-cli/tiny-random"
 CHATML = (
@@ -31,8 +35,8 @@ CHATML = (
 
 def cache_dir() -> Path:
     """Where converted models lie: $DPO_CACHE, else dpo-cli in the user's cache folder."""
-    if "DPO_CACHE" in os.environ:
-        return Path(os.environ["DPO_CACHE"])
+    if os.environ.get("DPO_CACHE"):
+        return user_path(os.environ["DPO_CACHE"], StorageError, "DPO_CACHE")
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpo-cli"
 
 
@@ -63,8 +67,14 @@ def _once(name: str, write: Callable[[Path], None]) -> Path:
     """The cached folder `name`, written beside and renamed, so that a half-written one is never read."""
     folder = cache_dir() / name
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".tmp-{name}-", dir=folder.parent))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            beside = Path(tempfile.mkdtemp(prefix=f".tmp-{name}-", dir=folder.parent))
+        except OSError as error:
+            place = safe_text(folder.parent)
+            raise StorageError(
+                f"{place}: no model can be kept here ({error.strerror}); set DPO_CACHE to a folder"
+            ) from None
         try:
             write(beside)
             beside.rename(folder)

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -67,7 +67,6 @@ class TrainingState:
     sums_seconds: float
     records: int  # lines of metrics.jsonl so far
     skipped_steps: int  # whose update was left out because it was not finite
-    held_out_loss: float | None  # of the evaluation after this very step, if there was one
     data_fingerprint: str
     model_digest: str  # of the SFT model
     settled: Settled
@@ -97,6 +96,7 @@ def save_checkpoint(
     window: dict[str, Tensor],
     state: TrainingState,
     keep: int,
+    held_out_losses: Mapping[int, float],
 ) -> Path:
     """Write `folder/step-*`, then prune; StorageError leaves every earlier one intact.
 
@@ -119,7 +119,7 @@ def save_checkpoint(
             write_folder(target, write)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{target}: the checkpoint cannot be written ({safe_text(error)})") from None
-    prune(folder, keep)
+    prune(folder, keep, held_out_losses)
     return target
 
 
@@ -131,25 +131,19 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def prune(folder: Path, keep: int) -> None:
+def prune(folder: Path, keep: int, held_out_losses: Mapping[int, float]) -> None:
     """Remove all checkpoints but the newest `keep` and the one with the lowest held-out loss."""
-    newest, best = checkpoints(folder)[-keep:], best_checkpoint(folder)
+    newest, best = checkpoints(folder)[-keep:], best_checkpoint(folder, held_out_losses)
     for checkpoint in checkpoints(folder):
         if checkpoint not in newest and (best is None or checkpoint != best[0]):
             remove_folder(checkpoint)
 
 
-def best_checkpoint(folder: Path) -> tuple[Path, float] | None:
-    """The checkpoint with the lowest held-out loss, and that loss; None where none was saved after an evaluation."""
-    losses = []
-    for checkpoint in checkpoints(folder):
-        try:
-            loss = read_state(checkpoint).held_out_loss
-        except CheckpointError:
-            continue
-        if loss is not None:
-            losses.append((loss, checkpoint))
-    return (min(losses)[1], min(losses)[0]) if losses else None
+def best_checkpoint(folder: Path, held_out_losses: Mapping[int, float]) -> tuple[Path, float] | None:
+    """The checkpoint with the lowest held-out loss of those by step, and that loss; None where none was evaluated."""
+    steps = {int(path.name.removeprefix("step-")): path for path in checkpoints(folder)}
+    known = [(held_out_losses[step], path) for step, path in steps.items() if step in held_out_losses]
+    return (min(known)[1], min(known)[0]) if known else None
 
 
 def _seal(folder: Path) -> None:

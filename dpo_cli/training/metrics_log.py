@@ -83,4 +83,6 @@ def _is_record(line: bytes) -> bool:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and {"step", "split", "loss"} <= record.keys()
+    if not isinstance(record, dict) or record.get("split") not in ("train", "eval"):
+        return False
+    return type(record.get("step")) is int and isinstance(record.get("loss"), float)

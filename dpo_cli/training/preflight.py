@@ -53,7 +53,7 @@ def preflight(subject: PreflightSubject) -> str:
         if subject.at_start:
             loss, off = check_start(subject, [first, second or first], together)
             said.append(f"the loss starts at {loss:.4g} and margins at 0 (off by {off:.1g})")
-        said.append(f"gradient reaches {check_gradients(subject, first)} and nothing else")
+        said.append(check_gradients(subject, first))
         said.append(f"the chain rule holds to {check_chain_rule(subject, first):.1g} nats")
         said.append(f"a pair alone equals the pair in a batch to {check_company(subject, first, together):.1g}")
         check_closing(subject, first)
@@ -143,7 +143,7 @@ def check_start(
 
 
 def check_gradients(subject: PreflightSubject, pairs: list[TokenizedPair]) -> str:
-    """With LoRA only adapters train, and a backward pass reaches each of them; returns in words what was reached."""
+    """With LoRA only adapters train, and at the start a backward pass reaches each of them; returns so in words."""
     weights = {name: weight for name, weight in subject.policy.named_parameters() if weight.requires_grad}
     adapters = {name.split(".lora_")[0] for name in weights if ".lora_" in name}
     strangers = sorted(name for name in weights if adapters and ".lora_" not in name)
@@ -152,6 +152,8 @@ def check_gradients(subject: PreflightSubject, pairs: list[TokenizedPair]) -> st
             f"preflight: {len(strangers)} weights of the base train beside the adapters ({safe_text(strangers[0])} "
             "first): the reference would no longer be where the policy began"
         )
+    if not subject.at_start:  # a policy that has learned its pairs may have none left: hinge is flat beyond its margin
+        return f"{len(adapters)} adapters train" if adapters else f"{len(weights)} weights train"
     layout = _batch(subject, pairs)
     reference = subject.reference.logps(layout)
     policy = pair_logps(subject.policy, layout)
@@ -171,7 +173,8 @@ def check_gradients(subject: PreflightSubject, pairs: list[TokenizedPair]) -> st
             f"preflight: no gradient reaches {len(silent)} of {len(adapters)} adapters ({safe_text(silent[0])} first): "
             "they take no part in the forward pass; leave them out of lora.target_modules"
         )
-    return f"all {len(adapters)} adapters" if adapters else f"{len(reached)} of {len(weights)} weights"
+    whole = f"all {len(adapters)} adapters" if adapters else f"{len(reached)} of {len(weights)} weights"
+    return f"gradient reaches {whole} and nothing else"
 
 
 def _sequence_logp(model: Any, ids: Tensor, start: int) -> Tensor:

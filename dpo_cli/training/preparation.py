@@ -30,6 +30,7 @@ from dpo_cli.training.checkpoint import Settled
 from dpo_cli.training.durable import write_whole
 from dpo_cli.training.preflight import check_distinct, choose_pairs
 from dpo_cli.training.run import Run, give_memory_back
+from dpo_cli.training.run_directory import RunDirectory
 
 
 def choose_cut(
@@ -148,8 +149,11 @@ def complete_reference(run: Run) -> None:
         return
     config, reporter, own = run.config, run.reporter, run.directory.reference
     cache, needed = run.reference.cache, needed_batches(run)
-    if not run.resumed and config.replay is not None:  # with the same bits it comes to the same weights
-        cache.adopt(user_path(config.replay, CheckpointError, "replay") / own.name)
+    if not run.resumed and config.replay is not None:
+        replayed = RunDirectory(user_path(config.replay, CheckpointError, "replay"))
+        model = replayed.read_manifest().get("model")
+        if isinstance(model, dict) and model.get("digest") == run.digest:  # with the same bits to the same weights
+            cache.adopt(replayed.reference)
     if run.resumed and not cache.adopt(own):
         reporter.warn(
             f"{own}: missing or damaged; the run goes on with the values of the cache, equal but for rounding"

@@ -121,6 +121,9 @@ def earlier_manifest(directory: RunDirectory, config: RunConfig, going_on: bool)
 def say_what_differs(run: Run, earlier: dict[str, Any]) -> None:
     """Under which conditions this run's numbers are not those of the run it repeats or goes on with."""
     found = differences(earlier, manifest_of(run))
+    changes = earlier.get("resumed_with")
+    if run.config.replay is not None and isinstance(changes, list):
+        found += [f"it was resumed with {safe_text(change, 100)}" for change in changes]
     for difference in found:
         run.reporter.warn(f"other than when the run was begun: {difference}")
     if found:

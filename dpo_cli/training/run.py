@@ -69,7 +69,7 @@ class Run:
     resumed: bool = False  # from a checkpoint
     skipped_steps: int = 0  # whose update was left out because it was not finite
     pairs_a_pass: int | None = None  # where memory ran out and `micro_batch_size` was more
-    held_out_loss: tuple[int, float] | None = None  # the latest, and the step it was measured after
+    held_out_losses: dict[int, float] = field(default_factory=dict)  # by step
 
     @property
     def settled(self) -> Settled:

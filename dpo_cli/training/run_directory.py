@@ -162,6 +162,7 @@ def resumed_directory(config: RunConfig) -> Path | None:
         raise CheckpointError(f"{shown}: no such checkpoint or run directory")
     if (path / "checkpoints").is_dir():
         return path
+    path = path.resolve()
     if path.parent.name != "checkpoints":
         raise CheckpointError(f"{shown}: neither a run directory nor one of its checkpoints/step-*")
     return path.resolve().parent.parent

@@ -9,8 +9,10 @@ DPO, https://arxiv.org/abs/2305.18290. The runner is the one place that opens th
 it needs; what the parts do is theirs.
 """
 
+import itertools
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -123,6 +125,8 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
     directory = RunDirectory(resumed or asked or choose(job, time.time()))
     if directory.finished and resumed is not None:
         reporter.say(f"already complete: {directory.final}")
+        for change in itertools.chain(*config_changes(read_config(directory.config), config)):
+            reporter.warn(f"{change} has no effect: a finished run is not trained on")
         return directory.path
     with determinism(config.deterministic), nullcontext() if config.dry_run else directory.owned(reporter.warn):
         if resumed is None and directory.metrics.path.exists():
@@ -132,8 +136,7 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
 
 def _train_in(directory: RunDirectory, config: RunConfig, reporter: Reporter, going_on: bool) -> Path:
     checkpoint, passed_over = find_checkpoint(config, directory)
-    if checkpoint is not None:
-        _check_same_run(directory, config, reporter)
+    changes = _check_same_run(directory, config, reporter) if checkpoint is not None else []
     if not config.dry_run:
         reporter.open_log(directory.log)
     for reason in passed_over:
@@ -151,25 +154,32 @@ def _train_in(directory: RunDirectory, config: RunConfig, reporter: Reporter, go
                 rehearse(run)
                 return directory.path
             rehearse_longest(run)
-            directory.metrics.cut(run.records_kept)
-            for path in set_aside_newer(directory.checkpoints, run.step):
+            for path in set_aside_newer(directory.checkpoints, run.step):  # before the lines they count are cut
                 reporter.warn(f"{path.name} lies after step {run.step} and is set aside")
+            directory.metrics.cut(run.records_kept)
+            evaluations = [line for line in directory.metrics.read() if line["split"] == "eval"]
+            run.held_out_losses = {line["step"]: line["loss"] for line in evaluations if math.isfinite(line["loss"])}
             if checkpoint is None:
                 if going_on:
                     reporter.say(f"no checkpoint in {directory.path} yet: beginning anew")
                 directory.write_config(config)
                 directory.write_manifest(manifest_of(run))
+            elif changes:  # what is written is what is done, and a replay says that there was a change
+                begun = directory.read_manifest()
+                directory.write_manifest({**begun, "resumed_with": [*begun.get("resumed_with", []), *changes]})
+                directory.write_config(config)
             train_to_end(run)
             return finish(run)
         except StoppedError as stop:
             if config.dry_run:
                 raise
-            again = f"dpo-train ... output_dir={directory.path} resume=auto"
+            again = f"dpo-train ... output_dir={shlex.quote(str(directory.path))} resume=auto"
             step = run.step if run is not None else 0
             raise type(stop)(f"{stop} at step {step}; go on with: {again}") from None
 
 
-def _check_same_run(directory: RunDirectory, config: RunConfig, reporter: Reporter) -> None:
+def _check_same_run(directory: RunDirectory, config: RunConfig, reporter: Reporter) -> list[str]:
+    """CheckpointError for a change that would make it another run; the changes that are allowed, in words."""
     refused, told = config_changes(read_config(directory.config), config)
     if refused:
         reporter.say(f"resume: the config is not the one {directory.path} was begun with")
@@ -180,6 +190,7 @@ def _check_same_run(directory: RunDirectory, config: RunConfig, reporter: Report
         )
     for change in told:
         reporter.warn(f"resuming with another {change}: the run is no longer the one that was begun")
+    return [str(change) for change in told]
 
 
 def put_together(
@@ -264,6 +275,8 @@ def put_together(
     )
     show_header(run, cut_words, reference_of(run), memory)
     if checkpoint is not None and state is not None:
+        if state.step > run.total_steps:
+            raise CheckpointError(f"{checkpoint}: is at step {state.step}, and the run now ends at {run.total_steps}")
         _resume(run, checkpoint, state)
     return run
 
@@ -427,10 +440,11 @@ def log_eval(run: Run) -> dict[str, float] | None:
         pair_metrics(scores.policy, scores.ratios, run.objective(scores.policy, scores.ratios), run.config.beta)
     )
     means = metrics.means()
-    if not math.isfinite(means["loss"]):
-        run.reporter.warn(f"step {run.step}: the held-out loss is not finite")
-    run.held_out_loss = (run.step, means["loss"])
     write_record(run, "eval", means)
+    if math.isfinite(means["loss"]):
+        run.held_out_losses[run.step] = means["loss"]
+    else:
+        run.reporter.warn(f"step {run.step}: the held-out loss is not finite")
     return means
 
 
@@ -459,7 +473,6 @@ def save(run: Run, rng: dict[str, Tensor] | None = None) -> Path:
     run.guard.look()
     require_finite([(name, weight) for name, weight in run.policy.named_parameters() if weight.requires_grad], run.step)
     run.directory.metrics.flush()  # a checkpoint counts lines: they must be there after a power cut, too
-    evaluated, loss = run.held_out_loss or (-1, None)
     state = TrainingState(
         step=run.step,
         seconds=run.seconds,
@@ -469,7 +482,6 @@ def save(run: Run, rng: dict[str, Tensor] | None = None) -> Path:
         sums_seconds=run.window.seconds,
         records=run.directory.metrics.records,
         skipped_steps=run.skipped_steps,
-        held_out_loss=loss if evaluated == run.step and loss is not None and math.isfinite(loss) else None,
         data_fingerprint=run.data.fingerprint,
         model_digest=run.digest,
         settled=run.settled,
@@ -478,7 +490,8 @@ def save(run: Run, rng: dict[str, Tensor] | None = None) -> Path:
     folder = run.directory.checkpoints
     window = {"last_pairs": run.radar.state()}
     rng = rng or rng_states()
-    return save_checkpoint(folder, run.policy, run.optimizer, rng, window, state, run.config.keep_checkpoints)
+    keep, losses = run.config.keep_checkpoints, run.held_out_losses
+    return save_checkpoint(folder, run.policy, run.optimizer, rng, window, state, keep, losses)
 
 
 def _save_or_go_on(run: Run) -> None:
@@ -505,7 +518,7 @@ def finish(run: Run) -> Path:
             ("adapter" if run.config.lora.enabled else "model", str(run.directory.final)),
             *_best_in_words(run),
             *replay_in_words(run, weights),
-            ("next", f"dpo-eval checkpoint={run.directory.path} samples=3"),
+            ("next", f"dpo-eval checkpoint={shlex.quote(str(run.directory.path))} samples=3"),
         ]
     )
     _show_verdict(run, verdict)
@@ -514,11 +527,10 @@ def finish(run: Run) -> Path:
 
 def _best_in_words(run: Run) -> list[tuple[str, str]]:
     """The checkpoint with the lowest held-out loss, where that is not the end of the run."""
-    best = best_checkpoint(run.directory.checkpoints)
-    if best is None or run.held_out_loss is None or best[1] >= run.held_out_loss[1]:
+    best, end = best_checkpoint(run.directory.checkpoints, run.held_out_losses), run.held_out_losses.get(run.step)
+    if best is None or end is None or best[1] >= end:
         return []
-    end = significant(run.held_out_loss[1])
-    return [("best", f"{best[0]}: held-out loss {significant(best[1])}, at the end {end}")]
+    return [("best", f"{best[0]}: held-out loss {significant(best[1])}, at the end {significant(end)}")]
 
 
 def _judge(run: Run, weights: str | None = None) -> Verdict:

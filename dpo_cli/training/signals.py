@@ -24,11 +24,15 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         for number in self.WATCHED:
             self._previous[number] = signal.signal(number, self._note)
+        # A terminal that is closed is no reason to stop: it was only looking on.
+        self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            # Who has asked us to stop may ask again while the process ends: its exit code is settled.
+            settled = self._received is not None and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if settled else handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_cli.console.text import significant
 from dpo_cli.theory.statistics import Estimate, proportion_estimate
 
 FAR = 0.3  # nats a token by which the chosen response may fall before the model reads as damaged
@@ -149,6 +150,13 @@ def _separable(h: History) -> bool:
 
 
 RULES = (
+    Rule(
+        "skipped_updates",
+        "red",
+        lambda h: bool(h.train) and 10 * float(h.train[-1].get("skipped_steps", 0)) > float(h.train[-1]["step"]),
+        lambda h: f"{h.train[-1]['skipped_steps']} of {h.train[-1]['step']} updates were left out as not finite",
+        lambda h: f"optimizer.lr={significant(h.lr / 10)}, or model.dtype=float32",
+    ),
     Rule(
         "wrong_way",
         "red",

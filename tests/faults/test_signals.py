@@ -197,3 +197,46 @@ def test_a_signal_at_every_moment_of_a_run_is_answered(tmp_path: Path, straight:
             left = child.wait()
             assert left.code in (75, 0), left
             resumes(folder, straight(), 2)
+
+
+def test_a_terminal_that_is_closed_changes_no_byte(tmp_path: Path, straight: Straight) -> None:
+    """The terminal is the process's own: closing it sends SIGHUP, and nothing can be written to it any more."""
+    import fcntl
+    import pty
+    import sys
+    import termios
+
+    screen, terminal = pty.openpty()
+
+    def on_its_own_terminal() -> None:
+        os.setpgid(0, 0)
+        pid = os.getpid()
+        if os.getsid(0) != pid:
+            try:
+                os.setsid()
+            except PermissionError:  # a leader of a group cannot; its signal is then sent by hand
+                return
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+        for number in (0, 1, 2):
+            os.dup2(terminal, number)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+
+    with fault(5):
+        child = start(tmp_path, run_words(tmp_path), on_its_own_terminal)
+        os.close(terminal)
+        assert child.reach("training")
+        os.close(screen)
+        child.send(signal.SIGHUP)
+        assert child.wait().code == 0
+        LEDGER.compared[5] += same_content(tmp_path / "run", straight())
+
+
+def test_signals_that_are_sent_again_and_again_end_with_the_same_code(tmp_path: Path, straight: Straight) -> None:
+    with fault(2, tries=40):
+        child = start(tmp_path, run_words(tmp_path), slow("log_train", 0.1))
+        assert child.reach("training")
+        for _ in range(40):
+            child.send(signal.SIGTERM)
+            time.sleep(0.01)
+        assert child.wait().code == 75
+        resumes(tmp_path, straight(), 2)
