@@ -29,7 +29,7 @@ from dpo_cli.config import (
     to_container,
     unknown_keys,
 )
-from dpo_cli.console.text import safe_text
+from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.paths import user_path
 
@@ -136,7 +136,7 @@ def composed(config_name: str, overrides: list[Override], schema: type) -> Compo
                 del config["hydra"]
             container = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"the command line does not compose: {_first_line(error)}") from None
+        raise ConfigError(f"the command line does not compose: {first_line(error)}") from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{mark.name} line {mark.line + 1}" if mark else "a YAML file"
@@ -147,10 +147,6 @@ def composed(config_name: str, overrides: list[Override], schema: type) -> Compo
     if unknown:
         raise ConfigError(f"{_where(unknown[0], choices)}: unknown key '{unknown[0]}'{suggest_key(unknown[0], schema)}")
     return Composed(plain, choices)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _where(key: str, choices: dict[str, str]) -> str:

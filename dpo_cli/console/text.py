@@ -61,6 +61,12 @@ def safe_text(text: object, limit: int | None = None) -> str:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, as it is; the name of its kind where it says nothing."""
+    words = str(error).strip()
+    return words.splitlines()[0] if words else type(error).__name__
+
+
 def plural(number: int, noun: str) -> str:
     """`1 pair`, `2 pairs`, with thousands separated."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

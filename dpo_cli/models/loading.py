@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_cli.console.text import safe_text
+from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.models.builtin import resolve_builtin
 from dpo_cli.models.lora_function import fuse_lora
@@ -202,7 +202,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
 
 def _not_loaded(part: str, source: ModelSource, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{safe_text(source.name)}: its {part} cannot be loaded ({_first_line(error)}); "
+        f"{safe_text(source.name)}: its {part} cannot be loaded ({safe_text(first_line(error), limit=200)}); "
         "a local folder or a model on the hub is needed"
     )
 
@@ -245,7 +245,7 @@ def load_adapter(model: Any, adapter: str) -> Any:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             raise
         raise CheckpointError(
-            f"{safe_text(adapter)}: this adapter does not fit the model ({_first_line(error)})"
+            f"{safe_text(adapter)}: this adapter does not fit the model ({safe_text(first_line(error), limit=200)})"
         ) from None
     for problem, names in (("lacks", lacking), ("has, beyond this model,", beyond)):
         if names:
@@ -268,8 +268,9 @@ def _adapter_folder(adapter: str) -> Path:
         try:
             folder = Path(snapshot_download(adapter, allow_patterns=["adapter_config.json", ADAPTER_FILE]))
         except Exception as error:
+            reason = safe_text(first_line(error), limit=200)
             raise CheckpointError(
-                f"{safe_text(adapter)}: no such adapter, neither a folder nor on the hub ({_first_line(error)})"
+                f"{safe_text(adapter)}: no such adapter, neither a folder nor on the hub ({reason})"
             ) from None
     if not (folder / ADAPTER_FILE).is_file():
         raise CheckpointError(f"{safe_text(adapter)}: has no {ADAPTER_FILE}; only safetensors are read")
@@ -296,11 +297,6 @@ def _other_tensors(model: Any, file: Path) -> tuple[list[str], list[str]]:
         stored = set(tensors.keys())
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     return sorted(expected - stored), sorted(name for name in stored - expected if ".lora_" in name)
-
-
-def _first_line(error: Exception) -> str:
-    words = str(error).strip()
-    return safe_text(words.splitlines()[0], limit=200) if words else type(error).__name__
 
 
 def fold_adapter(model: Any, adapter: str) -> Any:

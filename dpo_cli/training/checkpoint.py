@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dpo_cli.console.text import safe_text
+from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.errors import CheckpointError, StorageError
 from dpo_cli.models.logps import Way
 from dpo_cli.training.durable import remove_folder, sync, write_folder
@@ -315,8 +315,8 @@ def restore(
             raise CheckpointError(f"{checkpoint / WINDOW}: holds no window of pairs")
         return rng, window
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{checkpoint}: does not fit this run ({safe_text(first, limit=200)})") from None
+        reason = safe_text(first_line(error), limit=200)
+        raise CheckpointError(f"{checkpoint}: does not fit this run ({reason})") from None
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:

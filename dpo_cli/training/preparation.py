@@ -95,13 +95,16 @@ def load_reference(
     return FrozenReference(model)
 
 
+def trained_batches(run: Run) -> list[list[TokenizedPair]]:
+    """The pairs that this run will train on, in the batches in which it first will."""
+    steps = min(run.total_steps, run.schedule.steps_per_epoch)
+    return [[run.data.train[place] for place in batch] for batch in run.schedule.batches(0, steps)]
+
+
 def needed_batches(run: Run) -> list[list[TokenizedPair]]:
     """Every pair whose reference log-probs this run will ask for, in the batches in which it first will."""
-    train = run.data.train
-    steps = min(run.total_steps, run.schedule.steps_per_epoch)
-    batches = [[train[place] for place in batch] for batch in run.schedule.batches(0, steps)]
-    checked, _ = choose_pairs(train, run.data.train_texts)
-    return [*batches, *windows(run.data.held_out), checked]
+    checked, _ = choose_pairs(run.data.train, run.data.train_texts)
+    return [*trained_batches(run), *windows(run.data.held_out), checked]
 
 
 def reference_of(run: Run) -> str:

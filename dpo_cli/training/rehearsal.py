@@ -10,6 +10,7 @@ from dpo_cli.data.batches import longest_side
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.models.loading import wait_for
 from dpo_cli.training.checkpoint import rng_states, set_rng_states
+from dpo_cli.training.preparation import trained_batches
 from dpo_cli.training.run import Run, peak_memory_gib
 from dpo_cli.training.step import cut_until_it_fits, forward_backward
 
@@ -20,8 +21,7 @@ def rehearse_longest(run: Run) -> None:
     The batch is cut finer until it fits; weights and random generators stay as they were. OutOfMemoryError where the
     longest pair alone does not fit.
     """
-    steps = min(run.total_steps, run.schedule.steps_per_epoch)
-    trained_on = (run.data.train[place] for batch in run.schedule.batches(0, steps) for place in batch)
+    trained_on = (pair for batch in trained_batches(run) for pair in batch)
     longest = sorted(trained_on, key=longest_side, reverse=True)[: run.config.batch_size]
     largest = longest[:1]
     for pair in longest[1:]:  # as many of the longest as still make one pass

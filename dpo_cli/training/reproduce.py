@@ -15,7 +15,7 @@ import torch
 
 from dpo_cli import __version__
 from dpo_cli.config import RunConfig, flat, read_config
-from dpo_cli.console.text import safe_text
+from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.paths import user_path
 from dpo_cli.training.checkpoint import ADAPTER, MODEL, Settled, sha256_of
@@ -166,7 +166,7 @@ def determinism(wanted: bool) -> Iterator[None]:
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
-        first = safe_text(str(error).splitlines()[0], limit=160)
+        first = safe_text(first_line(error), limit=160)
         raise ConfigError(f"deterministic=true: this model needs what has no such form ({first})") from None
     finally:
         torch.use_deterministic_algorithms(before[0])

@@ -165,7 +165,7 @@ def resumed_directory(config: RunConfig) -> Path | None:
     path = path.resolve()
     if path.parent.name != "checkpoints":
         raise CheckpointError(f"{shown}: neither a run directory nor one of its checkpoints/step-*")
-    return path.resolve().parent.parent
+    return path.parent.parent
 
 
 def find_checkpoint(config: RunConfig, directory: RunDirectory) -> tuple[Path | None, list[str]]:

@@ -334,9 +334,8 @@ def train_to_end(run: Run) -> None:
         if _evaluation_was_cut_off(run):
             log_eval(run)
         for batch in run.schedule.batches(run.step, run.total_steps):
-            rng = rng_states()  # a stop in the middle of a step goes back to its beginning
             train_step(run, [run.data.train[place] for place in batch])
-            rng = rng_states()
+            rng = rng_states()  # a stop in the middle of the next step goes back to here
             run.reporter.advance()
             last = run.step == run.total_steps
             if _is_logged(run):
