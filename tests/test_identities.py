@@ -11,7 +11,6 @@ from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.models.loading import attach_lora
 from dpo_cli.models.logps import Way, make_batch, pair_logps, plain_attention
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference
-from dpo_cli.theory.bradley_terry import fit_strengths, win_probability
 from dpo_cli.theory.losses import LogRatios, gradient_weight, sigmoid
 
 BETA = 0.1
@@ -127,17 +126,3 @@ def test_base_plus_adapter_equals_the_merged_model(tied: bool) -> None:
                 weight.normal_(std=0.05)
         before = both_sides(policy, PAIRS)
         assert torch.allclose(both_sides(policy.merge_and_unload(), PAIRS), before, atol=1e-4)
-
-
-def test_bradley_terry_gives_the_worked_example() -> None:
-    # A beats B 8 to 4, A beats C 3 to 5. Each pair meets on its own, so the fit is exact:
-    # alpha_B = alpha_A / 2, alpha_C = 5/3 alpha_A, P(B beats C) = (1/2) / (1/2 + 5/3) = 3/13.
-    wins = torch.tensor([[0, 8, 3], [4, 0, 0], [5, 0, 0]])
-    a, b, c = fit_strengths(wins).tolist()
-    assert (b / a, c / a) == (pytest.approx(1 / 2), pytest.approx(5 / 3))
-    assert float(win_probability(torch.tensor([a, b, c]))[1, 2]) == pytest.approx(3 / 13)
-
-
-def test_bradley_terry_with_a_player_nobody_beat_has_no_maximum() -> None:
-    with pytest.raises(ValueError, match="no maximum-likelihood strengths"):
-        fit_strengths(torch.tensor([[0, 3], [0, 0]]))

@@ -59,6 +59,11 @@ class Drift:
             "drift/saturated": self.saturated,
         }
 
+    def of_rewards(self) -> dict[str, float | str]:
+        """What of it is said of a reward model: its values are rewards, not changes in nats."""
+        in_nats = {"drift/case", "drift/chosen_per_token", "drift/rejected_per_token", "drift/kl_per_token"}
+        return {name: value for name, value in self.as_metrics().items() if name not in in_nats}
+
 
 def correlation(first: Tensor, second: Tensor) -> float:
     """Pearson's correlation of two (W,); 0 where either does not vary."""

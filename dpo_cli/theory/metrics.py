@@ -25,6 +25,13 @@ def pair_metrics(policy: PairLogps, ratios: LogRatios, losses: Tensor, beta: flo
     }
 
 
+def reward_metrics(ratios: LogRatios, losses: Tensor) -> dict[str, Tensor]:
+    """The metrics of each pair for a reward model, every value (B,): rewards in the place of log-ratios, beta 1."""
+    nothing = PairLogps(ratios.chosen, ratios.rejected, ratios.chosen_tokens, ratios.rejected_tokens)
+    metrics = pair_metrics(nothing, ratios, losses, 1.0)
+    return {name: values for name, values in metrics.items() if not name.startswith("logps/")}
+
+
 class MeanOverPairs:
     """Sums of metrics over pairs, kept on the device until somebody asks: adding never waits for it."""
 

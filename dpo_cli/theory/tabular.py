@@ -4,11 +4,16 @@ One idea to keep in mind: reward and optimal policy are two ways to write one ta
 constant of the prompt. So minimising the DPO loss on preferences that r explains must end at pi*, and whether the
 loss of `dpo_cli.theory.losses` does so can be checked to the last digit.
 
+The other road to pi* is here as well, the one that DPO replaces: the policy gradient of the same objective, exact and
+from samples, and the frontier that all policies stay under.
+
 Letters: R responses to a prompt; "..." any number of prompts, each solved on its own; r the reward; b = beta;
-Z = sum of pi_ref exp(r/b), the partition function. Log-probabilities are in nats. Equations are those of the DPO
-paper, https://arxiv.org/abs/2305.18290.
+Z = sum of pi_ref exp(r/b), the partition function; A = r - b log pi/pi_ref, the reward less its price in KL; S draws
+from the policy. Log-probabilities are in nats. Equations are those of the DPO paper,
+https://arxiv.org/abs/2305.18290.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +24,7 @@ from dpo_cli.theory.losses import LogRatios, PairLogps, sigmoid
 
 GRADIENT_TOLERANCE = 1e-13  # of the mean loss by b log pi; float64 leaves about 1e-16
 MAX_NEWTON_STEPS = 200  # some ten are needed; some eighty where the preferences are separable
+KEPT_PROMISE = 0.5  # of the rise that the slope promises: a parabola gives it for every step that does not overshoot
 
 
 @dataclass(frozen=True)
@@ -134,12 +140,139 @@ def sampling_error(reference_logps: Tensor, rewards: Tensor, beta: float, number
     implicit reward has the covariance I^-1 / number, I the Fisher information of one Bradley-Terry label; the policy
     follows by d pi_i = pi_i (d r_i - sum_j pi_j d r_j) / b.
     """
+    best = optimum(reference_logps.double(), rewards.double(), beta).logps
+    jacobian = _covariance(best) / beta
+    covariance = jacobian @ torch.linalg.pinv(_information(rewards), hermitian=True) @ jacobian.mT / number
+    return covariance.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
+
+
+def _information(rewards: Tensor) -> Tensor:
+    """I, (..., R, R) float64: the Fisher information of one label of `sample_preferences` about the rewards."""
     size = rewards.shape[-1]
     wins = preference_probabilities(rewards.double())
     # One label on the pair {i, j} informs P(i beats j) P(j beats i) about r_i - r_j; a pair is drawn 2/(R(R-1)) often.
     pairs = wins * wins.mT * (1 - torch.eye(size, dtype=torch.float64)) * 2 / (size * (size - 1))
-    information = torch.diag_embed(pairs.sum(-1)) - pairs
-    best = optimum(reference_logps.double(), rewards.double(), beta).logps.exp()
-    jacobian = (torch.diag_embed(best) - best.unsqueeze(-1) * best.unsqueeze(-2)) / beta
-    covariance = jacobian @ torch.linalg.pinv(information, hermitian=True) @ jacobian.mT / number
-    return covariance.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
+    return torch.diag_embed(pairs.sum(-1)) - pairs
+
+
+def _covariance(logps: Tensor) -> Tensor:
+    """diag(pi) - pi pi^T, (..., R, R): of the one-hot vector of a draw; also d pi_i / d logit_j, and Fisher of pi."""
+    probabilities = logps.exp()
+    return torch.diag_embed(probabilities) - probabilities.unsqueeze(-1) * probabilities.unsqueeze(-2)
+
+
+def expected_shortfall(reference_logps: Tensor, rewards: Tensor, beta: float, number: int) -> Tensor:
+    """b log Z - J to expect of DPO after `number` sampled preferences, (...), in units of reward.
+
+    The leading term for many preferences, tr(F I^-1) / (2 b number), F = diag(pi*) - pi* pi*^T: the shortfall is
+    b KL(pi || pi*), which is b/2 dl^T F dl for logits off by dl = dr/b, and dr has the covariance I^-1 / number.
+    """
+    fisher = _covariance(optimum(reference_logps.double(), rewards.double(), beta).logps)
+    spread = fisher @ torch.linalg.pinv(_information(rewards), hermitian=True)
+    return spread.diagonal(dim1=-2, dim2=-1).sum(-1) / (2 * beta * number)
+
+
+@dataclass(frozen=True)
+class Position:
+    """What policies get and what they pay: the two terms of Eq. 3, apart."""
+
+    kl: Tensor  # (...): KL(pi || pi_ref)
+    reward: Tensor  # (...): E[r(y)], y drawn from pi
+
+    def mean(self) -> "Position":
+        """Of the last dimension: if that holds prompts, the position over all of them, each as frequent as another."""
+        return Position(self.kl.mean(-1), self.reward.mean(-1))
+
+
+def position(logps: Tensor, reference_logps: Tensor, rewards: Tensor) -> Position:
+    """Where the policy stands on each prompt, (...); the reference stands at KL zero."""
+    return Position(kl_divergence(logps, reference_logps), (logps.exp() * rewards).sum(-1))
+
+
+def frontier(reference_logps: Tensor, rewards: Tensor, betas: Sequence[float]) -> Position:
+    """Where pi* stands for each of B betas, (B, ...): the most reward that any policy has at its KL, Eq. 4.
+
+    Reward is concave and non-decreasing in KL along it, with the slope dE[r]/dKL = b. Means over prompts keep all
+    this, as pi* of one b maximises the mean of Eq. 3.
+    """
+    best = torch.stack([optimum(reference_logps, rewards, beta).logps for beta in betas])
+    return position(best, reference_logps, rewards)
+
+
+def highest_reward(kl: Tensor, betas: Sequence[float], edge: Position) -> Tensor:
+    """The reward that no policy with this KL exceeds, shaped as `kl`; `edge` is the frontier at B betas, (B,).
+
+    Each beta bounds it by its tangent: E[r] - b KL is at most what pi* has, E*[r] - b KL*. The least of the bounds is
+    the frontier itself, but for the square of the spacing of the betas.
+    """
+    tangents = edge.reward + torch.tensor(betas, dtype=kl.dtype) * (kl.unsqueeze(-1) - edge.kl)
+    return tangents.amin(-1)
+
+
+def policy_gradient(logps: Tensor, reference_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    """dJ/dlogits of Eq. 3, (..., R): pi(y) (A(y) - E[A]), y drawn from pi.
+
+    The part that A itself contributes, -b E[d log pi], is zero: probabilities sum to one. E[A] is J.
+    """
+    advantages = rewards - beta * (logps - reference_logps)
+    probabilities = logps.exp()
+    return probabilities * (advantages - (probabilities * advantages).sum(-1, keepdim=True))
+
+
+def climb(reference_logps: Tensor, rewards: Tensor, beta: float) -> Iterator[Tensor]:
+    """log pi, (..., R) float64, after 0, 1, 2, ... evaluations of the exact policy gradient, from the reference on.
+
+    Plain gradient ascent on the logits. Each prompt has a step of its own: it is taken if J rises by `KEPT_PROMISE` of
+    what the slope promises, and then grows by a fifth; otherwise the prompt stays where it is and the step is halved.
+    So J never falls.
+    """
+    logps, reference_logps, rewards = reference_logps.double(), reference_logps.double(), rewards.double()
+    reached = objective(logps, reference_logps, rewards, beta)
+    step = torch.ones_like(reached)
+    while True:
+        yield logps
+        gradient = policy_gradient(logps, reference_logps, rewards, beta)
+        tried = (logps + step.unsqueeze(-1) * gradient).log_softmax(-1)
+        value = objective(tried, reference_logps, rewards, beta)
+        taken = value - reached >= KEPT_PROMISE * step * gradient.square().sum(-1)
+        logps, reached = torch.where(taken.unsqueeze(-1), tried, logps), torch.where(taken, value, reached)
+        step = torch.where(taken, step * 1.2, step / 2)
+
+
+def draw_responses(logps: Tensor, number: int, rng: np.random.Generator) -> Tensor:
+    """S = `number` responses per prompt, drawn from pi independently, (..., S) int64: indices from 0 to R-1."""
+    cumulative = logps.double().exp().cumsum(-1)
+    drawn = torch.searchsorted(cumulative, torch.from_numpy(rng.random((*logps.shape[:-1], number))))
+    return drawn.clamp(max=logps.shape[-1] - 1)  # the last sum may be a rounding error short of one
+
+
+def sampled_policy_gradient(
+    logps: Tensor, reference_logps: Tensor, rewards: Tensor, beta: float, draws: Tensor
+) -> Tensor:
+    """The policy gradient as S draws from pi estimate it, (..., R); only their rewards are read. S >= 2.
+
+    REINFORCE, each draw against the mean of the others (https://arxiv.org/abs/2402.14740): on average it is
+    `policy_gradient`. PPO's first step on a batch goes along it, as no ratio is clipped yet. At pi* it is zero
+    whatever is drawn, because A is constant there.
+    """
+    number = draws.shape[-1]
+    advantages = (rewards - beta * (logps - reference_logps)).gather(-1, draws)
+    # A less the mean of the other draws is S/(S-1) (A - mean of all). These weights sum to zero, so of each draw's
+    # d log pi(y) / d logits = onehot(y) - pi the second part drops out.
+    weights = (advantages - advantages.mean(-1, keepdim=True)) / (number - 1)
+    return torch.zeros_like(logps).scatter_add(-1, draws, weights)
+
+
+def climb_sampled(
+    reference_logps: Tensor, rewards: Tensor, beta: float, *, draws: int, step: float, rng: np.random.Generator
+) -> Iterator[Tensor]:
+    """log pi, (..., R) float64, after 0, 1, 2, ... steps along the sampled policy gradient, from the reference on.
+
+    Every step asks for `draws` new rewards per prompt.
+    """
+    logps, reference_logps, rewards = reference_logps.double(), reference_logps.double(), rewards.double()
+    while True:
+        yield logps
+        drawn = draw_responses(logps, draws, rng)
+        gradient = sampled_policy_gradient(logps, reference_logps, rewards, beta, drawn)
+        logps = (logps + step * gradient).log_softmax(-1)
