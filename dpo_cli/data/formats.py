@@ -41,6 +41,14 @@ class PreferencePair:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What is answered, in both readings."""
+
+    messages: tuple[Message, ...]
+    text: str
+
+
 Row = Mapping[str, Any]
 
 
@@ -68,7 +76,11 @@ def _field(row: Row, name: str) -> Any:
 
 
 def _text(row: Row, name: str) -> str:
-    value = _field(row, name)
+    return text_of(_field(row, name), name)
+
+
+def text_of(value: object, name: str) -> str:
+    """A cell as text; BadRowError where it is none."""
     if not isinstance(value, str):
         raise BadRowError(f"'{name}' must be text, it is {_kind(value)}")
     return _valid(value, name)
@@ -159,12 +171,11 @@ def hh(row: Row) -> PreferencePair:
 def standard(row: Row) -> PreferencePair:
     """`prompt`, `chosen` and `rejected` as text."""
     prompt, chosen, rejected = (_text(row, name) for name in ("prompt", "chosen", "rejected"))
-    messages = dialogue_messages(prompt) if prompt.endswith(ASSISTANT) else ()
     notes: tuple[str, ...] = ()
     # Three words or more: a short greeting may well open both responses on its own.
     if len(prompt.split()) >= 3 and chosen.startswith(prompt) and rejected.startswith(prompt):
         chosen, rejected, notes = chosen[len(prompt) :], rejected[len(prompt) :], (PROMPT_REPEATED,)
-    return PreferencePair(messages or (Message("user", prompt),), prompt, chosen, rejected, notes)
+    return PreferencePair(_text_prompt(prompt).messages, prompt, chosen, rejected, notes)
 
 
 def messages(row: Row) -> PreferencePair:
@@ -218,6 +229,32 @@ def auto(row: Row) -> PreferencePair:
     return standard(row)
 
 
+def prompt_of(row: Row) -> Prompt:
+    """The prompt of a row that need hold nothing else: `prompt` as text or messages, or what a pair's responses share.
+
+    So a file of pairs serves as a file of prompts.
+    """
+    if row.get("prompt") is None and "chosen" in row and "rejected" in row:
+        pair = auto(row)
+        return Prompt(pair.messages, pair.prompt_text)
+    if "prompt" not in row:
+        has = ", ".join(str(key) for key in row) or "nothing"
+        raise BadRowError(f"no 'prompt' key. A row needs a prompt, as text or messages; it has {has}")
+    prompt = row["prompt"]
+    if isinstance(prompt, list | tuple):
+        turns = _messages(prompt, "prompt")
+        if not turns or turns[-1].role == "assistant":
+            raise BadRowError("the prompt must end with a user message, which is then answered")
+        return Prompt(turns, dialogue_text(turns))
+    return _text_prompt(text_of(prompt, "prompt"))
+
+
+def _text_prompt(text: str) -> Prompt:
+    """A prompt given as text: a dialogue in HH form that is open at its end, or what a user says."""
+    turns = dialogue_messages(text) if text.endswith(ASSISTANT) else ()
+    return Prompt(turns or (Message("user", text),), text)
+
+
 def ranked(row: Row) -> tuple[PreferencePair, ...]:
     """Several `responses` to one `prompt`, the best first or with `scores`: a pair of every two that differ in rank.
 
@@ -225,6 +262,8 @@ def ranked(row: Row) -> tuple[PreferencePair, ...]:
     them next to each other, so that in a batch they share the prompt and each response is computed once.
     """
     responses = _listed(row, "responses")
+    if "scores" not in row and ("finished" in row or "rewards" in row):  # as dpo-sample and dpo-rank write them
+        raise BadRowError("answers that nobody has labelled; dpo-label makes pairs of them")
     if len(responses) < 2:
         raise BadRowError(f"'responses' must hold at least two, it has {len(responses)} (format=ranked)")
     scores = row.get("scores")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_cli.data.formats import Message, PreferencePair
+from dpo_cli.data.formats import Message, PreferencePair, Prompt
 from dpo_cli.errors import CheckpointError, ConfigError
 
 TokenIds = NDArray[np.int32]
@@ -120,20 +120,31 @@ class PairEncoder:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
-    def prompt_text(self, pair: PreferencePair) -> str:
-        """The text whose continuation is a response."""
-        return self._render(pair.messages, True) if self.kind == "chat" else pair.prompt_text
+    def prompt_text(self, prompt: Prompt) -> str:
+        """The text whose continuation is a response; ConfigError where the chat template refuses the prompt."""
+        if self.kind == "plain":
+            return prompt.text
+        try:
+            return self._render(prompt.messages, True)
+        except Exception as error:  # raised by the template, a program of the model's author
+            raise ConfigError(f"the chat template refuses a prompt ({error}); choose data.template=plain") from None
 
     def response_text(self, text: str) -> str:
         """A response as it is encoded; under a chat template the white space around it goes, as in the template."""
         return text.strip() if self.kind == "chat" else text
 
+    def encode_prompts(self, prompts: list[Prompt]) -> list[list[int]]:
+        """Token ids of prompts, as the model is asked with them."""
+        ids = self._encode_many([self.prompt_text(prompt) for prompt in prompts])
+        return [self._opened(prompt) for prompt in ids]
+
+    def _opened(self, prompt: list[int]) -> list[int]:
+        # An empty prompt still needs one token, from which the first response token is predicted.
+        return (self.opening if self.kind == "plain" else []) + prompt or [self.closing]
+
     def encode(self, pairs: list[PreferencePair]) -> list[Encoded]:
         """Token ids of many pairs at once: prompt, and both responses with their closing token."""
-        try:
-            prompts = [self.prompt_text(pair) for pair in pairs]
-        except Exception as error:  # raised by the template, a program of the model's author
-            raise ConfigError(f"the chat template refuses a prompt ({error}); choose data.template=plain") from None
+        prompts = [self.prompt_text(Prompt(pair.messages, pair.prompt_text)) for pair in pairs]
         prompt_ids = self._encode_many(prompts)
         responses: list[list[list[int]]] = []
         for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs]):
@@ -145,10 +156,8 @@ class PairEncoder:
                     for prompt, ids, text in zip(prompt_ids, whole, shown, strict=True)
                 ]
             )
-        opening = self.opening if self.kind == "plain" else []
         return [
-            # An empty prompt still needs one token, from which the first response token is predicted.
-            Encoded(opening + prompt or [self.closing], chosen, rejected)
+            Encoded(self._opened(prompt), chosen, rejected)
             for prompt, chosen, rejected in zip(prompt_ids, *responses, strict=True)
         ]
 

@@ -1,27 +1,26 @@
-"""Answers of a model to prompts, greedily: what a person looks at to see what training did."""
+"""Answers of a model to prompts as text: greedy ones, to see what training did, and sampled ones, to compare."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 
-from dpo_cli.data.formats import PreferencePair
+from dpo_cli.data.formats import PreferencePair, Prompt
 from dpo_cli.data.tokens import PairEncoder
-from dpo_cli.models.logps import plain_attention
+from dpo_cli.models.decoding import Answer, Decoding, Draw, draw_answers, end_tokens, rows_at_once
 
-PROMPTS_AT_ONCE = 8
+PROMPTS_AT_ONCE = 16
+REDRAWS = 4  # of an answer that is there already
 
 
-class _Polled(StoppingCriteria):
-    """Asks after every token whether a signal has come."""
+@dataclass(frozen=True)
+class Text:
+    """An answer as text."""
 
-    def __init__(self, poll: Callable[[], None]) -> None:
-        self.poll = poll
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self.poll()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    text: str
+    tokens: int
+    ended: bool  # by itself, not at the limit
 
 
 def greedy_answers(
@@ -33,36 +32,64 @@ def greedy_answers(
     poll: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """The greedy answer to the prompt of each pair, as text, cut after `max_new_tokens` tokens."""
-    prompts = [encoded.prompt for encoded in encoder.encode(pairs)]
-    ends = {encoder.closing}
-    configured = model.generation_config.eos_token_id
-    ends |= set(configured) if isinstance(configured, list) else {configured} - {None}
+    prompts = encoder.encode_prompts([Prompt(pair.messages, pair.prompt_text) for pair in pairs])
     answers: list[str] = []
-    was_training = model.training
-    model.eval()
-    try:
-        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-            poll()
-            some = prompts[start : start + PROMPTS_AT_ONCE]
-            width = max(len(prompt) for prompt in some)
-            padded = [[encoder.closing] * (width - len(prompt)) + prompt for prompt in some]
-            mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in some]
-            with torch.no_grad(), plain_attention(model):
-                output = model.generate(
-                    input_ids=torch.tensor(padded, device=device),
-                    attention_mask=torch.tensor(mask, device=device),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    eos_token_id=sorted(ends),
-                    pad_token_id=encoder.closing,
-                    stopping_criteria=StoppingCriteriaList([_Polled(poll)]),
-                )
-            for row in output[:, width:].tolist():
-                end = next((place for place, token in enumerate(row) if token in ends), len(row))
-                answers.append(encoder.tokenizer.decode(row[:end]).strip())
-    finally:
-        model.train(was_training)
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        draws = [Draw(prompt) for prompt in prompts[start : start + PROMPTS_AT_ONCE]]
+        ends = end_tokens(model, encoder.closing)
+        drawn = draw_answers(model, draws, Decoding(max_new_tokens), ends, device, poll)
+        answers += [encoder.tokenizer.decode(answer.tokens).strip() for answer in drawn]
     return answers
+
+
+def text_of(encoder: PairEncoder, answer: Answer) -> Text:
+    """What a drawn answer says, without special tokens: as text they would become commands to whoever reads it.
+
+    Under a chat template white space around it goes, as it does in training.
+    """
+    text = encoder.response_text(encoder.tokenizer.decode(answer.tokens, skip_special_tokens=True))
+    return Text(text, len(answer.tokens), answer.ended)
+
+
+def batches_of(
+    model: Any, prompts: Sequence[list[int]], each: int, decoding: Decoding, device: torch.device, size: int | None
+) -> list[list[int]]:
+    """The prompts, by number, in batches of `size` answers, the longest first: those of like length are together."""
+    order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
+    longest = len(prompts[order[0]]) if order else 1
+    together = max(1, (size or rows_at_once(model, longest, decoding, device)) // each)
+    return [order[start : start + together] for start in range(0, len(order), together)]
+
+
+def distinct_answers(
+    model: Any,
+    encoder: PairEncoder,
+    prompts: Sequence[list[int]],
+    each: int,
+    decoding: Decoding,
+    seed: int,
+    device: torch.device,
+    poll: Callable[[], None] = lambda: None,
+) -> list[list[Text]]:
+    """`each` answers to every prompt, all different; one that is there already is redrawn up to REDRAWS times.
+
+    Where a prompt still lacks some, fewer are returned. An answer depends on seed, prompt and its number alone.
+    """
+    ends = end_tokens(model, encoder.closing)
+    found: list[list[Text]] = [[] for _ in prompts]
+    asked = [0] * len(prompts)  # answers drawn so far
+    for _ in range(1 + REDRAWS):
+        lacking = [place for place in range(len(prompts)) if len(found[place]) < each]
+        if not lacking:
+            break
+        draws, owners = [], []
+        for place in lacking:
+            wanted = each - len(found[place])
+            draws += [Draw(list(prompts[place]), seed, asked[place] + number) for number in range(wanted)]
+            owners += [place] * wanted
+            asked[place] += wanted
+        for place, answer in zip(owners, draw_answers(model, draws, decoding, ends, device, poll), strict=True):
+            text = text_of(encoder, answer)
+            if all(text.text != known.text for known in found[place]):
+                found[place].append(text)
+    return found

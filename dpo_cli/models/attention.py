@@ -21,9 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
 
 SEGMENTS = "dpo_segments"
+STEPS = "dpo_steps"
+SPANS = "row_spans"  # under which it travels how much of the slots some rows need
 KEYWORD = "packed_row"  # under which the layout travels through the model to each layer's attention
 
 # Keywords of attention functions that change nothing here: positions are in the queries already, no cache is used.
@@ -67,6 +70,8 @@ def use_attention(model: Any, name: str | None) -> None:
     stock = vars(model).setdefault("_stock_attention", model.config._attn_implementation)
     if name is not None:
         AttentionInterface.register(SEGMENTS, segment_attention)
+        AttentionInterface.register(STEPS, step_attention)
+        AttentionMaskInterface.register(STEPS, sdpa_mask)
     if model.config._attn_implementation != (name or stock):
         model.config._attn_implementation = name or stock
 
@@ -192,6 +197,41 @@ def _spelled_out(
         scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
     weights = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype)
     return F.dropout(weights, dropout) @ value
+
+
+def step_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
+) -> tuple[Tensor, None]:
+    """The stock attention, for one query a row made so that a row's result is the same in any company.
+
+    query (R, H, 1, D), key and value (R, G, T, D), mask (R, 1, 1, T). The heads that share keys become queries of one
+    head, so that keys and values are not copied for each; and 16 queries, the last of them void, keep the buffers of
+    the CPU's kernel on the borders that its vector instructions are chosen by. `row_spans`, (first row, last row + 1,
+    slots), leaves out slots that are masked for all of these rows.
+    """
+    spans = others.pop(SPANS, None)
+    rows, heads, queries, size = query.shape
+    groups = key.shape[1]
+    peculiar = any(others.get(name) is not None for name in ("softcap", "s_aux", "sliding_window"))
+    if queries != 1 or attention_mask is None or peculiar:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    shared = heads // groups
+    wide = -(-shared // 16) * 16
+    folded = F.pad(query.reshape(rows, groups, shared, size), (0, 0, 0, wide - shared))
+    mask = attention_mask.expand(rows, 1, wide, key.shape[2])
+    out = torch.cat(
+        [
+            F.scaled_dot_product_attention(
+                folded[first:last],
+                key[first:last, :, :width],
+                value[first:last, :, :width],
+                mask[first:last, :, :, :width],
+                scale=others.get("scaling"),
+            )
+            for first, last, width in spans or [(0, rows, key.shape[2])]
+        ]
+    )
+    return out[:, :, :shared].reshape(rows, 1, heads, size), None
 
 
 @contextmanager

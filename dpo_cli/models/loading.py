@@ -314,10 +314,13 @@ def disable_dropout(model: Any) -> None:
                 setattr(module, name, 0.0)
 
 
-def attach_lora(model: Any, config: "LoraConfig", source: ModelSource | None = None) -> Any:
+def attach_lora(
+    model: Any, config: "LoraConfig", source: ModelSource | None = None, task: str | None = "CAUSAL_LM"
+) -> Any:
     """The policy: the model with fresh LoRA adapters, which leave its output unchanged bit for bit (B = 0).
 
-    The adapter's config names `source` as its base by the name a user knows, not by a path in a cache folder.
+    The adapter's config names `source` as its base by the name a user knows, not by a path in a cache folder, and the
+    `task` that PEFT loads it for: None fits a model with any head.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -326,7 +329,7 @@ def attach_lora(model: Any, config: "LoraConfig", source: ModelSource | None = N
         lora_alpha=config.alpha if config.alpha != int(config.alpha) else int(config.alpha),
         lora_dropout=config.dropout,
         target_modules=config.target_modules,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
     try:
         with warnings.catch_warnings():

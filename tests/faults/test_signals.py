@@ -80,14 +80,19 @@ def test_a_signal_while_answers_are_generated_is_answered(tmp_path: Path, straig
     def generate_slowly() -> None:
         from dpo_cli.evaluation import generate
 
-        original = generate._Polled.__call__
+        original = generate.draw_answers
 
-        def slowly(self: Any, *arguments: Any, **more: Any) -> Any:
-            Path(tmp_path / "generating").touch()
-            time.sleep(0.05)
-            return original(self, *arguments, **more)
+        def slowly(*arguments: Any) -> Any:
+            *others, poll = arguments
 
-        generate._Polled.__call__ = slowly  # type: ignore[method-assign]
+            def slow_poll() -> None:
+                Path(tmp_path / "generating").touch()
+                time.sleep(0.05)
+                poll()
+
+            return original(*others, slow_poll)
+
+        generate.draw_answers = slowly
 
     with fault(2):
         words = [f"checkpoint={run / 'run'}", "samples=3", "max_new_tokens=2000"]
@@ -95,6 +100,7 @@ def test_a_signal_while_answers_are_generated_is_answered(tmp_path: Path, straig
         deadline = time.monotonic() + 60
         while not (tmp_path / "generating").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
+        assert (tmp_path / "generating").exists()
         child.send(signal.SIGTERM)
         left = child.wait()
         assert (left.code, left.err.splitlines()[-1]) == (75, "error: stopped by SIGTERM")
