@@ -75,11 +75,17 @@ class Ended:
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
-    """Runs `dpo-train` or `dpo-eval` in this process, from the first word to the exit code."""
+    """Runs a command of the program in this process, from the first word to the exit code."""
     from dpo_cli import cli
 
     def run(name: str, *words: object) -> Ended:
-        entry = {"dpo-train": cli.train, "dpo-eval": cli.evaluate}[name]
+        entry = {
+            "dpo-train": cli.train,
+            "dpo-eval": cli.evaluate,
+            "dpo-sample": cli.sample,
+            "dpo-label": cli.label,
+            "dpo-rank": cli.rank,
+        }[name]
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
         capsys.readouterr()
         watched = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}

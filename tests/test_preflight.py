@@ -147,7 +147,7 @@ def test_a_shifted_mask_breaks_the_chain_rule(assembled: Assembled, monkeypatch:
         for weight in subject.policy.parameters():
             weight.mul_(6.0)
     check_chain_rule(subject, subject.pairs[:4])
-    monkeypatch.setattr(module, "pair_logps", off_by_one)
+    monkeypatch.setattr(module, "pair_scores", off_by_one)
     with pytest.raises(CheckpointError, match=r"off the chain rule by \d+\.\d\d nats on row \d+"):
         check_chain_rule(subject, subject.pairs[:4])
 

@@ -172,9 +172,10 @@ def test_deterministic_holds_within_a_run_and_not_after_it(
 def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept_and_named(
     command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from dpo_cli.training import run as parts
     from dpo_cli.training import runner
 
-    original = runner.pair_metrics
+    original = parts.pair_metrics
 
     def worse_after_two(*arguments: Any) -> dict[str, torch.Tensor]:
         found = original(*arguments)
@@ -182,7 +183,7 @@ def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept_and_named(
 
     seen_steps: list[int] = []
     score = runner.score_pairs
-    monkeypatch.setattr(runner, "pair_metrics", worse_after_two)
+    monkeypatch.setattr(parts, "pair_metrics", worse_after_two)
     monkeypatch.setattr(runner, "score_pairs", lambda run, *rest: (seen_steps.append(1), score(run, *rest))[1])
     more = ("max_steps=6", "save_every=1", "eval_every=1", "keep_checkpoints=1")
     ended = command("dpo-train", *words(pairs_file, tmp_path / "run", *more))

@@ -239,7 +239,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     words = ("max_steps=5", "micro_batch_size=2", "lora.dropout=0.1", "log_every=2", "eval_every=3", "save_every=2")
     straight = trained("straight", *words)
     place = scores if forward_pass == "evaluation" else step
-    original, seen = place.pair_logps, []
+    original, seen = place.pair_scores, []
 
     def interrupted(*arguments: Any) -> Any:
         seen.append(1)
@@ -248,13 +248,13 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
         return original(*arguments)
 
     stopped_words = [*tiny_words(tmp_path / "pairs.jsonl", tmp_path / "stopped"), *words]
-    monkeypatch.setattr(place, "pair_logps", interrupted)
+    monkeypatch.setattr(place, "pair_scores", interrupted)
     stopped = command("dpo-train", *stopped_words)
     assert stopped.code == 75, stopped.err
     assert stopped.err.startswith("error: stopped by SIGTERM at step ")
     done = int(stopped.err.split("at step ")[1].split(";")[0])
     assert checkpoints(tmp_path / "stopped" / "checkpoints")[-1].name == f"step-{done:08d}"  # nothing done is lost
-    monkeypatch.setattr(place, "pair_logps", original)
+    monkeypatch.setattr(place, "pair_scores", original)
     resumed = command("dpo-train", *stopped_words, "resume=auto")
     assert resumed.code == 0, resumed.err
     for name in ("adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors"):

@@ -8,6 +8,7 @@ from dpo_cli.console.text import safe_text
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import StorageError
 from dpo_cli.evaluation.scores import PairScores
+from dpo_cli.theory.calibration import Bin, calibration_error
 from dpo_cli.theory.losses import implicit_rewards
 from dpo_cli.theory.statistics import Estimate
 
@@ -19,6 +20,7 @@ def write_report(
     pairs: list[TokenizedPair],
     scores: PairScores,
     beta: float,
+    of_rewards: bool = False,
 ) -> None:
     """Write `report.json` and `pairs.jsonl` into `folder`; StorageError where that is not possible."""
     report = {
@@ -39,6 +41,8 @@ def write_report(
         ("reward_rejected", rewards_rejected),
         ("margin", rewards_chosen - rewards_rejected),
     ]
+    if of_rewards:  # which are no log-probs
+        columns = [column for column in columns if "logps" not in column[0]]
     values = {name: column.tolist() for name, column in columns}
     for path in (folder, folder / "pairs.jsonl", folder / "report.json", folder / "report.html"):
         if path.is_symlink():  # in a stranger's run directory it could have us write anywhere
@@ -56,6 +60,20 @@ def write_report(
     except OSError as error:
         reason = error.strerror or "cannot be written"
         raise StorageError(f"{safe_text(folder)}: the report cannot be written ({reason})") from None
+
+
+def calibration_facts(bins: list[Bin]) -> dict[str, Any]:
+    """Calibration for report.json: its error, and a line a bin."""
+    lines = [
+        {
+            "confidence": one.confidence,
+            "right": one.right.mean,
+            "interval95": [one.right.low, one.right.high],
+            "pairs": one.right.n,
+        }
+        for one in bins
+    ]
+    return {"error": calibration_error(bins), "bins": lines}
 
 
 def write_page(folder: Path, text: str) -> None:

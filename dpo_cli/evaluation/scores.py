@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.models.logps import Batch, Batching, pair_logps
+from dpo_cli.models.logps import Batch, Batching
 from dpo_cli.models.memory import in_passes
 from dpo_cli.models.reference import Reference
+from dpo_cli.models.reward import pair_scores
 from dpo_cli.theory.losses import LogRatios, Objective, PairLogps
-from dpo_cli.theory.metrics import pair_metrics
+from dpo_cli.theory.metrics import pair_metrics, reward_metrics
 from dpo_cli.theory.statistics import Estimate, mean_estimate, proportion_estimate
 
 
@@ -54,7 +55,7 @@ def score_pairs(
 
     def score(batch: Batch) -> tuple[tuple[TokenizedPair, ...], torch.Tensor]:
         poll()
-        rows = [*_columns(pair_logps(policy, batch)), *_columns(reference.logps(batch))]
+        rows = [*_columns(pair_scores(policy, batch)), *_columns(reference.logps(batch))]
         return batch.pairs, torch.stack([row.float().cpu() for row in rows])
 
     policy.eval()
@@ -72,16 +73,20 @@ def _columns(logps: PairLogps) -> tuple[torch.Tensor, ...]:
     return logps.chosen, logps.rejected, logps.chosen_tokens, logps.rejected_tokens
 
 
-def summarize(scores: PairScores, objective: Objective, beta: float) -> dict[str, Estimate]:
+def summarize(scores: PairScores, objective: Objective, beta: float, of_rewards: bool = False) -> dict[str, Estimate]:
     """Every metric of the training log over the scored pairs, each with its 95% interval.
 
     Besides them: the change of log-prob since the reference, in nats a token, and how often each model finds the
-    chosen response likelier than the rejected one (`accuracy_without_reference`).
+    chosen response likelier than the rejected one (`accuracy_without_reference`). Scores that are `of_rewards` are no
+    log-probs, and only what holds of rewards is said of them.
     """
     ratios = scores.ratios
     metrics = pair_metrics(scores.policy, ratios, objective(scores.policy, ratios), beta)
-    metrics["logps_change_per_token/chosen"] = ratios.chosen / ratios.chosen_tokens
-    metrics["logps_change_per_token/rejected"] = ratios.rejected / ratios.rejected_tokens
+    if of_rewards:
+        metrics = reward_metrics(ratios, metrics["loss"])
+    else:
+        metrics["logps_change_per_token/chosen"] = ratios.chosen / ratios.chosen_tokens
+        metrics["logps_change_per_token/rejected"] = ratios.rejected / ratios.rejected_tokens
     estimates = {
         name: mean_estimate(values.double().tolist())
         for name, values in metrics.items()
@@ -89,7 +94,7 @@ def summarize(scores: PairScores, objective: Objective, beta: float) -> dict[str
     }
     n = len(ratios.chosen)
     estimates["rewards/accuracies"] = proportion_estimate(float(metrics["rewards/accuracies"].double().sum()), n)
-    for who, logps in (("policy", scores.policy), ("reference", scores.reference)):
+    for who, logps in () if of_rewards else (("policy", scores.policy), ("reference", scores.reference)):
         difference = logps.chosen - logps.rejected
         wins = float((difference > 0).double().sum() + 0.5 * (difference == 0).double().sum())
         estimates[f"accuracy_without_reference/{who}"] = proportion_estimate(wins, n)

@@ -70,6 +70,7 @@ class Batch:
     positions: Tensor  # (N,) into the flattened input_ids: where a response token is predicted
     labels: Tensor  # (N,) the token predicted there
     owners: Tensor  # (N,) the response it belongs to, 0..M-1
+    ends: Tensor  # (M,) into the flattened input_ids: the last token of each response
     tokens: Tensor  # (M,) tokens of each response
     chosen: Tensor  # (B,) into the responses
     rejected: Tensor  # (B,)
@@ -154,7 +155,7 @@ def _place(responses: list[TokenIds], response: TokenIds, apart: bool) -> int:
 
 def _packed(shared: list[_Shared]) -> dict[str, Any]:
     """All groups end to end in one row. The first token of every response is predicted by the prompt's last."""
-    ids, places, group_ids, response_ids, positions, start = [], [], [], [], [], 0
+    ids, places, group_ids, response_ids, positions, ends, start = [], [], [], [], [], [], 0
     key_order, query_lengths, key_lengths = [], [], []
     for number, one in enumerate(shared):
         prompt = len(one.prompt)
@@ -172,6 +173,7 @@ def _packed(shared: list[_Shared]) -> dict[str, Any]:
             query_lengths.append(len(response) + (prompt if which == 0 else 0))
             key_lengths.append(prompt + len(response))
             end += len(response)
+            ends.append(end - 1)
         group_ids.append(np.full(end - start, number))
         start = end
     return {
@@ -183,6 +185,7 @@ def _packed(shared: list[_Shared]) -> dict[str, Any]:
         "query_starts": np.cumsum([0, *query_lengths]),
         "key_starts": np.cumsum([0, *key_lengths]),
         "positions": np.concatenate(positions),
+        "ends": np.array(ends),
     }
 
 
@@ -198,7 +201,12 @@ def _padded(shared: list[_Shared]) -> dict[str, Any]:
         input_ids[number, :end] = np.concatenate([prompt, response])
         attention_mask[number, :end] = 1
         positions.append(number * width + np.arange(len(prompt) - 1, end - 1))
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "positions": np.concatenate(positions)}
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "positions": np.concatenate(positions),
+        "ends": np.array([one[-1] + 1 for one in positions]),
+    }
 
 
 def _on_device(numbers: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
@@ -233,9 +241,8 @@ def response_logps(model: Any, batch: Batch) -> Tensor:
     Those are chosen before rejected, pair after pair, where no two pairs share a prompt.
     With gradient where the model has one and grad mode is on.
     """
-    causal = causal_model(model)
-    hidden = _hidden_states(causal, batch).flatten(0, 1)[batch.positions]  # (N, D)
-    return token_logps(causal, hidden, batch.labels)
+    hidden = hidden_states(model, batch).flatten(0, 1)[batch.positions]  # (N, D)
+    return token_logps(causal_model(model), hidden, batch.labels)
 
 
 def pair_logps(model: Any, batch: Batch) -> PairLogps:
@@ -253,8 +260,9 @@ def pair_logps(model: Any, batch: Batch) -> PairLogps:
     return PairLogps(*sides, batch.tokens[batch.chosen], batch.tokens[batch.rejected])
 
 
-def _hidden_states(causal: Any, batch: Batch) -> Tensor:
+def hidden_states(model: Any, batch: Batch) -> Tensor:
     """What the decoder makes of the batch, as input_ids with D behind."""
+    causal = causal_model(model)
     decoder = causal.get_decoder()
     use_attention(causal, SEGMENTS if batch.way is Way.SEGMENTS else None)
     if batch.row is None:

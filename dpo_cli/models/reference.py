@@ -28,6 +28,15 @@ class FrozenReference:
             return pair_logps(self.model, batch)
 
 
+class NoReference:
+    """What a reward model is held to: nothing. Its rewards stand for themselves."""
+
+    def logps(self, batch: Batch) -> PairLogps:
+        """0 for each pair, (B,) float32."""
+        nothing = torch.zeros(len(batch.pairs), device=batch.tokens.device)
+        return PairLogps(nothing, nothing, batch.tokens[batch.chosen], batch.tokens[batch.rejected])
+
+
 class UnmovedPolicy:
     """A policy before its first update: the reference is a copy of it."""
 

@@ -1,13 +1,13 @@
 """dpo-eval: score a finished run, checkpoint, adapter or model on preference pairs, without training."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpo_cli.config import EvalConfig, ModelConfig, RunConfig, data_config, read_config, to_container
+from dpo_cli.config import EvalConfig, data_config, to_container
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.batches import Cut, by_size
@@ -16,16 +16,13 @@ from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
 from dpo_cli.evaluation.generate import greedy_answers
 from dpo_cli.evaluation.page import page
-from dpo_cli.evaluation.report import write_page, write_report
+from dpo_cli.evaluation.report import calibration_facts, write_page, write_report
 from dpo_cli.evaluation.scores import score_pairs, summarize, windows
 from dpo_cli.models.loading import (
-    START_FILE,
     Decision,
     ModelSource,
     choose_device,
-    choose_dtype,
     find_model,
-    load_adapter,
     load_model,
     load_tokenizer,
     model_digest,
@@ -34,7 +31,7 @@ from dpo_cli.models.loading import (
 from dpo_cli.models.logps import Batching, Way
 from dpo_cli.models.memory import ENOUGH_TOKENS, OTHERWISE
 from dpo_cli.models.packing import remembered_way
-from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
+from dpo_cli.models.reference import AdapterOffReference, FrozenReference, NoReference, Reference
 from dpo_cli.models.reference_cache import (
     CachedReference,
     ReferenceCache,
@@ -42,130 +39,30 @@ from dpo_cli.models.reference_cache import (
     values_key,
 )
 from dpo_cli.paths import user_path
+from dpo_cli.pipeline.subject import Asked, Subject, find_subject, load_policy, subject_dtype
+from dpo_cli.theory.calibration import Bin, calibration_error, reliability
 from dpo_cli.theory.losses import Objective, make_objective
 from dpo_cli.theory.statistics import Estimate
-from dpo_cli.training.checkpoint import newest_valid, read_json, validate
 from dpo_cli.training.preparation import complete_cache, cut_by_tokens
 from dpo_cli.training.reproduce import settled_in
-from dpo_cli.training.run_directory import RunDirectory
 from dpo_cli.training.signals import StopSignals
 
-DEFAULT_BETA = 0.1
 REPORTS = (("report", "report.json"), ("pairs", "pairs.jsonl"), ("page", "report.html"))
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated: the weights, the run they came from, and the model they are held to."""
-
-    weights: str  # an adapter directory, a model directory or a hub id
-    is_adapter: bool
-    base: ModelConfig  # the reference, and what an adapter sits on
-    run: RunConfig | None
-    directory: RunDirectory | None
-    label: str  # for the report's folder: `final`, `step-00000100`, ...
-
-
-def find_subject(config: EvalConfig) -> Subject:
-    """Read what `checkpoint` names; CheckpointError where there is nothing, or nothing that can be evaluated."""
-    assert config.checkpoint is not None
-    name = config.checkpoint
-    path = user_path(name, CheckpointError, "checkpoint")
-    if not path.exists() and not name.startswith((".", "/", "~")) and name.count("/") == 1 and not path.parent.is_dir():
-        return _model_subject(name, config)
-    if not path.is_dir():
-        raise CheckpointError(
-            f"checkpoint={safe_text(name)}: no such directory; name a run directory, checkpoints/step-*, final/, "
-            "a PEFT adapter directory or a model"
-        )
-    path = path.resolve()
-    if (path / "checkpoints").is_dir() or (path / "final").is_dir():
-        return _run_subject(RunDirectory(path), None, config)
-    if path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file():
-        validate(path)
-        return _run_subject(RunDirectory(path.parent.parent), path, config)
-    if path.name == "final" and (path.parent / "config.yaml").is_file():
-        return _run_subject(RunDirectory(path.parent), path, config)
-    if (path / "adapter_config.json").is_file():
-        return _adapter_subject(path, config)
-    if (path / "config.json").is_file():
-        return _model_subject(str(path), config)
-    raise CheckpointError(
-        f"checkpoint={safe_text(name)}: neither a run, nor a checkpoint, adapter or model "
-        "(no checkpoints/, adapter_config.json or config.json in it)"
-    )
-
-
-def _run_subject(directory: RunDirectory, weights: Path | None, config: EvalConfig) -> Subject:
-    run = read_config(directory.config)
-    if weights is None:
-        weights = directory.final if directory.finished else newest_valid(directory.checkpoints)[0]
-    if weights is None:
-        raise CheckpointError(f"checkpoint={safe_text(directory.path)}: this run has no complete checkpoint yet")
-    is_adapter = (weights / "adapter_config.json").is_file()
-    base = (
-        run.model
-        if config.reference_model is None
-        else replace(run.model, name_or_path=config.reference_model, adapter=None)
-    )
-    if run.model.trust_remote_code and not config.trust_remote_code:
-        raise ConfigError(
-            f"checkpoint={safe_text(directory.path)}: its config trusts the Python of its model's authors; "
-            "whether you do is not for a file to say: add trust_remote_code=true"
-        )
-    base = replace(base, trust_remote_code=config.trust_remote_code)
-    if is_adapter and config.reference_model is not None:
-        raise ConfigError(
-            f"reference_model={safe_text(config.reference_model)}: an adapter is compared with the model it sits on "
-            f"({safe_text(run.model.name_or_path)}); leave reference_model unset"
-        )
-    return Subject(str(weights), is_adapter, base, run, directory, weights.name)
-
-
-def _adapter_subject(path: Path, config: EvalConfig) -> Subject:
-    try:
-        base = read_json(path / "adapter_config.json")["base_model_name_or_path"]
-    except (KeyError, TypeError):
-        raise CheckpointError(f"{safe_text(path / 'adapter_config.json')}: names no base model") from None
-    start = replace(_plain_model(config.reference_model or str(base), config), adapter=_sft_adapter(path))
-    return Subject(str(path), True, start, None, None, path.name)
-
-
-def _sft_adapter(path: Path) -> str | None:
-    """The SFT adapter that was folded into the base before this adapter was trained."""
-    if not (path / START_FILE).exists():
-        return None
-    note = read_json(path / START_FILE)
-    if not isinstance(note, dict):
-        raise CheckpointError(f"{safe_text(path / START_FILE)}: is not what this program writes")
-    found = note.get("sft_adapter")
-    return str(found) if found else None
-
-
-def _model_subject(name: str, config: EvalConfig) -> Subject:
-    if config.reference_model is None:
-        raise ConfigError(
-            f"checkpoint={safe_text(name)}: a whole model does not say what it was tuned from; "
-            "add reference_model=<the SFT model>"
-        )
-    return Subject(name, False, _plain_model(config.reference_model, config), None, None, Path(name).name)
-
-
-def _plain_model(name: str, config: EvalConfig) -> ModelConfig:
-    trusted = config.trust_remote_code
-    return ModelConfig(name_or_path=name, revision=None, dtype="auto", adapter=None, trust_remote_code=trusted)
 
 
 def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Reporter) -> Path:
     """Evaluate as the config says, with `overrides` of the run's own data dials; returns the report's folder."""
-    subject = find_subject(config)
+    assert config.checkpoint is not None
+    subject = find_subject(Asked(config.checkpoint, config.reference_model, config.trust_remote_code))
+    if subject.is_reward_model and config.samples:
+        raise ConfigError(f"samples={config.samples}: a reward model gives no answers; leave it out")
     data_dials = _data_dials(config, subject, overrides)
     check_sources(data_dials)
-    beta = subject.run.beta if subject.run else DEFAULT_BETA
+    beta = subject.beta
     objective = _objective(subject, beta)
     with StopSignals(reporter.warn) as signals:
         device = choose_device(config.device)
-        dtype = _dtype(subject, device.value)
+        dtype = subject_dtype(subject, device.value)
         source = find_model(subject.base, reporter.say)
         encoder = PairEncoder(load_tokenizer(source), data_dials.template)
         seed = subject.run.seed if subject.run else 0
@@ -175,7 +72,8 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         _warn_of_other_weights(subject, config, dtype.value, digest, reporter)
         policy, reference = _load(subject, base, dtype.value, device.value)
         way = _way(config, subject, policy, base, data, device.value, digest)
-        key = values_key(digest, dtype.value, device.value, way) if config.reference_cache == "auto" else None
+        keeps = config.reference_cache == "auto" and not subject.is_reward_model
+        key = values_key(digest, dtype.value, device.value, way) if keeps else None
         _show_header(reporter, subject, source, device, dtype, data, data_dials.max_length, beta)
         started = time.monotonic()
         batching = Batching(device.value, way, _cut(config, device.value, way))
@@ -184,12 +82,15 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         scores = score_pairs(policy, known, data.held_out, batching, signals.poll, reporter.advance)
         reporter.stop()
         seconds = time.monotonic() - started
-        estimates = summarize(scores, objective, beta)
+        estimates = summarize(scores, objective, beta, of_rewards=subject.is_reward_model)
+        # Of other losses sigmoid(margin) is nobody's claim.
+        claims = subject.run is None or subject.run.loss.name == "sigmoid"
+        bins = reliability((beta * scores.ratios.margin).tolist()) if claims else []
         held_out_by_run = config.data is None and not overrides
         folder = _folder(config, subject, "held-out" if held_out_by_run else data.held_out_report.source)
         facts = {
             "checkpoint": subject.weights,
-            "reference": source.name,
+            "reference": None if subject.is_reward_model else source.name,
             "data": data.held_out_report.as_dict(),
             "beta": beta,
             "loss_name": subject.run.loss.name if subject.run else "sigmoid",
@@ -198,15 +99,17 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
             "way": way.value,
             "pairs_per_second": len(data.held_out) / seconds,
             "seconds": seconds,
+            **({"calibration": calibration_facts(bins)} if bins else {}),
         }
-        write_report(folder, facts, estimates, data.held_out, scores, beta)
+        write_report(folder, facts, estimates, data.held_out, scores, beta, of_rewards=subject.is_reward_model)
         _show_estimates(reporter, estimates)
+        _show_calibration(reporter, bins)
         answers: list[list[str]] = []
         if config.samples:
             answers = _answers(policy, reference, encoder, data, config, device.value, signals)
             _show_answers(reporter, answers, config.max_new_tokens)
         margins = (beta * scores.ratios.margin).tolist()
-        labelled = [(label, estimates[name]) for label, name in SHOWN]
+        labelled = [(label, estimates[name]) for label, name in SHOWN if name in estimates]
         title = f"{Path(subject.weights).name} on {data.held_out_report.source}"
         shown = {name: facts[name] for name in ("checkpoint", "reference", "beta", "loss_name", "device", "dtype")}
         sentences = {"data": "\n".join(data.held_out_report.sentences(data_dials.max_length))}
@@ -247,14 +150,6 @@ def _data_dials(config: EvalConfig, subject: Subject, overrides: list[tuple[str,
     if dials.eval is None and dials.eval_split is None and dials.eval_fraction == 0:
         raise ConfigError("data.eval_fraction=0: the run held nothing out; name pairs with data.eval=PATH")
     return dials
-
-
-def _dtype(subject: Subject, device: torch.device) -> Decision:
-    """The dtype the run was trained in, so that the numbers are the run's own; else chosen anew."""
-    settled = settled_in(subject.directory.read_manifest()) if subject.directory else None
-    if settled is not None and settled.device == device.type:
-        return Decision(getattr(torch, settled.dtype), "as in training")
-    return choose_dtype(subject.base.dtype, device, lora=True)
 
 
 def _warn_of_other_weights(
@@ -311,13 +206,11 @@ def _known(
 
 
 def _load(subject: Subject, base: Any, dtype: torch.dtype, device: torch.device) -> tuple[Any, Reference]:
-    if subject.is_adapter:
-        # The base under the adapter is the reference: the same weights need not be loaded twice.
-        policy = load_adapter(base, subject.weights).eval()
-        return policy, AdapterOffReference(policy)
-    whole = replace(subject.base, name_or_path=subject.weights, revision=None, adapter=None)
-    policy = load_model(find_model(whole), dtype, device)
-    return policy, FrozenReference(base)
+    policy = load_policy(subject, base, dtype, device)
+    if subject.is_reward_model:
+        return policy, NoReference()
+    # The base under an adapter is the reference: the same weights need not be loaded twice.
+    return policy, AdapterOffReference(policy) if subject.is_adapter else FrozenReference(base)
 
 
 def _folder(config: EvalConfig, subject: Subject, data: str) -> Path:
@@ -346,13 +239,15 @@ def _show_header(
     beta: float,
 ) -> None:
     reference = "the model under the adapter" if subject.is_adapter else safe_text(source.name)
+    of_model = f"{safe_text(source.name)}, {source.origin}"
     rows = [
-        ("policy", safe_text(subject.weights)),
-        ("reference", f"{reference} ({safe_text(source.name)}, {source.origin})"),
+        ("reward model" if subject.is_reward_model else "policy", safe_text(subject.weights)),
+        ("on", of_model) if subject.is_reward_model else ("reference", f"{reference} ({of_model})"),
         ("device", f"{device.value}: {device.reason}"),
         ("dtype", f"{str(dtype.value).removeprefix('torch.')}: {dtype.reason}"),
-        ("beta", significant(beta) + ("" if subject.run else " (the checkpoint does not say)")),
     ]
+    if not subject.is_reward_model:
+        rows.append(("beta", significant(beta) + ("" if subject.run else " (the checkpoint does not say)")))
     if subject.base.trust_remote_code:
         reporter.say("trust_remote_code=true: Python of the model's authors runs on this machine", style="red")
     for place, sentence in enumerate(data.held_out_report.sentences(max_length)):
@@ -377,10 +272,31 @@ SHOWN = (
 def _show_estimates(reporter: Reporter, estimates: dict[str, Estimate]) -> None:
     rows = []
     for label, name in SHOWN:
+        if name not in estimates:
+            continue
         estimate = estimates[name]
         interval = f"{significant(estimate.low)} to {significant(estimate.high)}"
         rows.append([label, significant(estimate.mean), interval])
     reporter.grid(["metric", "mean", "95% interval"], rows)
+    reporter.say()
+
+
+def _show_calibration(reporter: Reporter, bins: list[Bin]) -> None:
+    """How often the model is right where it says how sure it is: beside each other, they should be the same."""
+    if not bins:
+        return
+    rows = [
+        [
+            f"{one.low:.1f} to {one.high:.1f}",
+            f"{one.confidence:.2f}",
+            f"{one.right.mean:.2f}",
+            f"{one.right.low:.2f} to {one.right.high:.2f}",
+            f"{one.right.n:,}",
+        ]
+        for one in bins
+    ]
+    reporter.grid(["how sure", "mean", "right", "95% interval", "pairs"], rows)
+    reporter.say(f"calibration error {significant(calibration_error(bins), 2)}")
     reporter.say()
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.errors import CheckpointError, StorageError
 from dpo_cli.models.logps import Way
+from dpo_cli.models.reward import head_of, load_head, save_head
 from dpo_cli.training.durable import remove_folder, sync, write_folder
 
 MANIFEST = "MANIFEST.json"
@@ -79,11 +80,12 @@ def checkpoint_name(step: int) -> str:
 
 
 def save_policy(policy: Any, folder: Path) -> None:
-    """Write the adapter in PEFT's layout, or the whole model where every weight trains."""
+    """Write the adapter in PEFT's layout, with a reward model's head; or the whole model where every weight trains."""
     if isinstance(policy, PeftModel):
         # Embeddings do not train here; asking PEFT to check them would ask the hub.
         policy.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; final/ gets a model card
+        save_head(policy, folder)
     else:
         policy.save_pretrained(str(folder), max_shard_size="1TB")  # one file, as `restore` reads it
 
@@ -335,6 +337,8 @@ def _restore_weights(checkpoint: Path, policy: Any) -> None:
         expected = get_peft_model_state_dict(policy, save_embedding_layers=False)
         _same_names(file, set(stored), set(expected))
         set_peft_model_state_dict(policy, stored)
+        if head_of(policy) is not None:
+            load_head(policy, checkpoint)
     else:
         file = checkpoint / MODEL
         problem = policy.load_state_dict(load_tensors(file), strict=False)

@@ -21,6 +21,8 @@ def millions(number: int) -> str:
 def reference_in_words(config: RunConfig) -> str:
     """Which weights the policy is held to."""
     start = "the SFT model" + (f" with the adapter {safe_text(config.model.adapter)}" if config.model.adapter else "")
+    if config.objective == "reward":
+        return "none: a reward model is held to nothing"
     if config.reference.name == "adapter_off":
         return f"{start}: the policy's own base weights with the adapter switched off"
     if config.reference.cache != "off" and not config.dry_run:
@@ -36,7 +38,14 @@ def policy_in_words(config: RunConfig, policy: Any) -> str:
         return f"every weight: {share}"
     where = config.lora.target_modules
     modules = "all linear layers" if where == "all-linear" else ", ".join(where)
-    return f"LoRA r={config.lora.r} alpha={significant(config.lora.alpha)} on {modules}: {share}"
+    head = " and a reward head" if config.objective == "reward" else ""
+    return f"LoRA r={config.lora.r} alpha={significant(config.lora.alpha)} on {modules}{head}: {share}"
+
+
+def _objective_in_words(config: RunConfig) -> str:
+    if config.objective == "reward":
+        return "a Bradley-Terry reward model: -log sigmoid(r+ - r-), the head read at the closing token, starting at 0"
+    return f"{config.loss.name} loss, beta {significant(config.beta)}"
 
 
 def _optimizer_in_words(config: RunConfig) -> str:
@@ -59,7 +68,7 @@ def show_header(run: Run, cut: str, reference: str, memory: str) -> None:
         ("device", f"{run.device}: {run.device_reason}"),
         ("memory", memory),
         ("dtype", f"{dtype_name}: {run.dtype.reason}" + ("; adapters float32" if config.lora.enabled else "")),
-        ("objective", f"{config.loss.name} loss, beta {significant(config.beta)}"),
+        ("objective", _objective_in_words(config)),
         ("optimizer", _optimizer_in_words(config)),
         ("template", f"{encoder.kind}: {encoder.reason}; {safe_text(closing)} closes a response"),
     ]

@@ -14,14 +14,14 @@ def model_card(config: RunConfig, source: ModelSource, metrics: dict[str, float]
         f"library_name: {library}",
         f"base_model: {name}",
         "tags:",
-        "- dpo",
+        "- reward-model" if config.objective == "reward" else "- dpo",
         "- preference-tuning",
         "---",
         "",
-        f"# {name}, tuned with DPO",
+        f"# {name}, {'a reward model' if config.objective == 'reward' else 'tuned with DPO'}",
         "",
-        f"Trained by dpo-cli on {pairs:,} preference pairs (`{safe_text(config.data.train)}`) with the "
-        f"{config.loss.name} loss, beta {significant(config.beta)}, learning rate {significant(config.optimizer.lr)}, "
+        f"Trained by dpo-cli on {pairs:,} preference pairs (`{safe_text(config.data.train)}`) with "
+        f"{_loss_in_words(config)}, learning rate {significant(config.optimizer.lr)}, "
         f"seed {config.seed}. The full config is `config.yaml` in the run directory.",
         "",
     ]
@@ -33,7 +33,15 @@ def model_card(config: RunConfig, source: ModelSource, metrics: dict[str, float]
     return "\n".join(lines)
 
 
+def _loss_in_words(config: RunConfig) -> str:
+    if config.objective == "reward":
+        return "the Bradley-Terry loss -log sigmoid(r+ - r-)"
+    return f"the {config.loss.name} loss, beta {significant(config.beta)}"
+
+
 def _loading_code(config: RunConfig, source: ModelSource) -> list[str]:
+    if config.objective == "reward":
+        return _reward_code(config, source)
     if not config.lora.enabled:
         return [
             "from transformers import AutoModelForCausalLM",
@@ -50,3 +58,23 @@ def _loading_code(config: RunConfig, source: ModelSource) -> list[str]:
         code.append("# The SFT adapter is part of the start: fold it in first.")
         code.append(f'model = PeftModel.from_pretrained(model, "{safe_text(config.model.adapter)}").merge_and_unload()')
     return [*code, 'model = PeftModel.from_pretrained(model, "final")']
+
+
+def _reward_code(config: RunConfig, source: ModelSource) -> list[str]:
+    code = [
+        "from peft import PeftModel",
+        "from safetensors.torch import load_file",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{safe_text(source.path)}")',
+    ]
+    if config.model.adapter:
+        code.append(f'model = PeftModel.from_pretrained(model, "{safe_text(config.model.adapter)}").merge_and_unload()')
+    return [
+        *code,
+        'model = PeftModel.from_pretrained(model, "final").eval()',
+        'head = load_file("final/reward_head.safetensors")',
+        "# input_ids: prompt and response by the model's template, up to the token that closes the response",
+        "hidden = model.get_base_model().get_decoder()(input_ids=input_ids).last_hidden_state[:, -1]",
+        'reward = hidden.float() @ head["weight"] - head["center"]',
+    ]

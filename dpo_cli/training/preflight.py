@@ -17,8 +17,9 @@ from dpo_cli.data.pairs import TextPair
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.errors import CheckpointError
 from dpo_cli.models.loading import undisturbed
-from dpo_cli.models.logps import TOLERANCES, Batch, Way, causal_model, make_batch, pair_logps, plain_attention
+from dpo_cli.models.logps import TOLERANCES, Batch, Way, causal_model, make_batch, plain_attention
 from dpo_cli.models.reference import FrozenReference, Reference
+from dpo_cli.models.reward import HEAD_NAME, head_of, pair_scores, probing
 from dpo_cli.theory.losses import LogRatios, Objective, PairLogps
 
 PAIRS_A_BATCH = 4
@@ -40,6 +41,11 @@ class PreflightSubject:
     dtype: torch.dtype
     at_start: bool  # false for a resumed run, whose policy has moved
 
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether rewards stand where log-probs do: some identities are of probabilities alone."""
+        return head_of(self.policy) is not None
+
 
 def preflight(subject: PreflightSubject) -> str:
     """Run every check; the line that says all hold. CheckpointError names the cause and the remedy."""
@@ -48,15 +54,18 @@ def preflight(subject: PreflightSubject) -> str:
     with undisturbed(subject.policy):
         check_distinct(subject.policy, subject.reference)
         together = _logps(subject, first)
-        check_finite(together, subject.dtype)
+        check_finite(together, subject.dtype, may_be_positive=subject.is_reward_model)
         said = []
         if subject.at_start:
             loss, off = check_start(subject, [first, second or first], together)
             said.append(f"the loss starts at {loss:.4g} and margins at 0 (off by {off:.1g})")
-        said.append(check_gradients(subject, first))
-        said.append(f"the chain rule holds to {check_chain_rule(subject, first):.1g} nats")
-        said.append(f"a pair alone equals the pair in a batch to {check_company(subject, first, together):.1g}")
-        check_closing(subject, first)
+        with probing(subject.policy):
+            together = _logps(subject, first) if subject.is_reward_model else together
+            said.append(check_gradients(subject, first))
+            if not subject.is_reward_model:
+                said.append(f"the chain rule holds to {check_chain_rule(subject, first):.1g} nats")
+            said.append(f"a pair alone equals the pair in a batch to {check_company(subject, first, together):.1g}")
+            check_closing(subject, first)
         check_round_trip(subject)
         said.append("EOS is scored, tokens read back as the text")
     return f"preflight passed in {time.perf_counter() - started:.1f} s: " + "; ".join(said)
@@ -75,7 +84,7 @@ def _batch(subject: PreflightSubject, pairs: list[TokenizedPair]) -> Batch:
 
 def _logps(subject: PreflightSubject, pairs: list[TokenizedPair]) -> PairLogps:
     with torch.no_grad():
-        return pair_logps(subject.policy, _batch(subject, pairs))
+        return pair_scores(subject.policy, _batch(subject, pairs))
 
 
 def _both(logps: PairLogps) -> Tensor:
@@ -103,15 +112,15 @@ def check_distinct(policy: Any, reference: Reference) -> None:
         )
 
 
-def check_finite(logps: PairLogps, dtype: torch.dtype) -> None:
-    """Every log-prob is a number, and none is above 0."""
+def check_finite(logps: PairLogps, dtype: torch.dtype, may_be_positive: bool = False) -> None:
+    """Every log-prob is a number, and none is above 0; a reward may be."""
     values = _both(logps)
     if not bool(torch.isfinite(values).all()):
         remedy = "its weights are damaged" if dtype is torch.float32 else "try model.dtype=float32"
         raise CheckpointError(
             f"preflight: the model's log-probs are not finite ({values.flatten()[0]:g} first): {remedy}"
         )
-    if bool((values > 1e-3).any()):
+    if not may_be_positive and bool((values > 1e-3).any()):
         raise CheckpointError(f"preflight: a log-prob of {float(values.max()):g} is above 0: the head is not a softmax")
 
 
@@ -146,7 +155,7 @@ def check_gradients(subject: PreflightSubject, pairs: list[TokenizedPair]) -> st
     """With LoRA only adapters train, and at the start a backward pass reaches each of them; returns so in words."""
     weights = {name: weight for name, weight in subject.policy.named_parameters() if weight.requires_grad}
     adapters = {name.split(".lora_")[0] for name in weights if ".lora_" in name}
-    strangers = sorted(name for name in weights if adapters and ".lora_" not in name)
+    strangers = sorted(name for name in weights if adapters and ".lora_" not in name and HEAD_NAME not in name)
     if strangers:
         raise CheckpointError(
             f"preflight: {len(strangers)} weights of the base train beside the adapters ({safe_text(strangers[0])} "
@@ -156,7 +165,7 @@ def check_gradients(subject: PreflightSubject, pairs: list[TokenizedPair]) -> st
         return f"{len(adapters)} adapters train" if adapters else f"{len(weights)} weights train"
     layout = _batch(subject, pairs)
     reference = subject.reference.logps(layout)
-    policy = pair_logps(subject.policy, layout)
+    policy = pair_scores(subject.policy, layout)
     losses = subject.objective(policy, LogRatios.between(policy, reference))
     if losses.requires_grad:
         losses.sum().backward()

@@ -16,7 +16,7 @@ from dpo_cli.evaluation.scores import windows
 from dpo_cli.models.loading import ModelSource, compile_layers, load_model, undisturbed
 from dpo_cli.models.logps import Batching, Way
 from dpo_cli.models.memory import Budget, measure_budget
-from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference, UnmovedPolicy
+from dpo_cli.models.reference import AdapterOffReference, FrozenReference, NoReference, Reference, UnmovedPolicy
 from dpo_cli.models.reference_cache import (
     CachedReference,
     Progress,
@@ -76,7 +76,12 @@ def _warn_of_long_pairs(pairs: list[TokenizedPair], budget: Budget, reporter: Re
 def make_reference(
     config: RunConfig, policy: Any, source: ModelSource, dtype: torch.dtype, device: torch.device, way: Way, digest: str
 ) -> Reference:
-    """The reference of a run: its values on disk, to be completed later, or a model that is asked in every step."""
+    """The reference of a run: its values on disk, to be completed later, or a model that is asked in every step.
+
+    A reward model has none.
+    """
+    if config.objective == "reward":
+        return NoReference()
     if config.reference.cache != "off" and not config.dry_run:  # a dry run writes nothing
         key = values_key(digest, dtype, device, way, config.engine.compile)
         return CachedReference(ReferenceCache(cache_path(key) if config.reference.cache == "auto" else None))
@@ -109,6 +114,8 @@ def needed_batches(run: Run) -> list[list[TokenizedPair]]:
 
 def reference_of(run: Run) -> str:
     """In words, where the reference's log-probs come from."""
+    if isinstance(run.reference, NoReference):
+        return "rewards stand for themselves"
     if not isinstance(run.reference, CachedReference):
         return "its log-probs are computed in every step"
     cache = run.reference.cache

@@ -85,11 +85,13 @@ RULES = (
 class Radar:
     """Keeps the log-ratios of the last pairs and says each alarm once."""
 
-    def __init__(self, beta: float, mode: str, loss: str = "sigmoid") -> None:
+    def __init__(self, beta: float, mode: str, loss: str = "sigmoid", objective: str = "dpo") -> None:
         self.beta = beta
         self.mode = mode
         # Gradient weights are those of DPO: only there does a small one mean that a pair no longer pulls.
-        self._rules = [rule for rule in RULES if rule.name != "saturated" or loss == "sigmoid"]
+        rules = [rule for rule in RULES if rule.name != "saturated" or loss == "sigmoid"]
+        # Rewards are no log-probs, and drift from nothing.
+        self._rules = [rule for rule in rules if not rule.ruins] if objective == "reward" else rules
         self.sounded: list[str] = []
         self._columns = torch.zeros(4, 0)  # c, r, n+, n- of the last pairs, oldest first
 

@@ -17,6 +17,7 @@ from dpo_cli import __version__
 from dpo_cli.config import RunConfig, flat, read_config
 from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.errors import CheckpointError, ConfigError
+from dpo_cli.models.reward import HEAD_FILE
 from dpo_cli.paths import user_path
 from dpo_cli.training.checkpoint import ADAPTER, MODEL, Settled, sha256_of
 from dpo_cli.training.run import Run
@@ -145,9 +146,9 @@ def replay_in_words(run: Run, weights: str | None) -> list[tuple[str, str]]:
 
 
 def weights_digest(folder: Path) -> str | None:
-    """The sha256 of the weights' file in a `final/` or a checkpoint."""
-    file = next((folder / name for name in (ADAPTER, MODEL) if (folder / name).is_file()), None)
-    return sha256_of(file) if file is not None else None
+    """The sha256 of the weights' file in a `final/` or a checkpoint; of a reward model the adapter's and the head's."""
+    found = [sha256_of(folder / name) for name in (ADAPTER, MODEL, HEAD_FILE) if (folder / name).is_file()]
+    return "+".join(found) or None
 
 
 @contextmanager

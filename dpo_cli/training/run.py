@@ -18,8 +18,8 @@ from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.models.loading import Decision, ModelSource
 from dpo_cli.models.logps import Batching
 from dpo_cli.models.reference import Reference
-from dpo_cli.theory.losses import Objective
-from dpo_cli.theory.metrics import MeanOverPairs
+from dpo_cli.theory.losses import LogRatios, Objective, PairLogps
+from dpo_cli.theory.metrics import MeanOverPairs, pair_metrics, reward_metrics
 from dpo_cli.training.checkpoint import Settled
 from dpo_cli.training.guard import NonFiniteGuard
 from dpo_cli.training.radar import Radar
@@ -76,6 +76,17 @@ class Run:
         """What was measured for this run and holds to its end."""
         dtype = str(self.dtype.value).removeprefix("torch.")
         return Settled(self.device.type, dtype, self.batching.way.value, self.token_budget, self.pairs_a_pass)
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether the policy gives rewards by a head of its own, and is held to no reference."""
+        return self.config.objective == "reward"
+
+    def measure(self, policy: PairLogps, ratios: LogRatios, losses: Tensor) -> dict[str, Tensor]:
+        """The metrics of each pair, every value (B,)."""
+        if self.is_reward_model:
+            return reward_metrics(ratios, losses)
+        return pair_metrics(policy, ratios, losses, self.config.beta)
 
     @property
     def trainable(self) -> list[nn.Parameter]:

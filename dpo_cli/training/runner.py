@@ -5,8 +5,9 @@ log-probs are known), shows what it decided and why, and goes through the loop o
 
     u = beta [log pi(y+|x)/pi_ref(y+|x) - log pi(y-|x)/pi_ref(y-|x)],  loss = -log sigmoid(u)
 
-DPO, https://arxiv.org/abs/2305.18290. The runner is the one place that opens the config and hands each part what
-it needs; what the parts do is theirs.
+DPO, https://arxiv.org/abs/2305.18290. With `objective=reward` the policy has a scalar head, u = r(x,y+) - r(x,y-), and
+there is no reference: the same loop trains a Bradley-Terry reward model. The runner is the one place that opens the
+config and hands each part what it needs; what the parts do is theirs.
 """
 
 import itertools
@@ -48,9 +49,10 @@ from dpo_cli.models.loading import (
 from dpo_cli.models.logps import Batching, Way, causal_model
 from dpo_cli.models.memory import plan_memory
 from dpo_cli.models.packing import remembered_way
+from dpo_cli.models.reward import attach_head, head_of
 from dpo_cli.paths import user_path
 from dpo_cli.theory.losses import make_objective
-from dpo_cli.theory.metrics import MeanOverPairs, pair_metrics
+from dpo_cli.theory.metrics import MeanOverPairs
 from dpo_cli.theory.schedules import lr_factor
 from dpo_cli.training.checkpoint import (
     Settled,
@@ -108,6 +110,9 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], OptimizerConfig], torch.opti
     ),
     "sgd": lambda weights, dials: torch.optim.SGD(weights, lr=dials.lr, weight_decay=dials.weight_decay),
 }
+
+
+CENTERING = 256  # pairs whose rewards have mean 0
 
 
 def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
@@ -219,7 +224,7 @@ def put_together(
         raise CheckpointError(f"{checkpoint}: was trained on other data than data.train={config.data.train} gives now")
 
     asked_in_every_step = config.reference.cache == "off" or config.dry_run
-    second_model = config.reference.name == "frozen" and asked_in_every_step
+    second_model = config.objective == "dpo" and config.reference.name == "frozen" and asked_in_every_step
     memory = plan_memory(source.path, dtype.value, device.value, second_model)
     torch.manual_seed(config.seed)
     policy = load_model(source, dtype.value, device.value)
@@ -233,7 +238,10 @@ def put_together(
         way = remembered_way(config.batching, policy, data.train, device.value, digest, keep=not config.dry_run)
     else:
         way = Decision(Way(settled.way), "as the run began")
-    if config.lora.enabled:
+    if config.objective == "reward":
+        policy = attach_lora(policy, config.lora, source, task=None)
+        attach_head(policy)
+    elif config.lora.enabled:
         policy = attach_lora(policy, config.lora, source)
     else:
         policy.requires_grad_(True)
@@ -271,7 +279,7 @@ def put_together(
         pairs_a_pass=settled.pairs_a_pass if settled is not None and settled.device == device.value.type else None,
         schedule=schedule,
         total_steps=schedule.total_steps(config.epochs, config.max_steps),
-        radar=Radar(config.beta, config.radar, config.loss.name),
+        radar=Radar(config.beta, config.radar, config.loss.name, config.objective),
     )
     show_header(run, cut_words, reference_of(run), memory)
     if checkpoint is not None and state is not None:
@@ -414,7 +422,7 @@ def log_train(run: Run) -> None:
         lr=run.optimizer.param_groups[0]["lr"],
         pairs_per_second=window.metrics.pairs / window.seconds,
         tokens_per_second=window.tokens / window.seconds,
-        **drift.as_metrics(),
+        **(drift.of_rewards() if run.is_reward_model else drift.as_metrics()),
         **({"skipped_steps": run.skipped_steps} if run.skipped_steps else {}),
         **({"alarms": {alarm.name: alarm.text for alarm in alarms}} if alarms else {}),
     )
@@ -435,9 +443,7 @@ def log_eval(run: Run) -> dict[str, float] | None:
         return None
     scores = score_pairs(run.policy, run.reference, run.data.held_out, run.batching, run.poll)
     metrics = MeanOverPairs()
-    metrics.add(
-        pair_metrics(scores.policy, scores.ratios, run.objective(scores.policy, scores.ratios), run.config.beta)
-    )
+    metrics.add(run.measure(scores.policy, scores.ratios, run.objective(scores.policy, scores.ratios)))
     means = metrics.means()
     write_record(run, "eval", means)
     if math.isfinite(means["loss"]):
@@ -503,6 +509,7 @@ def _save_or_go_on(run: Run) -> None:
 def finish(run: Run) -> Path:
     """Evaluate, write final/, and say where everything is."""
     weights = weights_digest(save(run))
+    center_rewards(run)
     means = log_eval(run)
     run.reporter.stop()
     run.directory.metrics.flush()
@@ -517,11 +524,22 @@ def finish(run: Run) -> Path:
             ("adapter" if run.config.lora.enabled else "model", str(run.directory.final)),
             *_best_in_words(run),
             *replay_in_words(run, weights),
-            ("next", f"dpo-eval checkpoint={shlex.quote(str(run.directory.path))} samples=3"),
+            ("next", _next_command(run)),
         ]
     )
     _show_verdict(run, verdict)
     return run.directory.path
+
+
+def center_rewards(run: Run) -> None:
+    """Give training responses a mean reward of 0, by the first CENTERING pairs: pairs alone leave that open."""
+    head = head_of(run.policy)
+    if head is None:
+        return
+    some = run.data.train[:CENTERING]
+    rewards = score_pairs(run.policy, run.reference, some, run.batching, run.poll).policy
+    head.center += torch.cat([rewards.chosen, rewards.rejected]).double().mean().to(head.center)
+    run.reporter.say(f"rewards are centred: 0 is the mean of the responses of {plural(len(some), 'training pair')}")
 
 
 def _best_in_words(run: Run) -> list[tuple[str, str]]:
@@ -532,11 +550,19 @@ def _best_in_words(run: Run) -> list[tuple[str, str]]:
     return [("best", f"{best[0]}: held-out loss {significant(best[1])}, at the end {significant(end)}")]
 
 
+def _next_command(run: Run) -> str:
+    name = shlex.quote(str(run.directory.path))
+    if run.is_reward_model:
+        return f"dpo-label by=reward judge={name} samples=..., or dpo-eval checkpoint={name}"
+    return f"dpo-eval checkpoint={name} samples=3"
+
+
 def _judge(run: Run, weights: str | None = None) -> Verdict:
     """How the run went, from its metrics; kept in the manifest."""
     config = run.config
     records = run.directory.metrics.read()
-    history = History.of(records, len(run.data.held_out), config.optimizer.lr, config.beta, config.loss.name)
+    dials = (config.optimizer.lr, config.beta, config.loss.name, config.objective)
+    history = History.of(records, len(run.data.held_out), *dials)
     verdict = judge(history)
     ended = {"weights_sha256": weights, "skipped_steps": run.skipped_steps, "verdict": verdict.as_dict()}
     begun = run.directory.read_manifest() or manifest_of(run)  # under which conditions a run was begun stays

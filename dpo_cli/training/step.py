@@ -12,10 +12,11 @@ from torch import Tensor
 
 from dpo_cli.data.batches import by_size, packed_tokens, padded_tokens
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.models.logps import Way, pair_logps
+from dpo_cli.models.logps import Way
 from dpo_cli.models.memory import DoesNotFitError, alone_too_large, make_room, one_pass
+from dpo_cli.models.reward import pair_scores
 from dpo_cli.theory.losses import LogRatios
-from dpo_cli.theory.metrics import MeanOverPairs, pair_metrics
+from dpo_cli.theory.metrics import MeanOverPairs
 from dpo_cli.training.checkpoint import rng_states, set_rng_states
 from dpo_cli.training.preparation import cut_by_tokens
 from dpo_cli.training.run import Run
@@ -41,12 +42,12 @@ def forward_backward(run: Run, batch: list[TokenizedPair]) -> Measured:
         run.poll()
         with one_pass(layout.pairs):
             reference_logps = run.reference.logps(layout)
-            policy_logps = pair_logps(run.policy, layout)
+            policy_logps = pair_scores(run.policy, layout)
             ratios = LogRatios.between(policy_logps, reference_logps)
             losses = run.objective(policy_logps, ratios)
             # The sum over the batch size: the gradient does not depend on how the batch was cut.
             (losses.sum() / len(batch)).backward()
-        measured.metrics.add(pair_metrics(policy_logps.detach(), ratios, losses, run.config.beta))
+        measured.metrics.add(run.measure(policy_logps.detach(), ratios, losses))
         measured.pairs += layout.pairs
         measured.losses.append(losses.detach())
         measured.ratios.append(ratios.detach())

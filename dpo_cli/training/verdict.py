@@ -25,11 +25,18 @@ class History:
     lr: float
     beta: float
     loss: str
+    objective: str
     start_loss: float  # before the first update: ln 2 for DPO, something else for most other losses
 
     @classmethod
     def of(
-        cls, records: list[dict[str, Any]], held_out_pairs: int, lr: float, beta: float, loss: str = "sigmoid"
+        cls,
+        records: list[dict[str, Any]],
+        held_out_pairs: int,
+        lr: float,
+        beta: float,
+        loss: str = "sigmoid",
+        objective: str = "dpo",
     ) -> "History":
         """From the lines of metrics.jsonl, the one of step 0 first."""
         of_training = [record for record in records if record["split"] == "train"]
@@ -42,6 +49,7 @@ class History:
             lr,
             beta,
             loss,
+            objective,
             float(of_training[0]["loss"]) if of_training else math.log(2),
         )
 
@@ -70,6 +78,11 @@ class History:
     def margin(self) -> float:
         """Held-out margin at the end; the late train margin where nothing is held out."""
         return float(self.held_out[-1]["rewards/margins"]) if self.evaluated else self.late("rewards/margins")
+
+    @property
+    def in_nats(self) -> bool:
+        """Whether drift was measured: a reward model has none."""
+        return self.objective != "reward"
 
     @property
     def moved(self) -> float:
@@ -174,19 +187,31 @@ RULES = (
         "red",
         _lr_too_high,
         lambda h: (
-            f"the learning rate {h.lr:g} looks too high: chosen responses changed by "
-            f"{h.last('drift/chosen_per_token'):+.2f} nats a token since the start, the worst loss was "
-            f"{max(float(r['loss']) for r in h.train):.2f}; the model's own answers are likely damaged"
+            f"the learning rate {h.lr:g} looks too high: "
+            + (
+                f"chosen responses changed by {h.last('drift/chosen_per_token'):+.2f} nats a token since the start, "
+                if h.in_nats
+                else ""
+            )
+            + f"the worst loss was {max(float(r['loss']) for r in h.train):.2f}"
+            + ("; the model's own answers are likely damaged" if h.in_nats else "")
         ),
-        lambda h: f"optimizer.lr={h.lr / 10:g}; read answers with dpo-eval samples=5 before trusting the accuracy",
+        lambda h: (
+            f"optimizer.lr={h.lr / 10:g}"
+            + ("; read answers with dpo-eval samples=5 before trusting the accuracy" if h.in_nats else "")
+        ),
     ),
     Rule(
         "not_learning",
         "yellow",
         lambda h: _not_learning(h) and h.moved < 0.02,
         lambda h: (
-            f"nothing was learned: the margin is {h.margin:.3g} and no response moved by more than {h.moved:.3f} nats "
-            "a token, so the weights hardly moved"
+            f"nothing was learned: the margin is {h.margin:.3g}"
+            + (
+                f" and no response moved by more than {h.moved:.3f} nats a token, so the weights hardly moved"
+                if h.in_nats
+                else ""
+            )
         ),
         lambda h: f"optimizer.lr={5 * h.lr:g}, or more steps",
     ),
@@ -208,7 +233,7 @@ RULES = (
             f"accuracy is {_percent(h.late('rewards/accuracies'))} on training pairs and "
             f"{_percent(h.accuracy.mean)} on held-out ones: the pairs were learned by heart"
         ),
-        lambda h: f"fewer epochs, or beta={2 * h.beta:g}, or more pairs",
+        lambda h: "fewer epochs, " + (f"or beta={2 * h.beta:g}, " if h.in_nats else "") + "or more pairs",
     ),
     Rule(
         "separable",
@@ -228,7 +253,11 @@ RULES = (
             f"the margin follows the length gap (correlation {h.last('drift/margin_length_correlation'):+.2f}): "
             "the model may have learned a length, not a preference"
         ),
-        lambda h: "loss=sigmoid_norm beta=2 on the same pairs, and compare the lengths of generated answers",
+        lambda h: (
+            "loss=sigmoid_norm beta=2 on the same pairs, and compare the lengths of generated answers"
+            if h.in_nats
+            else "balance the lengths of the pairs"
+        ),
     ),
     Rule(
         "saturated",

@@ -19,6 +19,7 @@ from dpo_cli.config import RunConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural, safe_text
 from dpo_cli.errors import CheckpointError, StoppedError
+from dpo_cli.models.reward import HEAD_FILE
 from dpo_cli.training.checkpoint import ADAPTER, MODEL, OPTIMIZER, RNG, WINDOW, checkpoint_name
 from dpo_cli.training.runner import train
 
@@ -88,7 +89,7 @@ def _as_stopped(straight: Path, copy: Path) -> None:
 def _differences(straight: Path, resumed: Path) -> Iterator[str]:
     """In words, what is not the same in two runs."""
     one, other = (run / "checkpoints" / checkpoint_name(STEPS) for run in (straight, resumed))
-    for name in (ADAPTER, MODEL, OPTIMIZER, RNG, WINDOW):
+    for name in (ADAPTER, HEAD_FILE, MODEL, OPTIMIZER, RNG, WINDOW):
         if (one / name).is_file() and (one / name).read_bytes() != (other / name).read_bytes():
             before, after = load_file(one / name), load_file(other / name)
             if before.keys() != after.keys() or not before:
