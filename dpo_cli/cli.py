@@ -9,9 +9,12 @@ import sys
 import textwrap
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from dpo_cli.errors import ConfigError, DpoError, OutOfMemoryError, StorageError
+
+if TYPE_CHECKING:
+    from dpo_cli.console.reporter import Reporter
 
 TRAIN_HELP = """\
 dpo-train: preference-tune a language model with Direct Preference Optimization.
@@ -37,6 +40,7 @@ Dials, with their defaults
   dry_run=true         check everything, rehearse the longest batch, estimate time and memory, stop
   verify_resume=true   prove on this machine that a stopped run resumes to the same bytes, stop
   replay=RUN           run the config of an earlier run again, say what differs
+  objective=reward     train a reward model instead: a scalar head, no reference, beta left out
 
 Examples
   dpo-train                                        the embedded model on the shipped pairs: some minutes
@@ -77,6 +81,82 @@ signal, 130 Ctrl-C.
 """
 
 
+SAMPLE_HELP = """\
+dpo-sample: draw answers of a model to a file of prompts, to be compared.
+
+    dpo-sample prompts=FILE [model=choice] [key=value ...]
+
+  prompts=FILE         .jsonl(.gz), .json, .csv, .parquet: a prompt a row, or pairs, whose prompts are taken;
+                       .txt: a prompt a line
+  model=CHOICE         {model}; or model.name_or_path=X
+  checkpoint=PATH      draw from a trained policy instead: a run, checkpoints/step-*, final/ or an adapter
+  n=2                  answers to a prompt, all different
+  temperature=1 top_p=1   1 is the model itself; lower is tidier
+  max_new_tokens=256   length limit of an answer
+  limit=N              first N rows only
+  seed=0, batch_size=auto, template=null, max_prompt_length=1024, on_bad_row=error, device=auto,
+  trust_remote_code=false  (of a checkpoint; for a model model.trust_remote_code)
+  output=FILE          the samples; a file that was begun is gone on with
+
+Examples
+  dpo-sample prompts=prompts.txt output=samples.jsonl
+  dpo-sample model=qwen prompts=pairs.jsonl n=4 temperature=0.8 output=samples.jsonl
+  dpo-sample checkpoint=outputs/qwen-hh/2026-01-31_12-00-00 prompts=prompts.txt output=round2.jsonl
+
+Answers with the same seed are the same, whatever is drawn beside them. The next step is dpo-label.
+Exit codes: 0 done, 2 command line, 3 prompts, 4 checkpoint or model, 6 memory, 7 storage, 75 stopped by a signal (run
+again to go on), 130 Ctrl-C.
+"""
+
+LABEL_HELP = """\
+dpo-label: turn samples into preference pairs for dpo-train.
+
+    dpo-label samples=FILE by=human|reward|implicit|rule [key=value ...]
+
+  by=human annotator=NAME   you, at the keyboard: two answers in blinded order, saved after every key
+  by=reward judge=RUN       a reward model, trained with dpo-train objective=reward
+  by=implicit judge=RUN     a DPO run's own reward, beta log(policy / reference)
+  by=rule rule=NAME         {rules}
+  pairs=all                 of more than two answers: all, or extremes, the best against the worst
+  labels=best               or drawn: chosen with probability sigmoid(r+ - r-), as noisy as people are
+  seed=0, prior=1, batching=auto, trust_remote_code=false, device=auto
+  output=FILE               the pairs; null = <samples>.<by>.jsonl beside the samples
+
+Examples
+  dpo-label samples=samples.jsonl by=human annotator=ann
+  dpo-label samples=samples.jsonl by=reward judge=outputs/smollm2-hh-reward/2026-01-31_12-00-00
+  dpo-label samples=samples.jsonl by=rule rule=shorter output=pairs.jsonl
+
+Every pair comes with the probability that its chosen answer is the better. The next step is
+dpo-train data=jsonl data.train=FILE.
+Exit codes: 0 done, 2 command line, 3 samples, 4 judge, 6 memory, 7 storage, 75 stopped by a signal (run again to go
+on), 130 Ctrl-C.
+"""
+
+RANK_HELP = """\
+dpo-rank: a Bradley-Terry ranking with 95% intervals.
+
+    dpo-rank games=FILE [prior=0]
+    dpo-rank checkpoints=[a,b,c] judge=JUDGE prompts=FILE [key=value ...]
+
+  games=FILE           who beat whom: .csv with the header winner,loser,count, or .jsonl of the same; a column tie
+  checkpoints=[a,b]    runs, checkpoints, adapters or models: each answers every prompt, the judge compares
+  judge=JUDGE          a reward model's run, a DPO run (its implicit reward), or a rule: {rules}
+  prompts=FILE         as for dpo-sample
+  prior=0              above 0: drawn games with an average player, which bound the undefeated and join the unconnected
+  temperature=1 top_p=1 max_new_tokens=256 max_prompt_length=1024 limit=N on_bad_row=error seed=0 batch_size=auto
+  trust_remote_code=false device=auto
+  output=FILE          the ranking as JSON
+
+Examples
+  dpo-rank games=games.csv
+  dpo-rank checkpoints=[outputs/a,outputs/b,outputs/c] judge=outputs/reward prompts=prompts.txt limit=100
+
+Exit codes: 0 done, 2 command line, 3 games or prompts, 4 checkpoint or judge, 6 memory, 7 storage, 75 stopped by a
+signal, 130 Ctrl-C.
+"""
+
+
 def train() -> NoReturn:
     """The command dpo-train."""
     _run(_train)
@@ -85,6 +165,21 @@ def train() -> NoReturn:
 def evaluate() -> NoReturn:
     """The command dpo-eval."""
     _run(_evaluate)
+
+
+def sample() -> NoReturn:
+    """The command dpo-sample."""
+    _run(_sample)
+
+
+def label() -> NoReturn:
+    """The command dpo-label."""
+    _run(_label)
+
+
+def rank() -> NoReturn:
+    """The command dpo-rank."""
+    _run(_rank)
 
 
 def _run(command: Callable[[list[str]], int]) -> NoReturn:
@@ -142,8 +237,8 @@ def _without_flag(words: list[str], *flags: str) -> tuple[list[str], bool]:
 
 
 def _train(words: list[str]) -> int:
-    from dpo_cli.composition import composed, parse_overrides, replayed, sweep
-    from dpo_cli.config import RunConfig, run_config
+    from dpo_cli.composition import composed_run, parse_overrides, replayed, sweep
+    from dpo_cli.config import run_config
 
     if _wants_help(words):
         print(train_help())
@@ -155,18 +250,20 @@ def _train(words: list[str]) -> int:
     if many:
         jobs = sweep(overrides)
         for job in jobs:  # a mistake in the last of them is said before the first has trained
-            run_config(composed("train", parse_overrides(job), RunConfig).container)
+            run_config(composed_run(parse_overrides(job)).container)
         if any(override.key_or_group == "output_dir" for override in overrides):
             raise ConfigError("output_dir: the runs of a sweep cannot share one; leave it out")
         return _sweep(jobs, show)
     for override in overrides:
         if override.is_sweep_override():
             raise ConfigError(f"'{override.input_line}': several values need -m: dpo-train -m {override.input_line}")
-    choice = composed("train", overrides, RunConfig)
+    choice = composed_run(overrides)
     if choice.container.get("replay") is not None:
         config, name = replayed(overrides)
     else:
-        config, name = run_config(choice.container), f"{choice.choices['model']}-{choice.choices['data']}"
+        config = run_config(choice.container)
+        kind = "-reward" if config.objective == "reward" else ""
+        name = f"{choice.choices['model']}-{choice.choices['data']}{kind}"
     if show:
         from dpo_cli.config import config_text
 
@@ -174,20 +271,12 @@ def _train(words: list[str]) -> int:
         return 0
     _check_files_early(config.data.train, config.data.eval)
     quiet_libraries()
-    from dpo_cli.console.reporter import Reporter
     from dpo_cli.training.runner import train as run_training
     from dpo_cli.training.verification import verify_resume
 
-    reporter = Reporter()
-    try:
-        with _memory_errors():
-            if config.verify_resume:
-                verify_resume(config, reporter)
-            else:
-                run_training(config, reporter, name)
-    finally:
-        reporter.close()
-    return 0
+    if config.verify_resume:
+        return _reporting(lambda reporter: verify_resume(config, reporter))
+    return _reporting(lambda reporter: run_training(config, reporter, name))
 
 
 def _evaluate(words: list[str]) -> int:
@@ -207,13 +296,81 @@ def _evaluate(words: list[str]) -> int:
     container = {"data": None, **composed("eval", rest, EvalSchema).container}
     config: EvalConfig = eval_config(container)
     quiet_libraries()
-    from dpo_cli.console.reporter import Reporter
     from dpo_cli.pipeline.evaluate import evaluate as run_evaluation
+
+    return _reporting(lambda reporter: run_evaluation(config, [(o.key_or_group, o.value()) for o in of_run], reporter))
+
+
+def _sample(words: list[str]) -> int:
+    from dpo_cli.composition import composed, groups, parse_overrides
+    from dpo_cli.config import SampleConfig, sample_config
+
+    if _wants_help(words):
+        print(SAMPLE_HELP.format(model=", ".join(groups()["model"])))
+        return 0
+    _refuse_flags(words, "dpo-sample")
+    overrides = parse_overrides(words)
+    config = sample_config(composed("sample", overrides, SampleConfig).container)
+    if config.checkpoint is not None:
+        for override in overrides:
+            if override.key_or_group.split(".")[0] == "model":
+                raise ConfigError(f"{override.input_line}: checkpoint= names the model already; leave one of them out")
+    elif config.trust_remote_code:
+        raise ConfigError("trust_remote_code=true: of a checkpoint; for a model write model.trust_remote_code=true")
+    _check_files_early(config.prompts)
+    quiet_libraries()
+    from dpo_cli.pipeline.sample import sample as run_sampling
+
+    return _reporting(lambda reporter: run_sampling(config, reporter))
+
+
+def _label(words: list[str]) -> int:
+    from dpo_cli.composition import composed, parse_overrides
+    from dpo_cli.config import LabelConfig, label_config
+
+    if _wants_help(words):
+        print(LABEL_HELP.format(rules=_rules()))
+        return 0
+    _refuse_flags(words, "dpo-label")
+    config = label_config(composed("label", parse_overrides(words), LabelConfig).container)
+    _check_files_early(config.samples)
+    quiet_libraries()
+    from dpo_cli.pipeline.label import label as run_labelling
+    from dpo_cli.pipeline.label import label_by_hand
+
+    work = label_by_hand if config.by == "human" else run_labelling
+    return _reporting(lambda reporter: work(config, reporter))
+
+
+def _rank(words: list[str]) -> int:
+    from dpo_cli.composition import composed, parse_overrides
+    from dpo_cli.config import RankConfig, rank_config
+
+    if _wants_help(words):
+        print(RANK_HELP.format(rules=_rules()))
+        return 0
+    _refuse_flags(words, "dpo-rank")
+    config = rank_config(composed("rank", parse_overrides(words), RankConfig).container)
+    _check_files_early(config.games, config.prompts)
+    quiet_libraries()
+    from dpo_cli.pipeline.rank import rank as run_ranking
+
+    return _reporting(lambda reporter: run_ranking(config, reporter))
+
+
+def _rules() -> str:
+    from dpo_cli.evaluation.rules import RULES
+
+    return ", ".join(RULES)
+
+
+def _reporting(work: Callable[["Reporter"], object]) -> int:
+    from dpo_cli.console.reporter import Reporter
 
     reporter = Reporter()
     try:
         with _memory_errors():
-            run_evaluation(config, [(o.key_or_group, o.value()) for o in of_run], reporter)
+            work(reporter)
     finally:
         reporter.close()
     return 0

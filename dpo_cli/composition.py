@@ -149,12 +149,25 @@ def composed(config_name: str, overrides: list[Override], schema: type) -> Compo
     return Composed(plain, choices)
 
 
+def composed_run(overrides: list[Override]) -> Composed:
+    """The config of dpo-train. A reward model is held to nothing: its beta is 1, and a reference is refused."""
+    choice = composed("train", overrides, RunConfig)
+    if choice.container.get("objective") == "reward":
+        given = {override.key_or_group: override.input_line for override in overrides}
+        for key, written in given.items():
+            if key.split(".")[0] == "reference":
+                raise ConfigError(f"{written}: a reward model (objective=reward) is held to no reference; leave it out")
+        if "beta" not in given:
+            choice.container["beta"] = 1.0
+    return choice
+
+
 def _where(key: str, choices: dict[str, str]) -> str:
     """The YAML file and line in which a key stands, as far as the text tells."""
     leaf = re.escape(key.rsplit(".", 1)[-1])
     group_files = [f"{group}/{choice}.yaml" for group, choice in choices.items() if choice != "None"]
     shared = [f"{group}/_base.yaml" for group in choices]
-    for name in [*group_files, *shared, "train.yaml", "eval.yaml"]:
+    for name in [*group_files, *shared, *sorted(file.name for file in conf_dir().glob("*.yaml"))]:
         file = conf_dir() / name
         if not file.is_file():
             continue

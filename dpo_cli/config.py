@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_cli.console.text import safe_text, without_secrets
 from dpo_cli.errors import CheckpointError, ConfigError
 
-OBJECTIVES = ("dpo",)
+OBJECTIVES = ("dpo", "reward")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TEMPLATES = ("chat", "plain")
 FORMAT_NAMES = ("auto", "hh", "standard", "messages", "ranked")
@@ -43,6 +43,13 @@ LOSS_DIALS = {
 }
 REFERENCE_NAMES = ("frozen", "adapter_off")
 ENGINE_NAMES = ("single",)
+# Who labels samples, and what each needs.
+LABELLERS = {
+    "human": "annotator=NAME, under which the judgements are kept",
+    "reward": "judge=RUN, a run of dpo-train objective=reward",
+    "implicit": "judge=RUN, a run or adapter of dpo-train",
+    "rule": "rule=NAME, for instance rule=shorter",
+}
 CACHE_MODES = ("auto", "run", "off")
 BATCHINGS = ("auto", "packed", "padded")
 RADAR_MODES = ("warn", "stop", "off")
@@ -54,6 +61,7 @@ FREE_KEYS = (
 )  # fmt: skip
 # Keys that a resumed run may change, and is told so: the end of the run, and with it the schedule, or its roundings.
 LOUD_KEYS = ("max_steps", "epochs", "micro_batch_size", "device", "deterministic")
+PROMPTS_NEEDED = "name a file of prompts, for instance prompts=prompts.jsonl"
 MAX_CONFIG_BYTES = 2**20
 MAX_CONFIG_DEPTH = 10
 
@@ -277,9 +285,9 @@ class EngineConfig:
         _one_of("engine.name", self.name, ENGINE_NAMES)
 
 
-def _check_micro_batch_size(value: Any) -> None:
+def _check_whole_or_auto(key: str, value: Any) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
-    _require(value == "auto" or (whole and value >= 1), "micro_batch_size", value, "must be auto or at least 1")
+    _require(value == "auto" or (whole and value >= 1), key, value, "must be auto or at least 1")
 
 
 @dataclass
@@ -325,6 +333,8 @@ class RunConfig:
         alone = not self.verify_resume or (self.resume is None and not self.dry_run)
         _require(alone, "verify_resume", True, "trains some steps of its own; leave resume and dry_run out")
         _one_of("objective", self.objective, OBJECTIVES)
+        if self.objective == "reward":
+            self._check_reward()
         _finite("beta", self.beta)
         _require(
             self.beta > 0,
@@ -334,7 +344,7 @@ class RunConfig:
         )
         _require(0 <= self.seed < 2**63, "seed", self.seed, "must be a whole number from 0 to 2**63 - 1")
         _at_least("batch_size", self.batch_size, 1)
-        _check_micro_batch_size(self.micro_batch_size)
+        _check_whole_or_auto("micro_batch_size", self.micro_batch_size)
         _one_of("batching", self.batching, BATCHINGS)
         _at_least("epochs", self.epochs, 1)
         _at_least("max_steps", self.max_steps, 1)
@@ -354,6 +364,15 @@ class RunConfig:
             self.reference.name,
             "needs an adapter to switch off; with lora=off choose reference=frozen",
         )
+
+    def _check_reward(self) -> None:
+        """A reward model is adapters and a head under the Bradley-Terry loss, with nothing to be held to."""
+        why = "a reward model (objective=reward) is held to no reference; leave it out"
+        _require(self.beta == 1, "beta", self.beta, why)
+        _require(self.loss.name == "sigmoid", "loss", self.loss.name, "a reward model has the sigmoid loss")
+        _require(self.radar != "stop", "radar", self.radar, "of a reward model no alarm means ruin; choose warn or off")
+        _require(not self.loss.sft_weight, "loss.sft_weight", self.loss.sft_weight, "a reward model gives no answers")
+        _require(self.lora.enabled, "lora", "off", "a reward model trains adapters and a head; choose a LoRA")
 
 
 @dataclass
@@ -382,11 +401,138 @@ class EvalConfig:
         )
         _at_least("samples", self.samples, 0)
         _at_least("max_new_tokens", self.max_new_tokens, 1)
-        _check_micro_batch_size(self.micro_batch_size)
+        _check_whole_or_auto("micro_batch_size", self.micro_batch_size)
         _one_of("batching", self.batching, BATCHINGS)
         _one_of("reference_cache", self.reference_cache, ("auto", "off"))
         allowed = self.name is None or (bool(self.name) and not set(self.name) & set("/\\\0") and self.name[0] != ".")
         _require(allowed, "name", self.name, "must be a plain folder name")
+
+
+def _check_drawing(temperature: float, top_p: float, max_new_tokens: int, max_prompt_length: int, seed: int) -> None:
+    """What holds wherever answers are drawn."""
+    _finite("temperature", temperature)
+    _require(temperature > 0, "temperature", temperature, "must be above 0; 1 is the model itself")
+    _require(0 < top_p <= 1, "top_p", top_p, "must be in (0, 1]; 1 leaves nothing out")
+    _at_least("max_new_tokens", max_new_tokens, 1)
+    _at_least("max_prompt_length", max_prompt_length, 1)
+    _require(0 <= seed < 2**63, "seed", seed, "must be a whole number from 0 to 2**63 - 1")
+
+
+@dataclass
+class SampleConfig:
+    """Answers drawn from a model to a file of prompts."""
+
+    model: ModelConfig = MISSING
+    checkpoint: Optional[str] = MISSING
+    prompts: Optional[str] = MISSING
+    n: int = MISSING
+    temperature: float = MISSING
+    top_p: float = MISSING
+    max_new_tokens: int = MISSING
+    max_prompt_length: int = MISSING
+    template: Optional[str] = MISSING
+    limit: Optional[int] = MISSING
+    on_bad_row: str = MISSING
+    seed: int = MISSING
+    batch_size: Any = MISSING
+    trust_remote_code: bool = MISSING
+    device: str = MISSING
+    output: Optional[str] = MISSING
+
+    def __post_init__(self) -> None:
+        _require(bool(self.prompts), "prompts", self.prompts, PROMPTS_NEEDED)
+        _at_least("n", self.n, 1)
+        _check_drawing(self.temperature, self.top_p, self.max_new_tokens, self.max_prompt_length, self.seed)
+        if self.template is not None:
+            _one_of("template", self.template, TEMPLATES)
+        _at_least("limit", self.limit, 1)
+        _one_of("on_bad_row", self.on_bad_row, ("error", "skip"))
+        _check_whole_or_auto("batch_size", self.batch_size)
+
+
+@dataclass
+class LabelConfig:
+    """Samples turned into preference pairs."""
+
+    samples: Optional[str] = MISSING
+    by: Optional[str] = MISSING
+    judge: Optional[str] = MISSING
+    rule: Optional[str] = MISSING
+    annotator: Optional[str] = MISSING
+    pairs: str = MISSING
+    labels: str = MISSING
+    seed: int = MISSING
+    prior: float = MISSING
+    batching: str = MISSING
+    trust_remote_code: bool = MISSING
+    device: str = MISSING
+    output: Optional[str] = MISSING
+
+    def __post_init__(self) -> None:
+        _require(bool(self.samples), "samples", self.samples, "name a file that dpo-sample wrote")
+        _require(bool(self.by), "by", self.by, f"say who labels: {', '.join(LABELLERS)}")
+        assert self.by is not None
+        _one_of("by", self.by, tuple(LABELLERS))
+        for key, users in (("judge", ("reward", "implicit")), ("rule", ("rule",)), ("annotator", ("human",))):
+            value = getattr(self, key)
+            _require(value is None or self.by in users, key, value, f"by={self.by} does not use it; leave it out")
+            _require(bool(value) or self.by not in users, key, value, f"by={self.by} needs it: {LABELLERS[self.by]}")
+        _one_of("pairs", self.pairs, ("extremes", "all"))
+        _one_of("labels", self.labels, ("best", "drawn"))
+        _require(
+            self.by != "human" or (self.pairs, self.labels) == ("all", "best"),
+            "pairs" if self.pairs != "all" else "labels",
+            self.pairs if self.pairs != "all" else self.labels,
+            "people are asked for all pairs, and their word is taken; leave it out with by=human",
+        )
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "must be a whole number from 0 to 2**63 - 1")
+        _finite("prior", self.prior)
+        bounded = 1e-3 <= self.prior <= 1e9
+        _require(bounded, "prior", self.prior, "must be from 0.001 to 1e9; 1 is one drawn game with an average answer")
+        _one_of("batching", self.batching, BATCHINGS)
+
+
+@dataclass
+class RankConfig:
+    """Players ranked by who beat whom: from a file of games, or checkpoints that answer prompts before a judge."""
+
+    games: Optional[str] = MISSING
+    checkpoints: Optional[List[str]] = MISSING
+    judge: Optional[str] = MISSING
+    prompts: Optional[str] = MISSING
+    prior: float = MISSING
+    temperature: float = MISSING
+    top_p: float = MISSING
+    max_new_tokens: int = MISSING
+    max_prompt_length: int = MISSING
+    limit: Optional[int] = MISSING
+    on_bad_row: str = MISSING
+    seed: int = MISSING
+    batch_size: Any = MISSING
+    trust_remote_code: bool = MISSING
+    device: str = MISSING
+    output: Optional[str] = MISSING
+
+    def __post_init__(self) -> None:
+        one = (self.games is None) != (self.checkpoints is None)
+        _require(one, "games", self.games, "give games=FILE, or checkpoints=[a,b,c] judge=... prompts=FILE")
+        _finite("prior", self.prior)
+        _at_least("prior", self.prior, 0)
+        _check_drawing(self.temperature, self.top_p, self.max_new_tokens, self.max_prompt_length, self.seed)
+        _at_least("limit", self.limit, 1)
+        _one_of("on_bad_row", self.on_bad_row, ("error", "skip"))
+        _check_whole_or_auto("batch_size", self.batch_size)
+        if self.games is not None:
+            for key in ("judge", "prompts"):
+                value = getattr(self, key)
+                _require(value is None, key, value, "games=FILE holds the results already; leave it out")
+            return
+        assert self.checkpoints is not None
+        names = self.checkpoints
+        _require(len(names) >= 2, "checkpoints", names, "must be two or more, for instance checkpoints=[runs/a,runs/b]")
+        _require(len(set(names)) == len(names), "checkpoints", names, "name each once")
+        _require(bool(self.judge), "judge", self.judge, "name a reward model's run, a DPO run, or a rule")
+        _require(bool(self.prompts), "prompts", self.prompts, PROMPTS_NEEDED)
 
 
 @dataclass
@@ -495,6 +641,24 @@ def run_config(container: Dict[str, Any]) -> RunConfig:
 def eval_config(container: Dict[str, Any]) -> EvalConfig:
     """A plain container as a checked `EvalConfig`."""
     config: EvalConfig = _from_container(container, EvalConfig)
+    return config
+
+
+def sample_config(container: Dict[str, Any]) -> SampleConfig:
+    """A plain container as a checked `SampleConfig`."""
+    config: SampleConfig = _from_container(container, SampleConfig)
+    return config
+
+
+def label_config(container: Dict[str, Any]) -> LabelConfig:
+    """A plain container as a checked `LabelConfig`."""
+    config: LabelConfig = _from_container(container, LabelConfig)
+    return config
+
+
+def rank_config(container: Dict[str, Any]) -> RankConfig:
+    """A plain container as a checked `RankConfig`."""
+    config: RankConfig = _from_container(container, RankConfig)
     return config
 
 

@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.console.text import redacted, safe_text, significant
+from dpo_cli.console.text import duration, redacted, safe_text, significant
 
 ROWS_SHOWN = 10
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -253,7 +253,9 @@ class Reporter:
             # Evaluations log no record: off a terminal a line every half minute says that they go on.
             if self._live is None and self._unit != "step" and time.monotonic() - self._last_plain > 30:
                 self._last_plain = time.monotonic()
-                self.say(f"{self._unit} {self._progress.tasks[0].completed:.0f}/{self._total}")
+                task = self._progress.tasks[0]
+                left = f", about {duration(task.time_remaining)} left" if task.time_remaining else ""
+                self.say(f"{self._unit} {task.completed:.0f}/{self._total}{left}")
 
     def record(self, record: dict[str, Any]) -> None:
         """Show one line of metrics.jsonl."""

@@ -1,0 +1,509 @@
+"""The screen on which a person compares two answers: a prompt, two answers that do not say whose they are, one key.
+
+What is shown is a pure function of the question, the size of the terminal and how far it is scrolled; the rest reads
+keys and signals. One idea to keep in mind: a key counts only for what was on the screen when it was pressed, and
+whatever way the screen is left, the terminal is as it was before.
+"""
+
+import errno
+import os
+import re
+import signal
+import sys
+import termios
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from select import select
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple
+
+from rich.cells import cell_len, get_character_cell_size, set_cell_size
+from rich.console import Console
+from rich.segment import Segment
+from rich.text import Text
+
+from dpo_cli.console.text import safe_text
+from dpo_cli.errors import ConfigError, InterruptedByUserError, StoppedError
+
+VERDICTS = ("left", "right", "tie", "skip")
+MIN_COLUMN = 30  # cells; answers beside each other in narrower columns are harder to read than one under the other
+ESCAPE_SECONDS = 0.05  # the bytes of one key come closer together than this
+
+ACTIONS = {
+    "1": "left", "<left>": "left", "2": "right", "<right>": "right", "t": "tie", "s": "skip",
+    "u": "undo", "q": "quit", "\x04": "quit", "?": "help",
+    "j": "down", "<down>": "down", "k": "up", "<up>": "up",
+    " ": "page down", "<page down>": "page down", "b": "page up", "<page up>": "page up",
+    "g": "top", "<home>": "top", "G": "bottom", "<end>": "bottom",
+}  # fmt: skip
+# What a terminal sends for them after ESC; the second letter depends on the mode that an earlier program left.
+SEQUENCES = {
+    "[A": "<up>", "[B": "<down>", "[C": "<right>", "[D": "<left>", "OA": "<up>", "OB": "<down>", "OC": "<right>",
+    "OD": "<left>", "[5~": "<page up>", "[6~": "<page down>", "[H": "<home>", "OH": "<home>", "[1~": "<home>",
+    "[7~": "<home>", "[F": "<end>", "OF": "<end>", "[4~": "<end>", "[8~": "<end>",
+}  # fmt: skip
+HELP = (
+    ("1, left arrow", "the left answer is better, or the first where they stand one under the other"),
+    ("2, right arrow", "the right answer is better, or the second"),
+    ("t", "a tie: neither is better"),
+    ("s", "skip: no judgement; you are not asked this again"),
+    ("u", "undo: take your latest judgement back, and be asked again"),
+    ("q", "quit: all judgements are on disk, the same command goes on"),
+    ("j, k, arrows", "a line down, up"),
+    ("space, b", "a page down, up; also PgDn, PgUp"),
+    ("g, G", "the beginning, the end; also Home, End"),
+    ("", ""),
+    ("", "Which answer stands on which side is drawn by chance, for each question anew."),
+    ("", "Any other key goes back to the question."),
+)
+
+
+# What is shown
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A question as it is put: nothing in it tells where an answer came from."""
+
+    prompt: tuple[tuple[str, str], ...]  # who speaks, and what; nobody where the prompt is one text
+    left: str
+    right: str
+    number: int  # of `total`, from 1
+    total: int
+    remaining: int  # this one among them
+    annotator: str
+    notice: str = ""  # a few words on what the last key did
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a key said (`left`, `right`, `tie`, `skip`, `undo` or `quit`), and the seconds it took."""
+
+    action: str
+    seconds: float
+
+
+class Line(NamedTuple):
+    """A line of the screen and its style."""
+
+    text: str
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What stands on a screen of one width: a line above, rows that may be more than fit, lines below."""
+
+    header: str
+    rows: tuple[Line, ...]
+    notice: str
+    keys: str
+
+
+@dataclass(frozen=True)
+class Glyphs:
+    """What lines are drawn with."""
+
+    beside: str = "│"
+    rule: str = "─"
+
+
+ASCII_GLYPHS = Glyphs("|", "-")
+
+
+def shown_lines(text: str, encoding: str = "utf-8") -> list[str]:
+    """The lines of a text of others, each as `safe_text` shows it, in characters that the terminal has."""
+    lines = [safe_text(line) for line in re.split("\r?\n", text)]
+    return [line.encode(encoding, "backslashreplace").decode(encoding) for line in lines]
+
+
+def wrapped(line: str, width: int) -> list[str]:
+    """The line in rows of at most `width` cells, broken at spaces, and inside a word that is longer than a row."""
+    rows: list[str] = []
+    begin, cells, gap = 0, 0, -1  # of the row that is being filled; its last space after a word
+    for place, character in enumerate(line):
+        size = _cells(character)
+        if cells + size > width and place > begin:
+            cut = place if character == " " or gap < 0 else gap
+            rows.append(line[begin:cut])
+            begin, gap = cut + (line[cut] == " "), -1
+            cells = sum(map(_cells, line[begin:place]))
+            if begin > place:  # the row ended at this very space
+                continue
+        if character == " " and line[begin:place].strip():
+            gap = place
+        cells += size
+    return [*rows, line[begin:]]
+
+
+def _cells(character: str) -> int:
+    """The cells of a character, rather one too many: some terminals draw U+FE0F's picture two cells wide."""
+    return 1 if character == "\ufe0f" else max(0, get_character_cell_size(character))
+
+
+def _block(text: str, width: int, encoding: str) -> list[Line]:
+    if not text.strip():
+        return [Line("(empty)", "dim")]
+    return [Line(row) for line in shown_lines(text, encoding) for row in wrapped(line, width)]
+
+
+def comparison_page(question: Comparison, width: int, height: int, encoding: str = "utf-8") -> Page:
+    """A question for a terminal of that size: answers beside each other where both are on one screen so."""
+    glyphs = glyphs_of(encoding)
+    rows: list[Line] = []
+    for speaker, words in question.prompt:
+        rows += [Line(safe_text(speaker) or "prompt", "bold"), *_block(words, width, encoding), Line("")]
+    column = (width - 3) // 2
+    sides = [_block(text, column, encoding) for text in (question.left, question.right)]
+    stacked = column < MIN_COLUMN or max(map(len, sides)) + 1 > room_of(height)
+    if stacked:
+        for number, name, text in (("1", "first", question.left), ("2", "second", question.right)):
+            # The number beside every line: scrolled into an answer, one still sees which it is.
+            block = _block(text, width - 4, encoding)
+            rows += [Line(f"{number} {name}", "bold")]
+            rows += [Line(f"{number} {glyphs.beside} {line.text}", line.style) for line in block]
+            rows += [Line("")] if number == "1" else []
+    else:
+        rows.append(Line(set_cell_size("1 left", column) + f" {glyphs.beside} 2 right", "bold"))
+        for place in range(max(map(len, sides))):
+            left, right = (side[place].text if place < len(side) else "" for side in sides)
+            rows.append(Line(f"{set_cell_size(left, column)} {glyphs.beside} {right}"))
+    header = f"question {question.number:,} of {question.total:,}, {question.remaining:,} to go"
+    name = shown_lines(safe_text(question.annotator, limit=24), encoding)[0]
+    gap = width - cell_len(header) - cell_len(name)
+    header += " " * gap + name if gap >= 2 else ""
+    return Page(header, tuple(rows), question.notice, _keys(stacked, width))
+
+
+def _keys(stacked: bool, width: int) -> str:
+    sides = ("1 first", "2 second") if stacked else ("1 left", "2 right")
+    rest = ("t tie", "s skip", "u undo", "q quit", "j/k scroll", "? help")
+    for line in ("  ".join([*sides, *rest]), "  ".join([*sides, *rest[:4], rest[-1]])):
+        if len(line) <= width:
+            return line
+    return " ".join([*sides, "t tie", "s skip", "u", "q", "? help"])
+
+
+def help_page(width: int) -> Page:
+    """What the keys do."""
+    rows = []
+    for keys, words in HELP:
+        label = 16 if keys else 0
+        first, *more = wrapped(words, max(10, width - label))
+        rows += [Line(f"{keys:<{label}}{first}"), *(Line(" " * label + row) for row in more)]
+    return Page("keys", tuple(rows), "", "any other key goes back")
+
+
+def end_page(words: str, width: int) -> Page:
+    """Nothing is left to ask: the last judgement can still be taken back."""
+    return Page("done", tuple(Line(row) for row in wrapped(words, width)), "", "u undo  q end")
+
+
+def glyphs_of(encoding: str) -> Glyphs:
+    """Lines that the terminal's encoding has."""
+    return Glyphs() if encoding.lower().startswith("utf") else ASCII_GLYPHS
+
+
+def room_of(height: int) -> int:
+    """The rows of a page that are in sight at once: all but header, rule, notice and keys."""
+    return max(1, height - (4 if height >= 6 else 2))
+
+
+def last_top(page: Page, height: int) -> int:
+    """How many rows are above those in sight where the end is in sight."""
+    return max(0, len(page.rows) - room_of(height))
+
+
+def frame(page: Page, top: int, width: int, height: int, encoding: str = "utf-8") -> list[Line]:
+    """The screen, line by line, with `top` rows above it; shorter than `height` where the rows do not fill it.
+
+    The last two lines belong at the bottom: what there is to scroll to, and the keys.
+    """
+    room = room_of(height)
+    below = len(page.rows) - top - room
+    where = " and ".join(word for word, number in (("above", top), ("below", below)) if number > 0)
+    last = min(top + room, len(page.rows))
+    status = f"more {where}: lines {top + 1:,}-{last:,} of {len(page.rows):,}" if where else ""
+    noticed = f"{status}   {page.notice}" if status else page.notice
+    status = noticed if len(noticed) <= width else status
+    head = [Line(page.header, "bold"), Line(glyphs_of(encoding).rule * width, "dim")] if height >= 6 else []
+    foot = [Line(status, "bold"), Line(page.keys, "reverse")]
+    lines = [*head, *page.rows[top : top + room], *foot][-height:]
+    return [Line(set_cell_size(line.text, width).rstrip(), line.style) for line in lines]
+
+
+# Keys
+
+
+class KeyDecoder:
+    """Bytes that a terminal sends, as names of keys, however they are cut into reads.
+
+    A lone ESC, a key with Alt and a sequence that is not in SEQUENCES are no keys, and swallow one key at most.
+    """
+
+    def __init__(self) -> None:
+        self._begun = ""
+
+    def feed(self, data: bytes, late: bool = False) -> list[str]:
+        """The keys that are whole; `late` where the bytes came so long after the last that they are of another key."""
+        keys = []
+        stale = late and len(self._begun) > 1  # somebody typed ESC [, or a slow line has cut a sequence
+        for character in data.decode("latin-1"):
+            if self._begun == "\x1b" and character not in "[O\x1b":
+                self._begun = ""
+                if not late:  # a key with Alt
+                    continue
+            late = False
+            if character == "\x1b":
+                self._begun = character
+            elif self._begun:
+                self._begun += character
+                if len(self._begun) > 2 and (self._begun[1] == "O" or not "\x20" <= character <= "\x3f"):
+                    key = SEQUENCES.get(self._begun[1:])
+                    keys += [key] if key else []
+                    self._begun = ""
+            else:
+                keys.append(character)
+        if stale and len(self._begun) > 1:
+            self._begun = ""
+        return keys
+
+
+# The terminal
+
+
+def require_terminal() -> None:
+    """ConfigError where there is no terminal to show answers on and to read keys from."""
+    for name, stream in (("input", sys.stdin), ("output", sys.stdout)):
+        if stream is None or stream.closed or not stream.isatty():
+            raise ConfigError(
+                f"by=human: standard {name} is no terminal, and it needs one to show answers and read keys; "
+                "without one there are by=reward, by=implicit and by=rule"
+            )
+
+
+class CompareScreen:
+    """While entered, the terminal is ours: `ask` puts a question and waits for the key that answers it.
+
+    Ctrl-C raises InterruptedByUserError, SIGTERM and its like StoppedError; a terminal that is closed is as `quit`.
+    """
+
+    STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT)
+    WATCHED = (*STOPPING, signal.SIGHUP, signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH)
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._plain = console.is_dumb_terminal or not console.is_terminal
+        self._keyboard = sys.stdin.fileno()
+        self._decoder = KeyDecoder()
+        self._keys: deque[str] = deque()
+        self._last_read = 0.0
+        self._away = 0.0  # seconds that the process lay stopped since the question was put
+        self._gone = False  # nobody is there to read to or from
+        self._stopped = False
+        self._numbers: set[int] = set()  # signals that have come and are not seen to
+        self._previous: dict[int, Any] = {}
+        self._mode: list[Any] = []
+
+    def __enter__(self) -> "CompareScreen":
+        require_terminal()
+        self._mode = termios.tcgetattr(self._keyboard)
+        # Signals come as bytes of a pipe, so that one that comes just before we wait for a key still wakes us.
+        self._signals, self._wake = os.pipe()
+        for descriptor in (self._signals, self._wake):
+            os.set_blocking(descriptor, False)
+        self._previous_wake = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        for number in self.WATCHED:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup and its like have decided that
+                self._previous[number] = signal.signal(number, _noted)
+        try:
+            self._take()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._give_back()
+        finally:
+            signal.set_wakeup_fd(self._previous_wake)
+            for number, handler in self._previous.items():
+                # Who has asked us to stop, or gone away, may say so again while the process ends.
+                settled = (self._stopped and number != signal.SIGINT) or (self._gone and number == signal.SIGHUP)
+                signal.signal(number, signal.SIG_IGN if settled else handler or signal.SIG_DFL)
+            os.close(self._signals)
+            os.close(self._wake)
+
+    def ask(self, question: Comparison) -> Answer:
+        """Show the question until a key answers it; what was typed before it was shown does not."""
+        encoding = self._console.encoding
+        self._away, began = 0.0, time.monotonic()
+        action = self._read(
+            lambda width, height: comparison_page(question, width, height, encoding), {*VERDICTS, "undo", "quit"}
+        )
+        return Answer(action, max(0.0, time.monotonic() - began - self._away))
+
+    def end(self, words: str) -> str:
+        """After the last question: `undo` or `quit`."""
+        return self._read(lambda width, height: end_page(words, width), {"undo", "quit"})
+
+    def _read(self, page_of: Callable[[int, int], Page], answers: set[str]) -> str:
+        self._forget_keys()
+        top, kept, helping = 0, 0, False
+        drawn: tuple[object, ...] = ()
+        laid: tuple[object, ...] = ()
+        while True:
+            width, height = self._size()
+            if laid != (width, height, helping):
+                laid = (width, height, helping)
+                page = help_page(width) if helping else page_of(width, height)
+            top = max(0, min(top, last_top(page, height)))
+            if drawn != (laid, top):
+                self._draw(frame(page, top, width, height, self._console.encoding), width, height)
+                drawn = (laid, top)
+            action = self._next()
+            if self._gone:
+                return "quit"
+            step = max(1, room_of(height) - 1)  # a page keeps one line, for the eye
+            moves = {"down": 1, "up": -1, "page down": step, "page up": -step, "top": -top, "bottom": len(page.rows)}
+            if action in moves:
+                top += moves[action]
+            elif action == "redraw":
+                drawn = ()
+            elif helping:
+                top, helping = kept, False
+            elif action == "help":
+                kept, top, helping = top, 0, True
+            elif action in answers:
+                return action
+
+    def _next(self) -> str:
+        """What the next key asks for, `unknown` where it has no meaning; `redraw` where the screen has changed."""
+        while True:
+            action = self._signalled()
+            if action is not None:
+                return action
+            if self._gone:
+                return "quit"
+            if self._keys:
+                return ACTIONS.get(self._keys.popleft(), "unknown")
+            select([self._keyboard, self._signals], [], [])
+            if select([self._keyboard], [], [], 0)[0]:
+                self._hear()
+
+    def _hear(self) -> None:
+        try:
+            data = os.read(self._keyboard, 4096)
+        except BlockingIOError:
+            return
+        except OSError:  # the terminal is closed
+            data = b""
+        self._gone = self._gone or not data
+        now = time.monotonic()
+        self._keys.extend(self._decoder.feed(data, late=now - self._last_read > ESCAPE_SECONDS))
+        self._last_read = now
+
+    def _signalled(self) -> str | None:
+        """See to the signals that have come; raises where one asks us to stop."""
+        numbers, self._numbers = self._numbers | self._arrived(), set()
+        if not numbers:
+            return None
+        if signal.SIGINT in numbers:
+            raise InterruptedByUserError("stopped by Ctrl-C")
+        for number in self.STOPPING:
+            if number in numbers:
+                self._stopped = True
+                raise StoppedError(f"stopped by {number.name}")
+        if signal.SIGHUP in numbers:
+            self._gone = True
+        if signal.SIGTSTP in numbers:
+            self._suspend()
+        elif signal.SIGCONT in numbers:  # stopped by other means: the shell has used the terminal since
+            self._take()
+        return "redraw"
+
+    def _arrived(self) -> set[int]:
+        try:
+            return set(os.read(self._signals, 4096))
+        except BlockingIOError:
+            return set()
+
+    def _suspend(self) -> None:
+        """Ctrl-Z: give the terminal back, stop, and take it again when continued."""
+        stopped_at = time.monotonic()
+        self._give_back()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, _noted)
+        self._take()
+        self._away += time.monotonic() - stopped_at
+
+    def _take(self) -> None:
+        """Keys one by one and unechoed, and a screen of our own."""
+        while True:
+            try:
+                mode = termios.tcgetattr(self._keyboard)
+                mode[3] &= ~(termios.ECHO | termios.ICANON)
+                mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
+                termios.tcsetattr(self._keyboard, termios.TCSANOW, mode)
+                break
+            except termios.error as error:
+                if error.args[0] != errno.EINTR:  # the terminal is closed
+                    self._gone = True
+                    return
+            # In the background this stops us, until a signal: to go on, or to end there.
+            self._numbers |= self._arrived()
+            if self._numbers.intersection(self.STOPPING):
+                return
+        if not self._plain:
+            self._console.set_alt_screen(True)
+            self._console.show_cursor(False)
+
+    def _give_back(self) -> None:
+        """The screen and the mode that were there before; keys that nobody read are not for the shell."""
+        if self._console.is_alt_screen:
+            self._console.show_cursor(True)
+            self._console.set_alt_screen(False)
+        with suppress(OSError):
+            if os.tcgetpgrp(self._keyboard) != os.getpgrp():  # in the background the terminal is the shell's
+                return
+        self._forget_keys()
+        with suppress(termios.error):  # it may be closed
+            termios.tcsetattr(self._keyboard, termios.TCSANOW, self._mode)
+
+    def _forget_keys(self) -> None:
+        self._decoder = KeyDecoder()
+        self._keys.clear()
+        with suppress(termios.error):
+            termios.tcflush(self._keyboard, termios.TCIFLUSH)
+
+    def _size(self) -> tuple[int, int]:
+        """Columns and lines as they are now, whatever COLUMNS said when the program began."""
+        try:
+            width, height = os.get_terminal_size(self._console.file.fileno())
+        except (OSError, ValueError):
+            width, height = 0, 0
+        return max(20, width or 80), max(3, height or 24)
+
+    def _draw(self, lines: list[Line], width: int, height: int) -> None:
+        if self._plain:
+            for line in [*lines, Line("")]:
+                self._console.print(Text(line.text), soft_wrap=True)
+            return
+        if not self._console.is_alt_screen:  # we are in the background, about to end
+            return
+        filled = [*lines[:-2], *[Line("")] * (height - len(lines)), *lines[-2:]]
+        self._console.update_screen_lines(
+            [
+                [Segment(set_cell_size(line.text, width), self._console.get_style(line.style or "none"))]
+                for line in filled
+            ]
+        )
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    """A handler that does nothing: the signal's number is already in the pipe."""

@@ -1,0 +1,85 @@
+"""Sampled answers on disk: what dpo-sample writes and dpo-label reads.
+
+A row is a prompt with several answers to it. Its id is a hash of both, so that a judgement is of these very texts.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.console.text import safe_text
+from dpo_cli.data.files import RowInFile, read_rows
+from dpo_cli.data.formats import BadRowError, Prompt, prompt_of, text_of
+from dpo_cli.errors import DataError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt with the answers drawn to it."""
+
+    id: str
+    prompt: Any  # as it stands in the file: text, or a list of messages
+    responses: tuple[str, ...]
+
+    @property
+    def read(self) -> Prompt:
+        """The prompt in both readings, as messages and as plain text."""
+        return prompt_of({"prompt": self.prompt})
+
+
+def sample_id(prompt: Any, responses: Sequence[str]) -> str:
+    """32 hexadecimal digits that stand for these very texts, whatever file they are in."""
+    text = json.dumps([prompt, *responses], ensure_ascii=True, sort_keys=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The samples of a file, each once, in their order; DataError names the line that is none, half a one included."""
+    samples: dict[str, Sample] = {}
+    for row in read_rows(path):
+        sample = _sample_of(row)
+        samples.setdefault(sample.id, sample)
+    if not samples:
+        raise DataError(f"{safe_text(path)}: holds no samples")
+    return list(samples.values())
+
+
+def templates_of(path: Path) -> set[str]:
+    """The templates that answers were drawn under, where the file says so."""
+    found = {row.value.get("template") for row in read_rows(path) if row.value is not None}
+    return {template for template in found if isinstance(template, str)}
+
+
+def cut_answers(path: Path) -> int:
+    """How many answers of a file did not end by themselves, where it says so."""
+    ended = [row.value.get("finished") for row in read_rows(path) if row.value is not None]
+    return sum(one is False for answers in ended if isinstance(answers, list) for one in answers)
+
+
+def _sample_of(row: RowInFile) -> Sample:
+    if row.value is None:
+        raise DataError(f"{row.place}: {row.problem}")
+    responses = row.value.get("responses")
+    if isinstance(responses, list) and len(responses) == 1:
+        raise DataError(f"{row.place}: has one answer; two are compared, so sample with n=2 or more")
+    if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(text, str) for text in responses):
+        has = ", ".join(map(str, row.value)) or "nothing"
+        raise DataError(
+            f"{row.place}: no 'responses', a list of two texts or more; it has {safe_text(has, 120)}. Samples are what "
+            "dpo-sample writes"
+        )
+    try:
+        prompt_of({name: cell for name, cell in row.value.items() if name == "prompt"})
+        for text in responses:
+            text_of(text, "responses")
+    except BadRowError as error:
+        raise DataError(f"{row.place}: {safe_text(error, limit=300)}") from None
+    return Sample(sample_id(row.value["prompt"], responses), row.value["prompt"], tuple(responses))
+
+
+def fingerprint_of(samples: Iterator[Sample] | Sequence[Sample]) -> str:
+    """A hash of the samples in their order: labels of other samples have another."""
+    return hashlib.sha256("".join(sample.id for sample in samples).encode("ascii")).hexdigest()[:32]

@@ -1,0 +1,151 @@
+"""What a job has done so far, so that it goes on where it was cut off: a header says which job, then a line a part.
+
+A job's output appears whole, when all is done; until then there is the journal beside it, `<output>.part`.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.console.text import safe_text
+from dpo_cli.errors import ConfigError, DataError, StorageError
+from dpo_cli.training.durable import sync, write_whole
+
+VERSION = 1
+
+
+class Journal:
+    """The parts that are done, each a JSON object; `opened_journal` makes one."""
+
+    def __init__(self, path: Path, file: FileIO, done: list[dict[str, Any]]) -> None:
+        self.path = path
+        self.done = done
+        self._file = file
+
+    def append(self, part: dict[str, Any]) -> None:
+        """Add a part; it is on disk when this returns."""
+        self._write(part)
+        self.done.append(part)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        left = memoryview(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n")
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with suppress(OSError):  # half a line would spoil the one that comes behind it
+                self._file.truncate(size)
+            raise StorageError(f"{safe_text(self.path)}: cannot be written ({error.strerror})") from None
+
+
+def journal_of(output: Path) -> Path:
+    """Where a job with this output keeps its journal."""
+    return output.with_name(f"{output.name}.part")
+
+
+@contextmanager
+def opened_journal(output: Path, job: dict[str, Any], warn: Callable[[str], None]) -> Iterator[Journal]:
+    """The journal of the job that writes `output`, for this process alone.
+
+    `job` is what the parts depend on, as JSON: a journal of another one is refused by ConfigError, which says what
+    differs. Half a line at the end, which a kill leaves, is cut off and done again.
+    """
+    path = journal_of(output)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink() or output.is_symlink():
+            raise StorageError(f"{safe_text(path)}: is a symbolic link, and is not written through")
+        file = path.open("a+b", buffering=0)  # what could not be written is not tried again when it is closed
+    except OSError as error:
+        raise StorageError(f"{safe_text(path)}: cannot be written ({error.strerror})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{safe_text(path)}: another process is writing it; wait, or name another output"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            warn(f"{safe_text(path)}: no locks here ({error.strerror}): see that no other process writes it")
+        lines = _whole_lines(path, file, warn)
+        journal = Journal(path, file, lines[1:])
+        header = {"journal": VERSION, "job": json.loads(json.dumps(job))}
+        if not lines:
+            journal._write(header)
+            sync(path.parent)
+        elif lines[0] != header:
+            found = lines[0].get("job")
+            raise ConfigError(f"{safe_text(path)}: {_differences(found if isinstance(found, dict) else {}, job)}")
+        yield journal
+
+
+def _whole_lines(path: Path, file: FileIO, warn: Callable[[str], None]) -> list[dict[str, Any]]:
+    file.seek(0)
+    content = file.read()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        warn(f"{safe_text(path)}: its last line was cut off in the middle; that part is done again")
+        file.truncate(end)
+    lines = []
+    for number, line in enumerate(content[:end].splitlines(), start=1):
+        value: Any = None
+        with suppress(ValueError, RecursionError):
+            value = json.loads(line)
+        if not isinstance(value, dict) or (number == 1 and value.get("journal") != VERSION):
+            raise DataError(
+                f"{safe_text(path)} line {number}: is not what this program writes; remove the file to begin anew"
+            )
+        lines.append(value)
+    return lines
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """In words, why a journal is another job's."""
+    changed = [
+        f"{key} was {safe_text(before.get(key), 60)}, is {safe_text(now.get(key), 60)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != json.loads(json.dumps(now.get(key)))
+    ]
+    return f"was begun with other settings ({'; '.join(changed)}); take the changes back, or name another output"
+
+
+def manifest_of(output: Path) -> Path:
+    """Where it stands how a file came to be."""
+    return output.with_name(f"{output.name}.manifest.json")
+
+
+def is_done(output: Path, job: dict[str, Any]) -> bool:
+    """Whether this very job's output is there already; ConfigError where another's is."""
+    if not output.exists():
+        return False
+    try:
+        made = json.loads(manifest_of(output).read_text(encoding="utf-8"))
+        before = made["job"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        before = None
+    if not isinstance(before, dict):
+        raise ConfigError(f"output={safe_text(output)}: is there already; name another file")
+    if before != json.loads(json.dumps(job)):
+        raise ConfigError(f"output={safe_text(output)}: {_differences(before, job)}")
+    with suppress(OSError):  # a kill after the output was written, and before its journal was gone
+        journal_of(output).unlink(missing_ok=True)
+    return True
+
+
+def finish(journal: Journal, output: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Write the output and its manifest, both whole, and remove the journal."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        # The manifest first: with it alone the job is done again, without it a finished file would be a stranger's.
+        write_whole(manifest_of(output), (json.dumps(facts, indent=1) + "\n").encode("utf-8"))
+        write_whole(output, text.encode("utf-8"))
+        journal.path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{safe_text(output)}: cannot be written ({error.strerror})") from None

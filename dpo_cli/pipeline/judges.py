@@ -1,0 +1,237 @@
+"""Who gives answers a reward without being a person: a reward model, a DPO policy's implicit reward, a rule.
+
+Models are asked by the training forward: the answers to a prompt share it in one packed row.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from dpo_cli.console.reporter import Reporter
+from dpo_cli.console.text import plural, safe_text, significant
+from dpo_cli.data.formats import PreferencePair
+from dpo_cli.data.samples import Sample
+from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_ids, truncate
+from dpo_cli.errors import CheckpointError, ConfigError
+from dpo_cli.evaluation.rules import RULES
+from dpo_cli.evaluation.scores import score_pairs
+from dpo_cli.models.loading import choose_device, find_model, load_model, load_tokenizer, model_digest
+from dpo_cli.models.logps import Batching
+from dpo_cli.models.memory import ENOUGH_TOKENS, OTHERWISE
+from dpo_cli.models.packing import remembered_way
+from dpo_cli.models.reference import AdapterOffReference, NoReference
+from dpo_cli.pipeline.subject import Asked, Subject, find_subject, load_policy, subject_dtype
+from dpo_cli.training.checkpoint import sha256_of
+from dpo_cli.training.preparation import cut_by_tokens
+
+DEFAULT_LENGTH = 2048  # tokens, prompt + response, where the judge's run does not say
+
+
+class Judge(Protocol):
+    """Gives answers a reward, in nats: P(a beats b) = sigmoid(r_a - r_b)."""
+
+    @property
+    def name(self) -> str:
+        """What it is known by."""
+        ...
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the rewards depend on."""
+        ...
+
+    def rewards(self, samples: Sequence[Sample], poll: Callable[[], None]) -> list[list[float]]:
+        """A reward for every response of every sample."""
+        ...
+
+
+@dataclass(frozen=True)
+class RuleJudge:
+    """A named function of the text."""
+
+    name: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the rewards depend on."""
+        return {"rule": self.name}
+
+    def rewards(self, samples: Sequence[Sample], poll: Callable[[], None]) -> list[list[float]]:
+        """A reward for every response of every sample."""
+        return [[RULES[self.name](response) for response in sample.responses] for sample in samples]
+
+
+@dataclass
+class ModelJudge:
+    """A reward model's r(x, y), or beta log pi(y|x)/pi_ref(y|x) of a DPO policy: Section 5 of arXiv:2305.18290."""
+
+    name: str
+    facts: dict[str, Any]
+    policy: Any
+    is_reward_model: bool
+    beta: float
+    encoder: PairEncoder
+    max_length: int
+    device: torch.device
+    batching_asked: str
+    digest: str
+    batching: Batching | None = None
+    truncation: Truncation = None  # type: ignore[assignment]  # counted over all that was judged
+
+    def __post_init__(self) -> None:
+        self.truncation = Truncation()
+
+    def rewards(self, samples: Sequence[Sample], poll: Callable[[], None]) -> list[list[float]]:
+        """A reward for every response of every sample; each response is read once."""
+        pairs, owners = self._pairs(samples)
+        if self.batching is None:
+            way = remembered_way(self.batching_asked, self.policy, pairs, self.device, self.digest).value
+            self.batching = Batching(
+                self.device, way, cut_by_tokens(ENOUGH_TOKENS.get(self.device.type, OTHERWISE), way)
+            )
+        reference = NoReference() if self.is_reward_model else AdapterOffReference(self.policy)
+        ratios = score_pairs(self.policy, reference, pairs, self.batching, poll).ratios
+        found = [[0.0] * len(sample.responses) for sample in samples]
+        values = zip(ratios.chosen.tolist(), ratios.rejected.tolist(), strict=True)
+        for (sample, first, second), (one, other) in zip(owners, values, strict=True):
+            found[sample][first], found[sample][second] = self.beta * one, self.beta * other
+        for sample_read, rewards in zip(
+            samples, found, strict=True
+        ):  # the same text is the same, however it was rounded
+            first_of = {text: place for place, text in reversed(list(enumerate(sample_read.responses)))}
+            rewards[:] = [rewards[first_of[text]] for text in sample_read.responses]
+        return found
+
+    def _pairs(self, samples: Sequence[Sample]) -> tuple[list[TokenizedPair], list[tuple[int, int, int]]]:
+        """The responses two by two, an odd last one beside the one before it, and whose they are."""
+        owners = [
+            (number, first, first + 1 if first + 1 < len(sample.responses) else max(0, first - 1))
+            for number, sample in enumerate(samples)
+            for first in range(0, len(sample.responses), 2)
+        ]
+        texts = []
+        for number, first, second in owners:
+            sample = samples[number]
+            prompt = sample.read
+            texts.append(PreferencePair(prompt.messages, prompt.text, _opened(sample, first), _opened(sample, second)))
+        pairs = []
+        encoded_pairs = self.encoder.encode(texts)
+        longest = [0] * len(samples)  # tokens
+        for (number, _, __), encoded in zip(owners, encoded_pairs, strict=True):
+            longest[number] = max(longest[number], len(encoded.chosen), len(encoded.rejected))
+        for (number, _, __), encoded in zip(owners, encoded_pairs, strict=True):
+            # Answers are compared behind one and the same prompt: what the longest of them leaves of it, at least half.
+            room = max(self.max_length - longest[number], self.max_length // 2)
+            cut = truncate(encoded, self.max_length, room, self.truncation)
+            assert cut is not None
+            ids = (token_ids(cut.prompt), token_ids(cut.chosen), token_ids(cut.rejected))
+            pairs.append(TokenizedPair(*ids, index=number, key=samples[number].id))
+        return pairs, owners
+
+
+def _opened(sample: Sample, place: int) -> str:
+    """A response as a pair has it: to messages an answer follows a space, where the plain form needs one."""
+    text = sample.responses[place]
+    return f" {text}" if isinstance(sample.prompt, list) else text
+
+
+def find_judge(name: str, kind: str | None, trust_remote_code: bool) -> Subject | None:
+    """The checkpoint that the judge `name` is, None for a rule; `kind` (reward, implicit, rule) says what it must be.
+
+    CheckpointError or ConfigError where it is something else. Nothing is loaded yet.
+    """
+    if kind == "rule" or (kind is None and name in RULES):
+        if name not in RULES:
+            raise ConfigError(f"rule={safe_text(name)}: choose one of {', '.join(RULES)}")
+        return None
+    subject = find_subject(Asked(name, None, trust_remote_code, alone=True, key="judge"))
+    if kind == "reward" and not subject.is_reward_model:
+        raise ConfigError(
+            f"judge={safe_text(name)}: is no reward model; by=implicit takes a DPO run's own reward, and "
+            "dpo-train objective=reward trains a reward model"
+        )
+    if kind == "implicit" and subject.is_reward_model:
+        raise ConfigError(f"judge={safe_text(name)}: is a reward model; by=reward asks it")
+    if not subject.is_adapter:
+        raise ConfigError(f"judge={safe_text(name)}: a judge is an adapter on the model it was trained from")
+    return subject
+
+
+def load_judge(
+    name: str, kind: str | None, batching: str, device: str, trust_remote_code: bool, reporter: Reporter
+) -> Judge:
+    """The judge that `find_judge` finds, ready to be asked.
+
+    CheckpointError where its tokenizer is not the one it was trained with.
+    """
+    subject = find_judge(name, kind, trust_remote_code)
+    if subject is None:
+        return RuleJudge(name)
+    where = choose_device(device).value
+    dtype = subject_dtype(subject, where).value
+    source = find_model(subject.base, reporter.say)
+    template = subject.run.data.template if subject.run else None
+    encoder = PairEncoder(load_tokenizer(source), template)
+    _check_tokenizer(subject, encoder)
+    base = load_model(source, dtype, where)
+    digest = model_digest(base)
+    policy = load_policy(subject, base, dtype, where)
+    beta = subject.beta
+    facts = {
+        "judge": subject.weights,
+        "kind": "reward" if subject.is_reward_model else "implicit",
+        "weights": digest,
+        "adapter": sha256_of(Path(subject.weights) / "adapter_model.safetensors"),
+        "beta": beta,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": where.type,
+        "template": encoder.kind,
+    }
+    limit = subject.run.data.max_length if subject.run else DEFAULT_LENGTH
+    _say(reporter, subject, facts, limit)
+    return ModelJudge(
+        subject.weights, facts, policy, subject.is_reward_model, beta, encoder, limit, where, batching, digest
+    )
+
+
+def _check_tokenizer(subject: Subject, encoder: PairEncoder) -> None:
+    """CheckpointError where the judge was trained with another tokenizer or template than its base brings now."""
+    facts = subject.directory.read_manifest().get("template") if subject.directory else None
+    if isinstance(facts, dict) and (facts.get("kind"), facts.get("closing_token")) != (encoder.kind, encoder.closing):
+        raise CheckpointError(
+            f"judge={safe_text(subject.weights)}: was trained with the template {safe_text(facts.get('kind'))} closed "
+            f"by token {safe_text(facts.get('closing_token'))}, and {safe_text(subject.base.name_or_path)} now gives "
+            f"{encoder.kind} closed by {encoder.closing}: its rewards would be of other texts"
+        )
+    beside = Path(subject.weights)
+    if not (beside / "tokenizer_config.json").is_file():
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        saved = AutoTokenizer.from_pretrained(str(beside), trust_remote_code=subject.base.trust_remote_code)
+    except Exception as error:
+        raise CheckpointError(f"{safe_text(beside)}: its tokenizer cannot be read ({safe_text(error, 120)})") from None
+    now = encoder.tokenizer
+    if saved.get_vocab() != now.get_vocab() or saved.chat_template != now.chat_template:
+        what = "vocabulary" if saved.get_vocab() != now.get_vocab() else "chat template"
+        raise CheckpointError(
+            f"judge={safe_text(subject.weights)}: was trained with another tokenizer than "
+            f"{safe_text(subject.base.name_or_path)} has now (its {what} differs): its rewards would be of other texts"
+        )
+
+
+def _say(reporter: Reporter, subject: Subject, facts: dict[str, Any], limit: int) -> None:
+    kind = "reward model" if subject.is_reward_model else f"implicit reward, beta {significant(facts['beta'])}"
+    reporter.facts(
+        [
+            ("judge", f"{safe_text(subject.weights)}: {kind}"),
+            (
+                "",
+                f"{facts['dtype']} on {facts['device']}, template {facts['template']}, reads {plural(limit, 'token')}",
+            ),
+        ]
+    )

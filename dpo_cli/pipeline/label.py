@@ -1,0 +1,241 @@
+"""dpo-label: samples become preference pairs, by people or by a judge that gives rewards.
+
+P(a beats b) = sigmoid(r_a - r_b), Bradley-Terry, Eq. 1 of https://arxiv.org/abs/2305.18290.
+"""
+
+import hashlib
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from dpo_cli.config import LabelConfig
+from dpo_cli.console.reporter import Reporter
+from dpo_cli.console.text import duration, plural, safe_text, significant
+from dpo_cli.data.files import local_path
+from dpo_cli.data.labels import LabelledPair, label_row
+from dpo_cli.data.samples import Sample, cut_answers, fingerprint_of, read_samples, templates_of
+from dpo_cli.errors import ConfigError, DataError, StoppedError, StorageError
+from dpo_cli.paths import user_path
+from dpo_cli.pipeline.annotate import annotate, write_labels
+from dpo_cli.pipeline.journal import Journal, finish, is_done, opened_journal
+from dpo_cli.pipeline.judges import Judge, ModelJudge, load_judge
+from dpo_cli.training.signals import StopSignals
+
+AT_ONCE = 32  # samples a line of the journal
+
+# Why two answers make no pair, with its meaning.
+REASONS = {
+    "tie": "whose answers have the same reward",
+    "identical": "whose answers are the same text",
+    "empty_response": "with an empty answer",
+}
+
+
+def label(config: LabelConfig, reporter: Reporter) -> Path:
+    """Label the samples by a model or a rule; returns the file of pairs, which appears when all are judged."""
+    assert config.samples is not None and config.by is not None
+    path, samples = open_samples(config.samples)
+    output = output_of(config, path)
+    with StopSignals(reporter.warn) as signals:
+        name = config.rule if config.by == "rule" else config.judge
+        assert name is not None
+        judge = load_judge(name, config.by, config.batching, config.device, config.trust_remote_code, reporter)
+        _check_template(samples, path, judge)
+        reporter.facts([("samples", f"{len(samples):,} from {safe_text(path)}"), ("output", safe_text(output))])
+        job = {
+            "samples": fingerprint_of(samples),
+            "by": config.by,
+            **judge.facts,
+            "pairs": config.pairs,
+            "labels": config.labels,
+            **({"seed": config.seed} if config.labels == "drawn" else {}),
+        }
+        if is_done(output, job):
+            reporter.say(f"already complete: {output}")
+            return output
+        started = time.perf_counter()
+        with opened_journal(output, job, reporter.warn) as journal:
+            try:
+                rewards = _judge(journal, samples, judge, reporter, signals)
+            except StoppedError as stop:
+                raise type(stop)(f"{stop}; the same command goes on") from None
+            left_out: Counter[str] = Counter()
+            pairs = list(pairs_of_rewards(samples, rewards, config, judge.name, left_out))
+            if not pairs:
+                reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.items())
+                raise DataError(f"{safe_text(path)}: no pair could be labelled ({reasons})")
+            facts = {"job": job, "pairs": len(pairs), "left_out": dict(left_out)}
+            finish(journal, output, [label_row(pair) for pair in pairs], facts)
+        _tell(reporter, pairs, left_out, judge, output, time.perf_counter() - started, cut_answers(path))
+    return output
+
+
+def open_samples(name: str) -> tuple[Path, list[Sample]]:
+    """The file of samples and what is in it; DataError where it is none."""
+    path = local_path(name)
+    if path is None:
+        raise DataError(f"{safe_text(name)}: no such file; samples are what dpo-sample writes")
+    return path, read_samples(path)
+
+
+def output_of(config: LabelConfig, samples: Path) -> Path:
+    """Where the pairs go: beside the samples unless the config says otherwise."""
+    if config.output is None:
+        stem = samples.name.removesuffix(".gz").rsplit(".", 1)[0]
+        return samples.with_name(f"{stem}.{config.by}.jsonl")
+    output = user_path(config.output, StorageError, "output")
+    if output.is_dir():
+        raise ConfigError(f"output={safe_text(output)}: is a folder; name a file in it")
+    if output.resolve() == samples.resolve():
+        raise ConfigError(f"output={safe_text(output)}: is the file of samples itself; name another")
+    return output
+
+
+def _check_template(samples: list[Sample], path: Path, judge: Judge) -> None:
+    """ConfigError where the answers were given to other prompts than the judge would read: plain text is no chat."""
+    if not isinstance(judge, ModelJudge):
+        return
+    for template in sorted(templates_of(path) - {judge.encoder.kind or ""}):
+        raise ConfigError(
+            f"{safe_text(path)}: these answers were drawn with template={safe_text(template)}, and the judge "
+            f"{safe_text(judge.name)} reads them as {judge.encoder.kind}; sample again with "
+            f"template={judge.encoder.kind}, or take a judge trained with data.template={safe_text(template)}"
+        )
+
+
+def _judge(
+    journal: Journal, samples: list[Sample], judge: Judge, reporter: Reporter, signals: StopSignals
+) -> list[list[float]]:
+    """The rewards of every sample's responses: those of the journal, and the others, which join it."""
+    known = {str(key): value for part in journal.done for key, value in part.get("rewards", {}).items()}
+    waiting = [sample for sample in samples if sample.id not in known]
+    if known:
+        reporter.say(f"going on: {plural(len(samples) - len(waiting), 'sample')} of {len(samples):,} were judged")
+    reporter.start("sample", len(samples), len(samples) - len(waiting))
+    for start in range(0, len(waiting), AT_ONCE):
+        signals.poll()
+        some = waiting[start : start + AT_ONCE]
+        found = judge.rewards(some, signals.poll)
+        new = {sample.id: rewards for sample, rewards in zip(some, found, strict=True)}
+        if not all(math.isfinite(reward) for rewards in found for reward in rewards):
+            raise DataError(
+                f"judge={safe_text(judge.name)}: gives rewards that are no numbers; its weights are damaged"
+            )
+        journal.append({"rewards": new})
+        known |= new
+        reporter.advance(len(some))
+    reporter.stop()
+    return [known[sample.id] for sample in samples]
+
+
+def pairs_of_rewards(
+    samples: list[Sample], rewards: list[list[float]], config: LabelConfig, judge: str, left_out: Counter[str]
+) -> Iterator[LabelledPair]:
+    """The pairs of every sample, the better answer first; `left_out` counts those that make none, by reason."""
+    for sample, scores in zip(samples, rewards, strict=True):
+        places = list(range(len(scores)))
+        if config.pairs == "extremes":
+            said = {text.strip(): place for place, text in reversed(list(enumerate(sample.responses))) if text.strip()}
+            places = sorted(said.values()) if len(said) > 1 else places[:2]
+            best = max(places, key=lambda place: scores[place])
+            couples = [(best, min((place for place in places if place != best), key=lambda place: scores[place]))]
+        else:
+            couples = list(combinations(places, 2))
+        for first, second in couples:
+            texts = sample.responses[first].strip(), sample.responses[second].strip()
+            reason = (
+                "empty_response" if not all(texts)
+                else "identical" if texts[0] == texts[1]
+                else "tie" if scores[first] == scores[second] and config.labels == "best"
+                else None
+            )  # fmt: skip
+            if reason is not None:
+                left_out[reason] += 1
+                continue
+            if _second_is_chosen(sample, first, second, scores, config):
+                first, second = second, first
+            margin = scores[first] - scores[second]
+            yield LabelledPair(
+                sample=sample.id,
+                prompt=sample.prompt,
+                chosen=sample.responses[first],
+                rejected=sample.responses[second],
+                probability=1 / (1 + math.exp(-margin)) if margin > -700 else 0.0,
+                reward_chosen=scores[first],
+                reward_rejected=scores[second],
+                by=str(config.by),
+                judge=judge,
+            )
+
+
+def _second_is_chosen(sample: Sample, first: int, second: int, scores: list[float], config: LabelConfig) -> bool:
+    """By the higher reward; or drawn with Bradley-Terry's probability, by a number that is the pair's own."""
+    if config.labels == "best":
+        return scores[second] > scores[first]
+    low, high = min(first, second), max(first, second)
+    name = hashlib.sha256(f"{sample.id} {low} {high}".encode("ascii")).digest()
+    key = np.array([config.seed, int.from_bytes(name[:8], "little")], dtype=np.uint64)
+    raw = np.random.Philox(key=key).random_raw(1)
+    uniform = float(raw[0] >> np.uint64(11)) * 2.0**-53
+    margin = min(max(scores[low] - scores[high], -700.0), 700.0)
+    return (low if uniform < 1 / (1 + math.exp(-margin)) else high) == second
+
+
+def _tell(
+    reporter: Reporter,
+    pairs: list[LabelledPair],
+    left_out: Counter[str],
+    judge: Judge,
+    output: Path,
+    seconds: float,
+    cut: int,
+) -> None:
+    margins = [pair.reward_chosen - pair.reward_rejected for pair in pairs]
+    sure = sum(max(pair.probability, 1 - pair.probability) for pair in pairs) / len(pairs)
+    longer = sum(len(pair.chosen) > len(pair.rejected) for pair in pairs) / len(pairs)
+    told = [
+        ("done", f"{plural(len(pairs), 'pair')} in {duration(seconds)}"),
+        ("", f"mean margin {significant(sum(margins) / len(pairs))}, the judge is {100 * sure:.0f}% sure on average"),
+        ("", f"the chosen answer is the longer one in {100 * longer:.0f}% of them"),
+    ]
+    told += [("", f"left out {plural(number, 'couple')} {REASONS[reason]}") for reason, number in left_out.items()]
+    if cut:
+        told.append(
+            ("", f"{plural(cut, 'answer')} cut at the limit when drawn: judged and trained on as if ended there")
+        )
+    if isinstance(judge, ModelJudge) and (judge.truncation.prompts_cut or judge.truncation.responses_cut):
+        lost = judge.truncation
+        told.append(("", f"the judge read {lost.prompts_cut:,} prompts and {lost.responses_cut:,} answers cut short"))
+    told += [("pairs", str(output)), ("next", f"dpo-train data=jsonl data.train={output}")]
+    reporter.say()
+    reporter.facts(told)
+
+
+def label_by_hand(config: LabelConfig, reporter: Reporter) -> Path:
+    """Have a person judge; returns the file of pairs, made anew from all judgements in the log beside it."""
+    assert config.samples is not None and config.annotator is not None
+    path, samples = open_samples(config.samples)
+    output = output_of(config, path)
+    log = output.with_name(f"{output.name.removesuffix('.jsonl')}.judgements.jsonl")
+    if output.exists() and not log.exists():
+        raise ConfigError(
+            f"output={safe_text(output)}: is there already, without judgements beside it; name another file"
+        )
+
+    def keep(pairs: list[LabelledPair]) -> None:
+        if pairs or output.exists():  # undone judgements leave no labels behind
+            write_labels(output, pairs)
+
+    found = annotate(
+        samples, log, config.annotator, config.seed, reporter, samples_file=path, prior=config.prior, keep=keep
+    )
+    told = [("judgements", str(log))]
+    if found.pairs:
+        told += [("pairs", str(output)), ("next", f"dpo-train data=jsonl data.train={output}")]
+    reporter.facts(told)
+    return output

@@ -1,0 +1,236 @@
+"""Ranking: players, or models, by the strengths that explain who beat whom, with how far each can be trusted."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_cli.config import RankConfig
+from dpo_cli.console.reporter import Reporter
+from dpo_cli.console.text import plural, safe_text, significant
+from dpo_cli.data.files import local_path
+from dpo_cli.data.games import GREATEST_COUNT, LEAST_COUNT, read_games
+from dpo_cli.errors import ConfigError, DataError, StorageError
+from dpo_cli.paths import user_path
+from dpo_cli.pipeline.play import play, show_match, write_match
+from dpo_cli.theory import bradley_terry
+from dpo_cli.theory.bradley_terry import Fit, Groups, NoMaximumError
+from dpo_cli.training.durable import write_whole
+
+REMEDY = "prior=1 lets every player draw one game with an average one"
+LONGEST_NAME = 14  # characters of a name in the tables, so that these fit 80 columns
+LONGEST_HEADING = 5  # characters: longer names head the columns of the matrix as numbers
+MATRIX_PLAYERS = 12  # more columns are no table on a screen
+SHOWN_IN_MESSAGE = 6  # names of a group, and groups
+
+
+def rank(config: RankConfig, reporter: Reporter) -> Fit:
+    """dpo-rank: a file of games, or checkpoints that play each other before a judge."""
+    output = user_path(config.output, StorageError, "output") if config.output is not None else None
+    if config.games is not None:
+        path = local_path(config.games)
+        if path is None:
+            raise DataError(f"{safe_text(config.games)}: no such file; games are read from files")
+        fit = rank_games(path, config.prior, reporter)
+        if output is not None:
+            table = read_games(path)
+            write_ranking(output, table.players, table.wins, fit)
+            reporter.facts([("ranking", str(output))])
+        return fit
+    match = play(config, reporter)
+    show_match(match, reporter)
+    if output is not None:  # before the fit, which may find that nothing can be ranked
+        answers = output.with_name(f"{output.stem}.answers.jsonl")
+        write_match(answers, match)
+        reporter.facts([("answers", str(answers))])
+    tables = match.tables
+    fit = fit_players(str(config.prompts), match.players, tables.sum(0), config.prior, tables)
+    show_ranking(match.players, tables.sum(0), fit, reporter)
+    if output is not None:
+        write_ranking(output, match.players, tables.sum(0), fit)
+        reporter.facts([("ranking", str(output))])
+    return fit
+
+
+def rank_games(games: Path, prior: float, reporter: Reporter) -> Fit:
+    """Read a file of games, fit strengths and show the ranking; DataError where the games rank nobody."""
+    table = read_games(games)
+    if table.ignored:
+        ignored = safe_text(", ".join(table.ignored), limit=120)
+        reporter.warn(f"{games}: not read: {ignored}. A row is winner, loser, count and tie")
+    fit = fit_players(str(games), table.players, table.wins, prior)
+    total = float(table.wins.sum())
+    number = f"{_number(total)} {'game' if total == 1 else 'games'}"
+    reporter.say(f"{games}: {number} between {plural(len(table.players), 'player')}")
+    show_ranking(table.players, table.wins, fit, reporter)
+    return fit
+
+
+def fit_players(
+    source: str, names: Sequence[str], wins: Tensor, prior: float = 0.0, clusters: Tensor | None = None
+) -> Fit:
+    """`bradley_terry.fit`; where no maximum exists, DataError says which players are the reason and what to do."""
+    if prior != 0 and not LEAST_COUNT <= prior <= GREATEST_COUNT:
+        raise ConfigError(f"prior={prior:g}: must be 0 or from {LEAST_COUNT:g} to {GREATEST_COUNT:g} games; 1 is usual")
+    if clusters is not None and len(clusters) < 2:
+        raise DataError(f"{safe_text(source)}: one prompt says nothing about how prompts differ; rank on more of them")
+    try:
+        return bradley_terry.fit(wins, prior, clusters)
+    except NoMaximumError as error:
+        raise DataError(f"{safe_text(source)}: {_no_maximum(error, names)}; {REMEDY}") from None
+
+
+def _no_maximum(error: NoMaximumError, names: Sequence[str]) -> str:
+    if error.apart:
+        groups = [_listed([group], names) for group in error.apart[:SHOWN_IN_MESSAGE]]
+        more = len(error.apart) - len(groups)
+        shown = " | ".join(groups + ([f"{more:,} more"] if more else []))
+        return f"no game joins these groups, so that their strengths cannot be compared: {shown}"
+    above, below = (sum(map(len, groups)) for groups in (error.undefeated, error.winless))
+    undefeated = f"{_listed(error.undefeated, names)} never lost to the others"
+    winless = f"{_listed(error.winless, names)} never beat the others"
+    if above + below < len(names):
+        return f"{undefeated} and {winless}, so that their strengths have no bound"
+    # Two sides of one thing: the shorter list says it.
+    return f"{winless if below < above else undefeated}, so that their strength has no bound"
+
+
+def _listed(groups: Groups | list[tuple[int, ...]], names: Sequence[str]) -> str:
+    """`Anna`, `Anna and Bert`, `Anna, Bert, Carl, Dora, Emil and 9 others`."""
+    members = [safe_text(names[player], limit=40) for player in sorted(player for group in groups for player in group)]
+    if len(members) > SHOWN_IN_MESSAGE:
+        members[SHOWN_IN_MESSAGE - 1 :] = [f"{len(members) - SHOWN_IN_MESSAGE + 1:,} others"]
+    return " and ".join([", ".join(members[:-1]), members[-1]] if len(members) > 1 else members)
+
+
+def show_ranking(names: Sequence[str], wins: Tensor, fit: Fit, reporter: Reporter) -> None:
+    """Print the ranking, the matrix of win probabilities, and how well one strength per player explains the games."""
+    order = _best_first(fit)
+    if fit.prior > 0:
+        drawn = f"{fit.prior:g} {'game' if fit.prior == 1 else 'games'}"
+        reporter.say(f"prior={fit.prior:g}: every player also drew {drawn} with an imaginary average one")
+    if fit.clusters is not None:
+        reporter.say(f"intervals count {plural(fit.clusters, 'prompt')}, not games: games of one prompt share answers")
+    if any(len(name) > LONGEST_NAME for name in map(safe_text, names)):
+        reporter.facts([(str(rank), safe_text(names[player], 200)) for rank, player in enumerate(order, start=1)])
+    reporter.say()
+    _show_players(order, names, wins, fit, reporter)
+    reporter.say()
+    _show_matrix(order, names, fit, reporter)
+    if fit.degrees_of_freedom > 0:
+        reporter.say()
+        _show_goodness(fit, reporter)
+
+
+def _best_first(fit: Fit) -> list[int]:
+    strengths = fit.log_strengths.tolist()
+    return sorted(range(len(strengths)), key=lambda player: -strengths[player])
+
+
+def _show_players(order: list[int], names: Sequence[str], wins: Tensor, fit: Fit, reporter: Reporter) -> None:
+    games = (wins + wins.mT).sum(1)
+    low, high = fit.interval()
+    least, most = fit.win_probability_interval()
+    rows, told_apart = [], True
+    for rank, player in enumerate(order, start=1):
+        against_next, apart = "", True
+        if rank < len(order):
+            pair = player, order[rank]
+            apart = float(least[pair]) > 0.5
+            ends = f"({_percent(least[pair])}, {_percent(most[pair])})"
+            against_next = f"{_percent(fit.win_probabilities[pair])} {ends}"
+            told_apart &= apart
+        rows.append(
+            [
+                str(rank),
+                safe_text(names[player], limit=LONGEST_NAME),
+                f"{_nats(fit.log_strengths[player])} ({_nats(low[player])}, {_nats(high[player])})",
+                _nats(fit.standard_errors[player]),
+                _number(float(games[player])),
+                _number(float(wins[player].sum())),
+                against_next,
+                "" if apart else "~",
+            ]
+        )
+    reporter.grid(["", "player", "log strength (95%)", "s.e.", "games", "wins", "% beats next", ""], rows, left=2)
+    if not told_apart:
+        reporter.say("~ not told apart from the next: the 95% interval holds 50", style="dim")
+
+
+def _show_matrix(order: list[int], names: Sequence[str], fit: Fit, reporter: Reporter) -> None:
+    if len(order) > MATRIX_PLAYERS:
+        reporter.say(f"the win probabilities of {len(order):,} players are too many to show")
+        return
+    shown = [safe_text(names[player], limit=LONGEST_NAME) for player in order]
+    short = all(len(name) <= LONGEST_HEADING for name in shown)
+    headings = shown if short else [str(rank) for rank in range(1, len(order) + 1)]
+    rows = []
+    for rank, (player, name) in enumerate(zip(order, shown, strict=True), start=1):
+        against = ["-" if other == player else _percent(fit.win_probabilities[player, other]) for other in order]
+        rows.append([str(rank), name, *against])
+    reporter.grid(["", "% row beats column", *headings], rows, left=2)
+
+
+def _show_goodness(fit: Fit, reporter: Reporter) -> None:
+    of_freedom = f"{plural(fit.degrees_of_freedom, 'degree')} of freedom"
+    said = f"fit: deviance {significant(fit.deviance)}, chi-square {significant(fit.chi_square)} on {of_freedom}"
+    if fit.p_value is None:
+        why = "the prior moves both" if fit.prior > 0 else "games of one prompt are not independent"
+        reporter.say(f"{said}; no p-value, because {why}")
+        return
+    reporter.say(f"{said}, p = {significant(fit.p_value, 2)}")
+    if fit.p_value < 0.05:
+        reporter.warn(
+            "one strength per player does not explain these games: who wins depends on who meets whom, as where A "
+            "beats B, B beats C and C beats A; go by the games of each two players, not by their ranks"
+        )
+
+
+def _percent(probability: Tensor) -> str:
+    """Whole percents; never 0 or 100, which no number of games can show."""
+    percent = 100 * float(probability)
+    return "<1" if percent < 0.5 else ">99" if percent >= 99.5 else f"{percent:.0f}"
+
+
+def _nats(value: Tensor) -> str:
+    """Two decimals, and no minus before a zero."""
+    return f"{round(float(value), 2) + 0.0:.2f}"
+
+
+def _number(value: float) -> str:
+    """`8`, `2.5`, `12,000`."""
+    return f"{value:,.2f}".rstrip("0").rstrip(".")
+
+
+def write_ranking(path: Path, names: Sequence[str], wins: Tensor, fit: Fit) -> None:
+    """Write all of it as JSON, players best first in every list and table; StorageError where that is not possible."""
+    order = torch.tensor(_best_first(fit))
+
+    def ranked(table: Tensor) -> Any:
+        return table[order][:, order].tolist()
+
+    content = {
+        "names": [names[player] for player in order.tolist()],
+        "log_strengths": fit.log_strengths[order].tolist(),
+        "standard_errors": fit.standard_errors[order].tolist(),
+        "intervals95": torch.stack(fit.interval(), -1)[order].tolist(),
+        "strengths": fit.strengths[order].tolist(),
+        "covariance": ranked(fit.covariance),
+        "wins": ranked(wins),
+        "win_probabilities": ranked(fit.win_probabilities),
+        "win_probability_intervals95": ranked(torch.stack(fit.win_probability_interval(), -1)),
+        "deviance": fit.deviance,
+        "chi_square": fit.chi_square,
+        "degrees_of_freedom": fit.degrees_of_freedom,
+        "p_value": fit.p_value,
+        "prior": fit.prior,
+        "clusters": fit.clusters,
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    except OSError as error:
+        raise StorageError(f"{safe_text(path)}: cannot be written ({error.strerror})") from None

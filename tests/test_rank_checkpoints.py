@@ -1,0 +1,229 @@
+"""Checkpoints that play each other: tables by hand, a strength a player, and what is refused before a word is drawn."""
+
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ended, sample_rows, tiny_words, write_jsonl
+
+from dpo_cli.composition import composed_run, parse_overrides
+from dpo_cli.config import run_config
+from dpo_cli.console.reporter import Reporter
+from dpo_cli.pipeline import play as module
+from dpo_cli.pipeline.play import Match, short_names
+from dpo_cli.theory.bradley_terry import fit
+from dpo_cli.training.runner import train
+
+Command = Callable[..., Ended]
+BASE = "dpo-cli/tiny-random"
+PROMPTS = [f"Tell me about {topic}." for topic in ("tea", "rain", "ants", "old maps", "the moon", "bread")]
+
+
+def run_of(pairs: Path, name: str, *words: str) -> Path:
+    everything = [*tiny_words(pairs, pairs.with_name(name)), "optimizer.warmup_steps=0", *words]
+    reporter = Reporter(io.StringIO())
+    try:
+        return train(run_config(composed_run(parse_overrides(everything)).container), reporter)
+    finally:
+        reporter.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    return tmp_path_factory.mktemp("players")
+
+
+@pytest.fixture(scope="module")
+def brief(folder: Path) -> Path:
+    """A run that learned to say one word: the base says many."""
+    rows = [{"prompt": prompt, "chosen": "a", "rejected": "b c d e f g h i"} for prompt in PROMPTS]
+    pairs = write_jsonl(folder / "brief.jsonl", rows)
+    return run_of(pairs, "brief", "optimizer.lr=3e-2", "beta=0.01", "max_steps=12", "data.eval_fraction=0")
+
+
+@pytest.fixture(scope="module")
+def other(folder: Path) -> Path:
+    return run_of(write_jsonl(folder / "pairs.jsonl", sample_rows(20)), "other", "optimizer.lr=1e-2")
+
+
+@pytest.fixture(scope="module")
+def reward(folder: Path) -> Path:
+    pairs = write_jsonl(folder / "reward.jsonl", sample_rows(20))
+    return run_of(pairs, "reward", "objective=reward", "optimizer.lr=1e-2")
+
+
+@pytest.fixture(scope="module")
+def prompts(folder: Path) -> Path:
+    return write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+
+
+def answers(ranking: Path) -> list[dict[str, Any]]:
+    file = ranking.with_name(f"{ranking.stem}.answers.jsonl")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def of_player(ranking: Path, name: str) -> list[str]:
+    return [row["responses"][row["players"].index(name)] for row in answers(ranking)]
+
+
+def ranked(command: Command, output: Path, prompts: Path, *words: object) -> Ended:
+    return command("dpo-rank", f"prompts={prompts}", "max_new_tokens=24", f"output={output}", *words)
+
+
+# Tables
+
+
+def test_tables_by_hand() -> None:
+    # Rewards 2, 1, 1: the first beats both, the others share; then 0, 0, 0: all share; nobody plays themselves.
+    match = Match(["a", "b", "c"], [], [], [[2.0, 1.0, 1.0], [0.0, 0.0, 0.0], [-1.0, 3.0, -2.0]])
+    assert match.tables.tolist() == [
+        [[0, 1, 1], [0, 0, 0.5], [0, 0.5, 0]],
+        [[0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]],
+        [[0, 0, 1], [1, 0, 1], [0, 0, 0]],
+    ]
+
+
+def test_every_pair_of_players_plays_one_game_a_prompt() -> None:
+    rewards = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)).round().tolist()  # rounded: with ties
+    tables = Match(["a", "b", "c", "d"], [], [], rewards).tables
+    games = tables + tables.mT
+    assert torch.equal(games, (1 - torch.eye(4, dtype=torch.float64)).expand(7, 4, 4))
+
+
+def test_names_are_short_where_that_tells_them_apart() -> None:
+    assert short_names(["runs/a", "runs/b/"]) == ["a", "b"]
+    assert short_names(["one/a", "two/a"]) == ["one/a", "two/a"]
+
+
+# Games
+
+
+def test_a_run_and_its_base_are_ranked_from_their_own_answers(
+    command: Command, brief: Path, other: Path, prompts: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "r.json"
+    ended = ranked(command, output, prompts, f"checkpoints=[{BASE},{brief},{other}]", "judge=shorter", "prior=1")
+    assert ended.code == 0, ended.err
+    found, rows = json.loads(output.read_text()), answers(output)
+    assert [row["prompt"] for row in rows] == PROMPTS
+    wins = torch.zeros(3, 3, dtype=torch.float64)
+    for row in rows:
+        assert row["players"] == ["tiny-random", "brief", "other"]
+        assert row["rewards"] == [pytest.approx(-math.log1p(len(text.split()))) for text in row["responses"]]
+        words = [len(text.split()) for text in row["responses"]]
+        for one in range(3):
+            for two in range(3):
+                wins[one, two] += (one != two) * (1.0 if words[one] < words[two] else 0.5 * (words[one] == words[two]))
+    strengths = dict(zip(found["names"], found["log_strengths"], strict=True))
+    expected = fit(wins, 1.0).log_strengths.tolist()  # the intervals count prompts, the strengths games
+    assert [strengths[name] for name in row["players"]] == pytest.approx(expected, abs=1e-9)
+    assert (found["prior"], found["clusters"]) == (1.0, 6)
+    assert found["log_strengths"] == sorted(found["log_strengths"], reverse=True)
+    assert f"{BASE} answers 6 prompts" in ended.out and "6 prompts of 6 rows" in ended.out
+
+
+def test_a_player_that_never_loses_ends_with_the_remedy_and_is_ranked_by_it(
+    command: Command, brief: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Match, "tables", property(lambda match: torch.tensor([[[0.0, 1.0], [0.0, 0.0]]] * 6).double()))
+    output = tmp_path / "r.json"
+    words = (f"checkpoints=[{brief},{BASE}]", "judge=shorter")
+    ended = ranked(command, output, prompts, *words)
+    assert (ended.code, ended.err) == (
+        3,
+        f"error: {prompts}: brief never lost to the others, so that their strength has no bound; prior=1 lets every "
+        "player draw one game with an average one\n",
+    )
+    assert len(answers(output)) == 6 and not output.exists()  # what was drawn is kept
+    ended = ranked(command, output, prompts, *words, "prior=1")
+    assert ended.code == 0, ended.err
+    found = json.loads(output.read_text())
+    # 6 wins, and a draw of each with an imaginary player of strength 1: by symmetry a = -b = x with the score
+    # 6 (1 - s(2x)) + 1/2 - s(x) = 0.
+    x = found["log_strengths"][0]
+    assert found["names"] == ["brief", "tiny-random"] and found["log_strengths"][1] == pytest.approx(-x)
+    assert 6 * (1 - 1 / (1 + math.exp(-2 * x))) + 0.5 - 1 / (1 + math.exp(-x)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_answers_of_a_checkpoint_do_not_depend_on_who_else_plays(
+    command: Command, brief: Path, other: Path, prompts: Path, tmp_path: Path
+) -> None:
+    words = ("judge=shorter", "prior=1")
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    for output, players in ((one, [brief, other]), (two, [BASE, other, brief])):
+        listed = ",".join(map(str, players))
+        ended = ranked(command, output, prompts, f"checkpoints=[{listed}]", *words)
+        assert ended.code == 0, ended.err
+    assert of_player(one, "other") == of_player(two, "other")
+    assert of_player(one, "brief") == of_player(two, "brief")
+    assert of_player(two, "other") != of_player(two, "tiny-random")
+
+
+def test_a_reward_model_judges_with_the_rewards_it_gives_labels(
+    command: Command, reward: Path, other: Path, prompts: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "r.json"
+    ended = ranked(command, output, prompts, f"checkpoints=[{BASE},{other}]", f"judge={reward}", "prior=1", "limit=4")
+    assert ended.code == 0, ended.err
+    rows = answers(output)
+    labels = tmp_path / "labels.jsonl"
+    ended = command(
+        "dpo-label", f"samples={tmp_path / 'r.answers.jsonl'}", "by=reward", f"judge={reward}", f"output={labels}"
+    )
+    assert ended.code == 0, ended.err
+    found = {row["prompt"]: row for row in map(json.loads, labels.read_text().splitlines())}
+    assert len(found) == len(rows) == 4
+    for row in rows:
+        label = found[row["prompt"]]
+        assert [label["reward_chosen"], label["reward_rejected"]] == pytest.approx(
+            sorted(row["rewards"], reverse=True), abs=1e-5
+        )
+
+
+# What is refused
+
+
+def test_what_cannot_play_or_judge_is_refused_before_an_answer_is_drawn(
+    command: Command, other: Path, reward: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(module, "distinct_answers", lambda *_: drawn.append(1))
+    gone = tmp_path / "gone"
+    nowhere = "no such directory; name a run directory, checkpoints/step-*, final/, a PEFT adapter directory or a model"
+    players = f"checkpoints=[{BASE},{other}]"
+    for words, code, says in (
+        ((f"checkpoints=[{BASE},{gone}]", "judge=shorter"), 4, f"checkpoints={gone}: {nowhere}"),
+        ((f"checkpoints=[{BASE},{BASE}]", "judge=shorter"), 2,
+         f"checkpoints=['{BASE}', '{BASE}']: name each once"),
+        ((f"checkpoints=[{BASE}]", "judge=shorter"), 2,
+         f"checkpoints=['{BASE}']: must be two or more, for instance checkpoints=[runs/a,runs/b]"),
+        ((f"checkpoints=[{BASE},{reward}]", "judge=shorter"), 2,
+         f"checkpoints={reward}: is a reward model, which gives no answers; let it judge"),
+        ((players,), 2, "judge=null: name a reward model's run, a DPO run, or a rule"),
+        ((players, f"judge={gone}"), 4, f"judge={gone}: {nowhere}"),
+        ((players, f"judge={BASE}"), 2, f"judge={BASE}: a judge is an adapter on the model it was trained from"),
+        ((players, "judge=shorter", "games=x.csv"), 2,
+         "games=x.csv: give games=FILE, or checkpoints=[a,b,c] judge=... prompts=FILE"),
+        ((players, "judge=shorter", "max_prompt_length=5"), 3, "over max_prompt_length=5"),
+    ):  # fmt: skip
+        ended = ranked(command, tmp_path / "r.json", prompts, *words)
+        assert ended.code == code and ended.err.count("\n") == 1, ended.err
+        assert says in ended.err and (code == 3 or ended.err == f"error: {says}\n")
+    assert drawn == [] and list(tmp_path.iterdir()) == []
+
+
+def test_prompts_are_needed_and_one_prompt_is_too_few(
+    command: Command, brief: Path, prompts: Path, tmp_path: Path
+) -> None:
+    words = (f"checkpoints=[{BASE},{brief}]", "judge=shorter", "prior=1", "max_new_tokens=4")
+    ended = command("dpo-rank", *words)
+    says = "prompts=null: name a file of prompts, for instance prompts=prompts.jsonl"
+    assert (ended.code, ended.err) == (2, f"error: {says}\n")
+    ended = command("dpo-rank", *words, f"prompts={prompts}", "limit=1")
+    says = f"{prompts}: one prompt says nothing about how prompts differ; rank on more of them"
+    assert (ended.code, ended.err) == (3, f"error: {says}\n")
