@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
-.PHONY: help setup demo test check format wheel clean train eval bench mutants bench-gpu theorem test-peer test-faults
+.PHONY: help setup demo test check format wheel clean train eval bench bench-sampling mutants bench-gpu theorem paper test-peer test-faults
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -48,7 +48,7 @@ check: $(STAMP) ## Check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-mutants: $(STAMP) ## Break the program in some fifty ways and see that the tests notice (many minutes)
+mutants: $(STAMP) ## Break the program in some eighty ways and see that the tests notice (many minutes)
 	$(BIN)/python scripts/mutants.py
 
 bench: $(STAMP) ## Measure speed and memory of every mode: make bench ARGS='--trl /path/to/python/that/has/trl'
@@ -56,6 +56,13 @@ bench: $(STAMP) ## Measure speed and memory of every mode: make bench ARGS='--tr
 
 bench-gpu: ## Check and measure on a GPU, under any python with torch, transformers, peft: make bench-gpu PYTHON=python3
 	$(PYTHON) scripts/bench_gpu.py $(ARGS)
+
+bench-sampling: $(STAMP) ## Measure answers a second against generate: make bench-sampling ARGS='model=qwen'
+	$(BIN)/python scripts/bench_sampling.py $(ARGS)
+
+paper: $(STAMP) ## From PPO to DPO, shown: the tables and figures of docs/paper.md (part 2 trains SmolLM2, some 20 minutes)
+	$(BIN)/python scripts/paper.py
+	$(BIN)/python scripts/frontier.py $(ARGS)
 
 theorem: $(STAMP) ## Print the numbers of docs/theorem.md and draw its figure
 	$(BIN)/python scripts/theorem.py

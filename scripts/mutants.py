@@ -24,6 +24,8 @@ STEP = "dpo_cli/training/step.py"
 RUNNER, SCORES = "dpo_cli/training/runner.py", "dpo_cli/evaluation/scores.py"
 DURABLE, CHECKPOINT = "dpo_cli/training/durable.py", "dpo_cli/training/checkpoint.py"
 DIRECTORY, METRICS_LOG = "dpo_cli/training/run_directory.py", "dpo_cli/training/metrics_log.py"
+DECODING = "dpo_cli/models/decoding.py"
+OF_REWARDS, OF_DECODING = "tests/test_reward.py", "tests/test_decoding.py"
 OF_FAULTS = "-m faults tests/faults/"
 OF_LOSSES = "tests/test_losses.py tests/test_theorem.py"
 OF_RUNS = "tests/test_training.py tests/test_evaluate.py tests/test_preflight.py"
@@ -170,12 +172,35 @@ MUTANTS = [
            "        set", OF_FAULTS + "test_numbers.py -k memory_that_runs_out"),
     Mutant("random numbers drawn twice after memory ran out", STEP, "        set_rng_states(rng)\n", "",
            OF_FAULTS + "test_numbers.py -k memory_that_runs_out"),
-    Mutant("a file decides that code runs", "dpo_cli/pipeline/evaluate.py", "    if run.model.trust_remote_code and not config",
+    Mutant("a file decides that code runs", "dpo_cli/pipeline/subject.py", "    if run.model.trust_remote_code and not asked",
            "    if False and not config", OF_FAULTS + "test_hostile.py -k a_file_cannot_decide"),
     Mutant("secrets are shown", "dpo_cli/console/text.py", "sorted(named, key=len, reverse=True)", "[]",
            OF_FAULTS + "test_hostile.py -k secrets"),
     Mutant("other weights are taken on resume", RUNNER, "if state is not None and not same_weights(state.model_digest, digest):",
            "if False:", OF_FAULTS + "test_hostile.py -k other_weights"),
+    Mutant("a reward read one token early", LOGPS, "ends.append(end - 1)", "ends.append(end - 2)", OF_REWARDS),
+    Mutant("a reward read one token early in padded rows", LOGPS, "[one[-1] + 1 for one in positions]",
+           "[one[-1] for one in positions]", OF_REWARDS),
+    Mutant("rewards are not centred", RUNNER, "    head.center += torch", "    head.center += 0 * torch", OF_REWARDS),
+    Mutant("a resumed reward model forgets its head", CHECKPOINT, "        if head_of(policy) is not None:\n", "        if "
+           "False:\n", OF_REWARDS),
+    Mutant("all answers to a prompt by the same numbers", DECODING, "counter=[0, 0, self.number, 0]", "counter=[0, 0, 0, 0]",
+           OF_DECODING),
+    Mutant("random numbers by the place in the batch", DECODING, "self.uniforms[self.alive, step]",
+           "self.uniforms[: len(self.alive), step]", OF_DECODING),
+    Mutant("temperature upside down", DECODING, "logits / self.decoding.temperature", "logits * self.decoding.temperature",
+           OF_DECODING),
+    Mutant("the nucleus is one token short", DECODING, "before >= top_p", "before + best >= top_p", OF_DECODING),
+    Mutant("positions one further at every step", DECODING, "self.slots.lengths[:, None], self.slots.lengths + 1",
+           "self.slots.lengths[:, None] + 1, self.slots.lengths + 1", OF_DECODING),
+    Mutant("the worse answer is chosen", "dpo_cli/pipeline/label.py", "return scores[second] > scores[first]",
+           "return scores[second] < scores[first]", "tests/test_whole_way.py -k rule_labels"),
+    Mutant("a tie is a win for both", "dpo_cli/pipeline/play.py", "higher + 0.5 * same", "higher + same",
+           "tests/test_whole_way.py -k tie"),
+    Mutant("the first answer always stands on the left", "dpo_cli/pipeline/annotate.py", ".digest()[0] & 1 else",
+           ".digest()[0] & 0 else", "tests/test_annotate.py"),
+    Mutant("confidence counted from 0", "dpo_cli/theory/calibration.py", "(confidence - 0.5) * 2 * BINS", "confidence * BINS",
+           "tests/test_calibration.py"),
 ]  # fmt: skip
 
 

@@ -8,8 +8,17 @@ from pathlib import Path
 
 from conftest import Ended, records, sample_rows, write_jsonl
 
-from dpo_cli.composition import composed, parse_overrides, sweep
-from dpo_cli.config import EvalSchema, RunConfig, run_config
+from dpo_cli.composition import composed, composed_run, parse_overrides, sweep
+from dpo_cli.config import (
+    EvalSchema,
+    LabelConfig,
+    RankConfig,
+    SampleConfig,
+    label_config,
+    rank_config,
+    run_config,
+    sample_config,
+)
 from dpo_cli.data.formats import FORMATS
 
 ROOT = Path(__file__).parent.parent
@@ -22,14 +31,26 @@ def commands() -> list[list[str]]:
     return [shlex.split(line) for block in blocks for line in block.splitlines() if line.startswith("dpo-")]
 
 
+OTHERS = {
+    "dpo-sample": ("sample", SampleConfig, sample_config),
+    "dpo-label": ("label", LabelConfig, label_config),
+    "dpo-rank": ("rank", RankConfig, rank_config),
+}
+
+
 def test_every_command_composes() -> None:
     assert len(commands()) >= 5
     for name, *words in commands():
+        overrides = parse_overrides([word for word in words if word != "-m"])
         if name == "dpo-train":
-            for job in sweep(parse_overrides([word for word in words if word != "-m"])):
-                run_config(composed("train", parse_overrides(job), RunConfig).container)
+            for job in sweep(overrides):
+                run_config(composed_run(parse_overrides(job)).container)
+        elif name == "dpo-eval":
+            composed("eval", overrides, EvalSchema)
         else:
-            composed("eval", parse_overrides(words), EvalSchema)
+            kind, schema, check = OTHERS[name]
+            check(composed(kind, overrides, schema).container)
+    assert {name for name, *_ in commands()} == {"dpo-train", "dpo-eval", *OTHERS}
 
 
 def test_the_commands_run_as_written_on_a_tiny_model(command: Command, tmp_path: Path, tiny_path: str) -> None:
