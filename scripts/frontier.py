@@ -87,7 +87,9 @@ def measured(answers: Path, runs: Sequence[Path]) -> list[Player]:
         more = [row["rewards"][place] - row["rewards"][0] for row in rows]
         kl = Estimate(0.0, 0.0, 0.0, len(rows))
         if place:
-            own = [Sample(row["id"], row["prompt"], (row["responses"][place],)) for row in rows]
+            own = [
+                Sample(row["id"], row["prompt"], (row["responses"][place],), (row["finished"][place],)) for row in rows
+            ]
             kl = mean_estimate([row[0] for row in implicit(runs[place - 1], own)])
         players.append(Player(name, kl, mean_estimate(rewards), mean_estimate(more)))
     return players

@@ -21,6 +21,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,12 @@ def test_a_second_annotator_of_one_mind_makes_it_surer_and_of_another_leaves_not
     )
 
 
+def test_a_label_says_which_of_its_answers_were_cut_when_drawn() -> None:
+    of = [replace(one, finished=(place == 0, False)) for place, one in enumerate(samples(2))]
+    labels = aggregate(of, [judgement(of[0], "right"), judgement(of[1])])
+    assert [(pair.chosen_finished, pair.rejected_finished) for pair in labels.pairs] == [(False, True), (False, False)]
+
+
 def test_ties_and_skips_label_nothing() -> None:
     of = samples(3)
     labels = aggregate(of, [judgement(of[0], "tie"), judgement(of[1], "skip")])
@@ -381,7 +388,8 @@ def test_a_row_of_labels_is_a_row_of_pairs() -> None:
         assert (pair.messages, pair.prompt_text) == (messages, text)
         assert (pair.chosen.strip(), pair.rejected.strip()) == ("In colonies.", "On the moon.")
     assert list(label_row(labelled("p"))) == [
-        "prompt", "chosen", "rejected", "probability", "reward_chosen", "reward_rejected", "by", "judge", "sample",
+        "prompt", "chosen", "rejected", "chosen_finished", "rejected_finished",
+        "probability", "reward_chosen", "reward_rejected", "by", "judge", "sample",
     ]  # fmt: skip
 
 
@@ -489,6 +497,14 @@ def test_short_answers_stand_beside_each_other() -> None:
         "question 2: a tie",
         "1 left  2 right  t tie  s skip  u undo  q quit  j/k scroll  ? help",
     ])  # fmt: skip
+
+
+def test_an_answer_that_was_cut_says_so() -> None:
+    for width in (80, 40):
+        shown = screen_of(comparison("In colonies, mostly", "No.", left_cut=True), width=width)
+        assert shown.count("(cut here)") == 1
+        assert shown.index("In colonies, mostly") < shown.index("(cut here)")
+    assert "(cut here)" not in screen_of(comparison("In colonies.", "No."))
 
 
 def test_on_a_narrow_terminal_one_stands_under_the_other() -> None:

@@ -164,6 +164,20 @@ def test_scores_rank_responses_and_ties_make_no_pair() -> None:
     assert [(pair.chosen, pair.rejected) for pair in pairs_of(row, "ranked")] == [("high", "low"), ("high", "low too")]
 
 
+def test_which_answers_ended_by_themselves_is_read_from_pairs_and_from_ranked_rows() -> None:
+    row = {"prompt": "Q", "chosen": "a", "rejected": "b"}
+    for more, ends in (({}, (True, True)), ({"chosen_finished": False}, (False, True))):
+        (pair,) = pairs_of(row | more, "auto")
+        assert (pair.chosen_finished, pair.rejected_finished) == ends
+    ranked = {"prompt": "Q", "responses": ["low", "high"], "scores": [1, 2], "finished": [True, False]}
+    (pair,) = pairs_of(ranked, "auto")
+    assert (pair.chosen, pair.chosen_finished, pair.rejected_finished) == ("high", False, True)
+    with pytest.raises(BadRowError, match="'rejected_finished' must be true or false, it is text"):
+        pairs_of(row | {"rejected_finished": "no"}, "auto")
+    with pytest.raises(BadRowError, match="'finished' must be a list of true or false, one for each response"):
+        pairs_of(ranked | {"finished": [True]}, "auto")
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [

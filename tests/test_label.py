@@ -181,6 +181,47 @@ def test_answers_to_a_prompt_that_is_cut_are_compared_behind_the_same_part_of_it
         assert [one[text] for one in found] == pytest.approx([found[0][text]] * 3, abs=1e-5)
 
 
+def test_an_answer_that_was_cut_is_judged_by_what_was_drawn_and_trained_on_without_an_end(
+    command: Command, reward_run: Path, dpo_run: Path, tmp_path: Path
+) -> None:
+    texts, prompt = ["Yes, and", "No, never."], "Shall we?"
+    found: dict[tuple[str, str], tuple[dict[str, float], str]] = {}
+    for ends, finished in (("cut", [False, True]), ("whole", [True, True])):
+        for by, run in (("reward", reward_run), ("implicit", dpo_run)):
+            folder = tmp_path / f"{ends}-{by}"
+            folder.mkdir()
+            samples = samples_of(folder / "s.jsonl", {prompt: texts}, finished=finished)
+            output = folder / "pairs.jsonl"
+            ended = command("dpo-label", f"samples={samples}", f"output={output}", f"by={by}", f"judge={run}")
+            assert ended.code == 0, ended.err
+            (row,) = rows(output)
+            assert row["chosen_finished"] is (ends == "whole" or row["chosen"] == texts[1])
+            assert row["rejected_finished"] is (ends == "whole" or row["rejected"] == texts[1])
+            rewards = {row["chosen"]: row["reward_chosen"], row["rejected"]: row["reward_rejected"]}
+            found[ends, by] = rewards, ended.out
+    assert "1 of their 2 answers were cut when drawn: judged as if they ended there" in found["cut", "reward"][1]
+    assert "cut when drawn: judged and trained on without an end" in found["cut", "implicit"][1]
+    assert "cut when drawn" not in found["whole", "implicit"][1]
+    # A reward model reads the closing token behind both; an implicit reward is of the tokens that were drawn.
+    assert found["cut", "reward"][0] == found["whole", "reward"][0]
+    (cut, _), (whole, _) = found["cut", "implicit"], found["whole", "implicit"]
+    assert cut[texts[1]] == pytest.approx(whole[texts[1]], abs=1e-5)
+    assert abs(cut[texts[0]] - whole[texts[0]]) > 1e-4
+    # The pairs are read by dpo-eval and dpo-train as they were judged.
+    labels = tmp_path / "cut-implicit" / "pairs.jsonl"
+    ended = command("dpo-eval", f"checkpoint={dpo_run}", "data=jsonl", f"data.eval={labels}", f"output_dir={tmp_path}",
+                    "name=eval")  # fmt: skip
+    assert ended.code == 0, ended.err
+    (line,) = rows(tmp_path / "eval" / "pairs.jsonl")
+    judged = sorted(cut.values(), reverse=True)
+    assert [line["reward_chosen"], line["reward_rejected"]] == pytest.approx(judged, abs=1e-5)
+    for objective, words in (("dpo", "left without a closing EOS"), ("reward", "closed all the same")):
+        dials = [*tiny_words(labels, tmp_path / objective), "data.eval_fraction=0", "max_steps=1", "batch_size=1"]
+        ended = command("dpo-train", *dials, *(["objective=reward"] if objective == "reward" else []))
+        assert ended.code == 0, ended.err
+        assert f"1 response cut when drawn: {words}" in " ".join(ended.out.split())
+
+
 PROMPTS: dict[str, Any] = {
     "text": "Tell me about tea.",
     "dialogue": "\n\nHuman: Hello\n\nAssistant: Hi.\n\nHuman: Tell me about tea.\n\nAssistant:",
@@ -339,6 +380,8 @@ def test_what_is_no_file_of_samples_is_refused(command: Command, tmp_path: Path)
     for row, says in (
         ({"prompt": "Why?", "chosen": "a", "rejected": "b"}, f"{what} prompt, chosen, rejected. Samples are what "),
         ({"prompt": "Why?", "responses": ["a"]}, "has one answer; two are compared, so sample with n=2 or more"),
+        ({**good, "finished": [True]}, "'finished' has 1 entries for 2 responses"),
+        ({**good, "finished": "yes"}, "'finished' must be a list of true or false"),
         ({"prompt": "Why?", "responses": ["a", 7]}, f"{what} prompt, responses. Samples are what "),
         ({"responses": ["a", "b"]}, "no 'prompt' key. A row needs a prompt, as text or messages; it has nothing"),
         ([1], "not a JSON object: [1]"),

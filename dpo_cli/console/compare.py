@@ -76,6 +76,8 @@ class Comparison:
     remaining: int  # this one among them
     annotator: str
     notice: str = ""  # a few words on what the last key did
+    left_cut: bool = False  # at the limit, when it was drawn
+    right_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,10 +146,11 @@ def _cells(character: str) -> int:
     return 1 if character == "\ufe0f" else max(0, get_character_cell_size(character))
 
 
-def _block(text: str, width: int, encoding: str) -> list[Line]:
+def _block(text: str, width: int, encoding: str, cut: bool = False) -> list[Line]:
     if not text.strip():
         return [Line("(empty)", "dim")]
-    return [Line(row) for line in shown_lines(text, encoding) for row in wrapped(line, width)]
+    lines = [Line(row) for line in shown_lines(text, encoding) for row in wrapped(line, width)]
+    return [*lines, Line("(cut here)", "dim")] if cut else lines
 
 
 def comparison_page(question: Comparison, width: int, height: int, encoding: str = "utf-8") -> Page:
@@ -157,12 +160,13 @@ def comparison_page(question: Comparison, width: int, height: int, encoding: str
     for speaker, words in question.prompt:
         rows += [Line(safe_text(speaker) or "prompt", "bold"), *_block(words, width, encoding), Line("")]
     column = (width - 3) // 2
-    sides = [_block(text, column, encoding) for text in (question.left, question.right)]
+    answers = (question.left, question.left_cut), (question.right, question.right_cut)
+    sides = [_block(text, column, encoding, cut) for text, cut in answers]
     stacked = column < MIN_COLUMN or max(map(len, sides)) + 1 > room_of(height)
     if stacked:
-        for number, name, text in (("1", "first", question.left), ("2", "second", question.right)):
+        for number, name, (text, cut) in zip("12", ("first", "second"), answers, strict=True):
             # The number beside every line: scrolled into an answer, one still sees which it is.
-            block = _block(text, width - 4, encoding)
+            block = _block(text, width - 4, encoding, cut)
             rows += [Line(f"{number} {name}", "bold")]
             rows += [Line(f"{number} {glyphs.beside} {line.text}", line.style) for line in block]
             rows += [Line("")] if number == "1" else []

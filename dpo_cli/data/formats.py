@@ -7,7 +7,7 @@ template renders, and the prompt as plain text, which `data.template=plain` trai
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
@@ -39,6 +39,8 @@ class PreferencePair:
     chosen: str
     rejected: str
     notes: tuple[str, ...] = ()
+    chosen_finished: bool = True  # False: it was cut at a limit when it was drawn, and did not choose to end there
+    rejected_finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -273,13 +275,17 @@ def ranked(row: Row) -> tuple[PreferencePair, ...]:
         raise BadRowError("'scores' must be a list of numbers, one for each response (format=ranked)")
     if len(scores) != len(responses):
         raise BadRowError(f"'scores' has {len(scores)} numbers for {len(responses)} responses (format=ranked)")
+    finished = row.get("finished", [True] * len(responses))
+    if not isinstance(finished, list) or len(finished) != len(responses):
+        raise BadRowError("'finished' must be a list of true or false, one for each response (format=ranked)")
     best_first = sorted(range(len(responses)), key=lambda place: -scores[place])
     pairs = []
     for rank, better in enumerate(best_first):
         for worse in best_first[rank + 1 :]:
             if scores[better] > scores[worse]:
                 sides = {"chosen": responses[better], "rejected": responses[worse]}
-                pairs.append(auto({"prompt": row.get("prompt"), **sides}))
+                ends = {"chosen_finished": finished[better], "rejected_finished": finished[worse]}
+                pairs.append(_with_ends(auto({"prompt": row.get("prompt"), **sides}), ends))
     if not pairs:
         raise BadRowError("all responses have one score, so that none is preferred (format=ranked)")
     return tuple(pairs)
@@ -300,7 +306,16 @@ def pairs_of(row: Row, name: str) -> tuple[PreferencePair, ...]:
     """The pairs of one row in the format `name`: one, but for ranked rows."""
     if name == "ranked" or (name == "auto" and "responses" in row and "chosen" not in row):
         return ranked(row)
-    return (FORMATS[name](row),)
+    return (_with_ends(FORMATS[name](row), row),)
+
+
+def _with_ends(pair: PreferencePair, row: Row) -> PreferencePair:
+    """The pair, with what `chosen_finished` and `rejected_finished` say of its ends, where the row has them."""
+    ends = [row.get("chosen_finished", True), row.get("rejected_finished", True)]
+    for name, end in zip(("chosen_finished", "rejected_finished"), ends, strict=True):
+        if not isinstance(end, bool):
+            raise BadRowError(f"'{name}' must be true or false, it is {_kind(end)}")
+    return replace(pair, chosen_finished=ends[0], rejected_finished=ends[1])
 
 
 # Chosen by `data.format`; `ranked` rows are more than one pair each.

@@ -17,14 +17,18 @@ class LabelledPair:
     reward_rejected: float
     by: str  # the kind of judge: human, reward, implicit, rule
     judge: str  # who or which: annotators' names, a model's path, a rule's name
+    chosen_finished: bool = True  # False: cut at the limit when it was drawn
+    rejected_finished: bool = True
 
 
 def label_row(pair: LabelledPair) -> dict[str, Any]:
-    """The row of a file of labels; `dpo-train data=jsonl` takes its first three keys."""
+    """The row of a file of labels; `dpo-train data=jsonl` takes its first five keys."""
     return {
         "prompt": pair.prompt,
         "chosen": pair.chosen,
         "rejected": pair.rejected,
+        "chosen_finished": pair.chosen_finished,
+        "rejected_finished": pair.rejected_finished,
         "probability": pair.probability,
         "reward_chosen": pair.reward_chosen,
         "reward_rejected": pair.reward_rejected,

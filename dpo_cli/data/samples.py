@@ -23,6 +23,11 @@ class Sample:
     id: str
     prompt: Any  # as it stands in the file: text, or a list of messages
     responses: tuple[str, ...]
+    finished: tuple[bool, ...] = ()  # False: that response was cut at the limit; empty where the file says nothing
+
+    def is_finished(self, place: int) -> bool:
+        """Whether a response ended by itself."""
+        return not self.finished or self.finished[place]
 
     @property
     def read(self) -> Prompt:
@@ -53,12 +58,6 @@ def templates_of(path: Path) -> set[str]:
     return {template for template in found if isinstance(template, str)}
 
 
-def cut_answers(path: Path) -> int:
-    """How many answers of a file did not end by themselves, where it says so."""
-    ended = [row.value.get("finished") for row in read_rows(path) if row.value is not None]
-    return sum(one is False for answers in ended if isinstance(answers, list) for one in answers)
-
-
 def _sample_of(row: RowInFile) -> Sample:
     if row.value is None:
         raise DataError(f"{row.place}: {row.problem}")
@@ -77,9 +76,18 @@ def _sample_of(row: RowInFile) -> Sample:
             text_of(text, "responses")
     except BadRowError as error:
         raise DataError(f"{row.place}: {safe_text(error, limit=300)}") from None
-    return Sample(sample_id(row.value["prompt"], responses), row.value["prompt"], tuple(responses))
+    finished = row.value.get("finished", [])
+    if not isinstance(finished, list) or not all(isinstance(one, bool) for one in finished):
+        raise DataError(f"{row.place}: 'finished' must be a list of true or false")
+    if finished and len(finished) != len(responses):
+        raise DataError(f"{row.place}: 'finished' has {len(finished)} entries for {len(responses)} responses")
+    return Sample(sample_id(row.value["prompt"], responses), row.value["prompt"], tuple(responses), tuple(finished))
 
 
 def fingerprint_of(samples: Iterator[Sample] | Sequence[Sample]) -> str:
     """A hash of the samples in their order: labels of other samples have another."""
-    return hashlib.sha256("".join(sample.id for sample in samples).encode("ascii")).hexdigest()[:32]
+    digest = hashlib.sha256()
+    for sample in samples:
+        cut = [str(place) for place in range(len(sample.responses)) if not sample.is_finished(place)]
+        digest.update(sample.id.encode("ascii") + ",".join(cut).encode("ascii"))
+    return digest.hexdigest()[:32]

@@ -25,7 +25,7 @@ class TokenizedPair:
     """One pair as token ids, truncated to fit."""
 
     prompt: TokenIds  # (prompt tokens,): at least one
-    chosen: TokenIds  # (chosen tokens,): at least one; closed by EOS unless it was cut
+    chosen: TokenIds  # (chosen tokens,): at least one; closed by EOS unless it was cut, here or when it was drawn
     rejected: TokenIds  # (rejected tokens,)
     index: int  # the row in its file, from 0
     key: str  # hash of the pair's texts
@@ -61,15 +61,18 @@ class PairEncoder:
     """Renders pairs under a template and encodes them.
 
     `kind` is `chat` or `plain`; None takes the model's chat template where it has one. `closing` is the token
-    that ends every response: what the chat template puts after an answer, else the tokenizer's EOS.
+    that ends a response: what the chat template puts after an answer, else the tokenizer's EOS. One that was cut when
+    it was drawn stays open, but where `always_closes`: a reward model reads an answer's reward at its closing token.
     """
 
     tokenizer: Any
     kind: str | None
+    always_closes: bool = False
     closing: int = field(init=False)
     reason: str = field(init=False)  # why this template
     opening: list[int] = field(init=False)  # ids before a plain prompt: BOS, where the tokenizer adds one
     borders_merged: int = 0  # responses whose first token would have straddled the border
+    cut_when_drawn: int = 0  # responses that did not end by themselves
     closing_inside: int = 0  # responses that hold the closing token in their middle
 
     def __post_init__(self) -> None:
@@ -143,17 +146,20 @@ class PairEncoder:
         return (self.opening if self.kind == "plain" else []) + prompt or [self.closing]
 
     def encode(self, pairs: list[PreferencePair]) -> list[Encoded]:
-        """Token ids of many pairs at once: prompt, and both responses with their closing token."""
+        """Token ids of many pairs at once: prompt, and both responses with the closing token of those that ended."""
         prompts = [self.prompt_text(Prompt(pair.messages, pair.prompt_text)) for pair in pairs]
         prompt_ids = self._encode_many(prompts)
         responses: list[list[list[int]]] = []
-        for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs]):
-            shown = [self.response_text(text) for text in texts]
+        for answers in (
+            [(pair.chosen, pair.chosen_finished) for pair in pairs],
+            [(pair.rejected, pair.rejected_finished) for pair in pairs],
+        ):
+            shown = [self.response_text(text) for text, _ in answers]
             whole = self._encode_many([prompt + text for prompt, text in zip(prompts, shown, strict=True)])
             responses.append(
                 [
-                    self._after_border(prompt, ids, text)
-                    for prompt, ids, text in zip(prompt_ids, whole, shown, strict=True)
+                    self._after_border(prompt, ids, text, finished)
+                    for prompt, ids, text, (_, finished) in zip(prompt_ids, whole, shown, answers, strict=True)
                 ]
             )
         return [
@@ -165,7 +171,7 @@ class PairEncoder:
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
         return ids
 
-    def _after_border(self, prompt: list[int], whole: list[int], response: str) -> list[int]:
+    def _after_border(self, prompt: list[int], whole: list[int], response: str, finished: bool) -> list[int]:
         if whole[: len(prompt)] == prompt:
             ids = whole[len(prompt) :]
         else:
@@ -178,7 +184,8 @@ class PairEncoder:
         if ids and ids[-1] == self.closing:  # the text brought its own
             ids = ids[:-1]
         self.closing_inside += self.closing in ids
-        return [*ids, self.closing]
+        self.cut_when_drawn += not finished
+        return [*ids, self.closing] if finished or self.always_closes or not ids else ids
 
 
 def truncate(encoded: Encoded, max_length: int, max_prompt_length: int | None, tally: Truncation) -> Encoded | None:

@@ -189,6 +189,8 @@ def _judge(
                     remaining=len(waiting),
                     annotator=annotator,
                     notice=notice,
+                    left_cut=not question.sample.is_finished(left),
+                    right_cut=not question.sample.is_finished(right),
                 )
             )
             action = answer.action
@@ -259,6 +261,8 @@ def aggregate(samples: Sequence[Sample], judgements: Iterable[Judgement], prior:
                         reward_rejected=rewards[worse],
                         by="human",
                         judge=judges,
+                        chosen_finished=sample.is_finished(players[better]),
+                        rejected_finished=sample.is_finished(players[worse]),
                     )
                 )
     return Aggregate(pairs, even)

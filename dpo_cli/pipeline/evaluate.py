@@ -64,7 +64,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         device = choose_device(config.device)
         dtype = subject_dtype(subject, device.value)
         source = find_model(subject.base, reporter.say)
-        encoder = PairEncoder(load_tokenizer(source), data_dials.template)
+        encoder = PairEncoder(load_tokenizer(source), data_dials.template, always_closes=subject.is_reward_model)
         seed = subject.run.seed if subject.run else 0
         data = load_pairs(data_dials, encoder, seed, held_out_only=True, poll=signals.poll)
         base = load_model(source, dtype.value, device.value)

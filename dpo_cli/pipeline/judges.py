@@ -96,13 +96,12 @@ class ModelJudge:
         ratios = score_pairs(self.policy, reference, pairs, self.batching, poll).ratios
         found = [[0.0] * len(sample.responses) for sample in samples]
         values = zip(ratios.chosen.tolist(), ratios.rejected.tolist(), strict=True)
-        for (sample, first, second), (one, other) in zip(owners, values, strict=True):
-            found[sample][first], found[sample][second] = self.beta * one, self.beta * other
-        for sample_read, rewards in zip(
-            samples, found, strict=True
-        ):  # the same text is the same, however it was rounded
-            first_of = {text: place for place, text in reversed(list(enumerate(sample_read.responses)))}
-            rewards[:] = [rewards[first_of[text]] for text in sample_read.responses]
+        for (number, first, second), (chosen, rejected) in zip(owners, values, strict=True):
+            found[number][first], found[number][second] = self.beta * chosen, self.beta * rejected
+        for one, rewards in zip(samples, found, strict=True):
+            # The same answer has the same reward, however it was rounded.
+            answers = [(text, one.is_finished(place)) for place, text in enumerate(one.responses)]
+            rewards[:] = [rewards[answers.index(answer)] for answer in answers]
         return found
 
     def _pairs(self, samples: Sequence[Sample]) -> tuple[list[TokenizedPair], list[tuple[int, int, int]]]:
@@ -116,7 +115,16 @@ class ModelJudge:
         for number, first, second in owners:
             sample = samples[number]
             prompt = sample.read
-            texts.append(PreferencePair(prompt.messages, prompt.text, _opened(sample, first), _opened(sample, second)))
+            texts.append(
+                PreferencePair(
+                    prompt.messages,
+                    prompt.text,
+                    _opened(sample, first),
+                    _opened(sample, second),
+                    chosen_finished=sample.is_finished(first),
+                    rejected_finished=sample.is_finished(second),
+                )
+            )
         pairs = []
         encoded_pairs = self.encoder.encode(texts)
         longest = [0] * len(samples)  # tokens
@@ -174,7 +182,7 @@ def load_judge(
     dtype = subject_dtype(subject, where).value
     source = find_model(subject.base, reporter.say)
     template = subject.run.data.template if subject.run else None
-    encoder = PairEncoder(load_tokenizer(source), template)
+    encoder = PairEncoder(load_tokenizer(source), template, always_closes=subject.is_reward_model)
     _check_tokenizer(subject, encoder)
     base = load_model(source, dtype, where)
     digest = model_digest(base)

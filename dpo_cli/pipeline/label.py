@@ -18,7 +18,7 @@ from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural, safe_text, significant
 from dpo_cli.data.files import local_path
 from dpo_cli.data.labels import LabelledPair, label_row
-from dpo_cli.data.samples import Sample, cut_answers, fingerprint_of, read_samples, templates_of
+from dpo_cli.data.samples import Sample, fingerprint_of, read_samples, templates_of
 from dpo_cli.errors import ConfigError, DataError, StoppedError, StorageError
 from dpo_cli.paths import user_path
 from dpo_cli.pipeline.annotate import annotate, write_labels
@@ -71,7 +71,7 @@ def label(config: LabelConfig, reporter: Reporter) -> Path:
                 raise DataError(f"{safe_text(path)}: no pair could be labelled ({reasons})")
             facts = {"job": job, "pairs": len(pairs), "left_out": dict(left_out)}
             finish(journal, output, [label_row(pair) for pair in pairs], facts)
-        _tell(reporter, pairs, left_out, judge, output, time.perf_counter() - started, cut_answers(path))
+        _tell(reporter, pairs, left_out, judge, output, time.perf_counter() - started)
     return output
 
 
@@ -170,6 +170,8 @@ def pairs_of_rewards(
                 reward_rejected=scores[second],
                 by=str(config.by),
                 judge=judge,
+                chosen_finished=sample.is_finished(first),
+                rejected_finished=sample.is_finished(second),
             )
 
 
@@ -193,7 +195,6 @@ def _tell(
     judge: Judge,
     output: Path,
     seconds: float,
-    cut: int,
 ) -> None:
     margins = [pair.reward_chosen - pair.reward_rejected for pair in pairs]
     sure = sum(max(pair.probability, 1 - pair.probability) for pair in pairs) / len(pairs)
@@ -204,10 +205,12 @@ def _tell(
         ("", f"the chosen answer is the longer one in {100 * longer:.0f}% of them"),
     ]
     told += [("", f"left out {plural(number, 'couple')} {REASONS[reason]}") for reason, number in left_out.items()]
+    cut = sum(not pair.chosen_finished for pair in pairs) + sum(not pair.rejected_finished for pair in pairs)
     if cut:
-        told.append(
-            ("", f"{plural(cut, 'answer')} cut at the limit when drawn: judged and trained on as if ended there")
-        )
+        open_ended = isinstance(judge, ModelJudge) and not judge.is_reward_model
+        judged = "judged and" if open_ended else "judged as if they ended there, but"
+        share = f"{cut:,} of their {2 * len(pairs):,} answers were cut when drawn"
+        told.append(("", f"{share}: {judged} trained on without an end"))
     if isinstance(judge, ModelJudge) and (judge.truncation.prompts_cut or judge.truncation.responses_cut):
         lost = judge.truncation
         told.append(("", f"the judge read {lost.prompts_cut:,} prompts and {lost.responses_cut:,} answers cut short"))

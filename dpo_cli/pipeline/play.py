@@ -14,7 +14,7 @@ from dpo_cli.console.text import safe_text, significant
 from dpo_cli.data.prompts import PromptInFile, read_prompts
 from dpo_cli.data.samples import Sample, sample_id
 from dpo_cli.errors import ConfigError, DataError, StorageError
-from dpo_cli.evaluation.generate import batches_of, distinct_answers
+from dpo_cli.evaluation.generate import Text, batches_of, distinct_answers
 from dpo_cli.models.decoding import Decoding
 from dpo_cli.models.loading import choose_device
 from dpo_cli.models.memory import make_room
@@ -62,13 +62,12 @@ def play(config: RankConfig, reporter: Reporter) -> Match:
     size = None if config.batch_size == "auto" else int(config.batch_size)
     decoding = Decoding(config.max_new_tokens, config.temperature, config.top_p)
     with StopSignals(reporter.warn) as signals:
-        answers: list[list[str]] = []
-        lengths: list[list[int]] = []
+        answers: list[list[Text]] = []
         for name, subject in zip(config.checkpoints, subjects, strict=True):
             sampler = load_checkpoint_sampler(subject, None, device, reporter)
             ids = sampler.encoder.encode_prompts([prompt.read for prompt in prompts])
             _check_lengths(prompts, ids, config)
-            texts, tokens = [""] * len(prompts), [0] * len(prompts)
+            texts: dict[int, Text] = {}
             reporter.say(f"{safe_text(name)} answers {len(prompts):,} prompts")
             reporter.start("prompt", len(prompts))
             for batch in batches_of(sampler.model, ids, 1, decoding, device, size):
@@ -77,22 +76,24 @@ def play(config: RankConfig, reporter: Reporter) -> Match:
                 found = distinct_answers(
                     sampler.model, sampler.encoder, asked, 1, decoding, config.seed, device, signals.poll
                 )
-                for place, drawn in zip(batch, found, strict=True):
-                    texts[place], tokens[place] = drawn[0].text, drawn[0].tokens
+                texts |= {place: drawn[0] for place, drawn in zip(batch, found, strict=True)}
                 reporter.advance(len(batch))
             reporter.stop()
-            answers.append(texts)
-            lengths.append(tokens)
+            answers.append([texts[place] for place in range(len(prompts))])
             del sampler
             make_room(device)
-        samples = [
-            Sample(sample_id(prompt.written, responses), prompt.written, responses)
-            for prompt, responses in zip(prompts, zip(*answers, strict=True), strict=True)
-        ]
+        rows = list(zip(*answers, strict=True))
+        samples = [_sample(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
         judge = load_judge(config.judge, None, "auto", config.device, trusted, reporter)
         rewards = judge.rewards(samples, signals.poll)
     reporter.facts([("prompts" if place == 0 else "", line) for place, line in enumerate(report.sentences())])
-    return Match(short_names(config.checkpoints), samples, [list(row) for row in zip(*lengths, strict=True)], rewards)
+    return Match(short_names(config.checkpoints), samples, [[one.tokens for one in row] for row in rows], rewards)
+
+
+def _sample(prompt: PromptInFile, answers: Sequence[Text]) -> Sample:
+    responses = tuple(answer.text for answer in answers)
+    finished = tuple(answer.ended for answer in answers)
+    return Sample(sample_id(prompt.written, responses), prompt.written, responses, finished)
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -138,8 +139,8 @@ def write_match(path: Path, match: Match) -> None:
     """A row a prompt: the answers of all players, and their rewards."""
     lines = []
     for sample, rewards in zip(match.samples, match.rewards, strict=True):
-        row = {"prompt": sample.prompt, "responses": list(sample.responses), "rewards": rewards, "id": sample.id}
-        lines.append(json.dumps({**row, "players": match.players}, ensure_ascii=False))
+        row = {"prompt": sample.prompt, "responses": sample.responses, "finished": sample.finished, "rewards": rewards}
+        lines.append(json.dumps({**row, "id": sample.id, "players": match.players}, ensure_ascii=False))
     try:
         write_whole(path, ("\n".join(lines) + "\n").encode("utf-8"))
     except OSError as error:

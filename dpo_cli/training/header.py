@@ -75,8 +75,10 @@ def show_header(run: Run, cut: str, reference: str, memory: str) -> None:
     for name, report in data.reports():
         for place, sentence in enumerate(report.sentences(config.data.max_length)):
             rows.append((name if place == 0 else "", sentence))
+    closed = "closed all the same, as the head reads there" if encoder.always_closes else "left without a closing EOS"
     for number, words in (
         (encoder.borders_merged, "encoded apart from the prompt, lest a token straddle the border"),
+        (encoder.cut_when_drawn, f"cut when drawn: {closed}"),
         (encoder.closing_inside, f"with the closing token {safe_text(closing)} in the middle"),
     ):
         if number:

@@ -218,7 +218,7 @@ def put_together(
     else:
         dtype = choose_dtype(config.model.dtype, device.value, config.lora.enabled, keep=not config.dry_run)
     source = find_model(config.model, reporter.say)
-    encoder = PairEncoder(load_tokenizer(source), config.data.template)
+    encoder = PairEncoder(load_tokenizer(source), config.data.template, always_closes=config.objective == "reward")
     data = load_pairs(config.data, encoder, config.seed, poll=poll)
     if state is not None and state.data_fingerprint != data.fingerprint:
         raise CheckpointError(f"{checkpoint}: was trained on other data than data.train={config.data.train} gives now")
