@@ -281,7 +281,7 @@ def _train(words: list[str]) -> int:
 
 def _evaluate(words: list[str]) -> int:
     from dpo_cli.composition import check_overrides, composed, groups, parse_overrides
-    from dpo_cli.config import EvalConfig, EvalSchema, eval_config
+    from dpo_cli.config import EvalConfig, EvalSchema, config_of
 
     if _wants_help(words):
         print(EVAL_HELP.format(data=", ".join(groups()["data"])))
@@ -294,7 +294,7 @@ def _evaluate(words: list[str]) -> int:
     check_overrides(overrides, EvalSchema)
     rest = [override for override in overrides if override not in of_run]
     container = {"data": None, **composed("eval", rest, EvalSchema).container}
-    config: EvalConfig = eval_config(container)
+    config = config_of(container, EvalConfig)
     quiet_libraries()
     from dpo_cli.pipeline.evaluate import evaluate as run_evaluation
 
@@ -303,14 +303,14 @@ def _evaluate(words: list[str]) -> int:
 
 def _sample(words: list[str]) -> int:
     from dpo_cli.composition import composed, groups, parse_overrides
-    from dpo_cli.config import SampleConfig, sample_config
+    from dpo_cli.config import SampleConfig, config_of
 
     if _wants_help(words):
         print(SAMPLE_HELP.format(model=", ".join(groups()["model"])))
         return 0
     _refuse_flags(words, "dpo-sample")
     overrides = parse_overrides(words)
-    config = sample_config(composed("sample", overrides, SampleConfig).container)
+    config = config_of(composed("sample", overrides, SampleConfig).container, SampleConfig)
     if config.checkpoint is not None:
         for override in overrides:
             if override.key_or_group.split(".")[0] == "model":
@@ -326,13 +326,13 @@ def _sample(words: list[str]) -> int:
 
 def _label(words: list[str]) -> int:
     from dpo_cli.composition import composed, parse_overrides
-    from dpo_cli.config import LabelConfig, label_config
+    from dpo_cli.config import LabelConfig, config_of
 
     if _wants_help(words):
         print(LABEL_HELP.format(rules=_rules()))
         return 0
     _refuse_flags(words, "dpo-label")
-    config = label_config(composed("label", parse_overrides(words), LabelConfig).container)
+    config = config_of(composed("label", parse_overrides(words), LabelConfig).container, LabelConfig)
     _check_files_early(config.samples)
     quiet_libraries()
     from dpo_cli.pipeline.label import label as run_labelling
@@ -344,13 +344,13 @@ def _label(words: list[str]) -> int:
 
 def _rank(words: list[str]) -> int:
     from dpo_cli.composition import composed, parse_overrides
-    from dpo_cli.config import RankConfig, rank_config
+    from dpo_cli.config import RankConfig, config_of
 
     if _wants_help(words):
         print(RANK_HELP.format(rules=_rules()))
         return 0
     _refuse_flags(words, "dpo-rank")
-    config = rank_config(composed("rank", parse_overrides(words), RankConfig).container)
+    config = config_of(composed("rank", parse_overrides(words), RankConfig).container, RankConfig)
     _check_files_early(config.games, config.prompts)
     quiet_libraries()
     from dpo_cli.pipeline.rank import rank as run_ranking

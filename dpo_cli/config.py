@@ -1,8 +1,8 @@
 """The schema behind conf/: what every dial means, and what it may be.
 
 YAML holds the values, these dataclasses hold the meaning. The numbers live in conf/, once; here are types and
-rules, so each field is MISSING until a config is composed. `run_config` and `eval_config` turn a plain container
-(composed by Hydra, or read from a checkpoint with a safe YAML loader) into the dataclass or say in one line what
+rules, so each field is MISSING until a config is composed. `config_of` turns a plain container
+(composed by Hydra, or read from a checkpoint with a safe YAML loader) into the dataclass or says in one line what
 does not fit. Nothing here imports torch, so that a typo is answered at once.
 """
 
@@ -10,7 +10,7 @@ import difflib
 import math
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, get_args, get_type_hints
+from typing import Any, Dict, List, Optional, Type, TypeVar, get_args, get_type_hints
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -18,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_cli.console.text import safe_text, without_secrets
 from dpo_cli.errors import CheckpointError, ConfigError
+
+Config = TypeVar("Config")
 
 OBJECTIVES = ("dpo", "reward")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -613,7 +615,8 @@ def _type_in_words(key: str, schema: type) -> str:
     return f"{name} or null" if optional else name
 
 
-def _from_container(container: Dict[str, Any], schema: type) -> Any:
+def config_of(container: Dict[str, Any], schema: Type[Config]) -> Config:
+    """A plain container as a checked config of that schema; ConfigError names the first thing that does not fit."""
     unknown = unknown_keys(container, schema)
     if unknown:
         raise ConfigError(f"unknown key '{unknown[0]}'{suggest_key(unknown[0], schema)}")
@@ -623,7 +626,7 @@ def _from_container(container: Dict[str, Any], schema: type) -> Any:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(f"{missing[0]} has no value; give it one on the command line or in its YAML file")
-        return OmegaConf.to_object(merged)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         key = str(error.full_key or "")
         value: Any = container
@@ -633,39 +636,13 @@ def _from_container(container: Dict[str, Any], schema: type) -> Any:
 
 
 def run_config(container: Dict[str, Any]) -> RunConfig:
-    """A plain container as a checked `RunConfig`; ConfigError names the first thing that does not fit."""
-    config: RunConfig = _from_container(container, RunConfig)
-    return config
-
-
-def eval_config(container: Dict[str, Any]) -> EvalConfig:
-    """A plain container as a checked `EvalConfig`."""
-    config: EvalConfig = _from_container(container, EvalConfig)
-    return config
-
-
-def sample_config(container: Dict[str, Any]) -> SampleConfig:
-    """A plain container as a checked `SampleConfig`."""
-    config: SampleConfig = _from_container(container, SampleConfig)
-    return config
-
-
-def label_config(container: Dict[str, Any]) -> LabelConfig:
-    """A plain container as a checked `LabelConfig`."""
-    config: LabelConfig = _from_container(container, LabelConfig)
-    return config
-
-
-def rank_config(container: Dict[str, Any]) -> RankConfig:
-    """A plain container as a checked `RankConfig`."""
-    config: RankConfig = _from_container(container, RankConfig)
-    return config
+    """A plain container as a checked `RunConfig`."""
+    return config_of(container, RunConfig)
 
 
 def data_config(container: Dict[str, Any]) -> DataConfig:
     """The data part alone, for an evaluation on other data."""
-    config: DataConfig = _from_container({"data": container}, _DataOnly).data
-    return config
+    return config_of({"data": container}, _DataOnly).data
 
 
 @dataclass

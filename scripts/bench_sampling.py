@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dpo_cli.composition import composed, parse_overrides
-from dpo_cli.config import SampleConfig, sample_config
+from dpo_cli.config import SampleConfig, config_of
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.data.prompts import read_prompts
 from dpo_cli.evaluation.generate import batches_of
@@ -74,7 +74,7 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
 
     overrides = parse_overrides([*args.overrides, f"prompts={args.prompts}", f"limit={args.limit}"])
-    config = sample_config(composed("sample", overrides, SampleConfig).container)
+    config = config_of(composed("sample", overrides, SampleConfig).container, SampleConfig)
     sampler = load_sampler(config, Reporter())
     prompts, _ = read_prompts(args.prompts, args.limit, False)
     ids = sampler.encoder.encode_prompts([prompt.read for prompt in prompts])

@@ -18,6 +18,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from figures import NO_FIGURE, can_draw, panels
+
 from dpo_cli.cli import quiet_libraries
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.data.samples import Sample, read_samples
@@ -124,9 +126,7 @@ def _shown(one: Estimate) -> str:
 
 def draw(players: Sequence[Player], others: Sequence[tuple[int, float, Estimate]], path: Path) -> None:
     """The points with their 95% intervals."""
-    from paper import panels
-
-    with panels(path, 1) as (axes,):
+    with panels(path, 1, (4.4, 4.5), "paper") as (axes,):
         reference = players[0].reward.mean
         kls = [0.0, *(kl for _, kl, _ in others)]
         axes.plot(kls, [reference, *(reward.mean for _, _, reward in others)], "--", color=GREY, zorder=1)
@@ -192,12 +192,9 @@ def main(words: Sequence[str] | None = None) -> None:
     quiet_libraries()
     found, others = measured(folder / "ranking.answers.jsonl", runs), best_of(several, judge)
     print(f"\n{table(found, others)}\n")
-    try:
-        draw(found, others, args.figure)
-    except ModuleNotFoundError as missing:
-        if missing.name != "matplotlib":
-            raise
-        sys.exit("matplotlib: not installed, so no figure was drawn; pip install matplotlib adds it.")
+    if not can_draw():
+        sys.exit(NO_FIGURE)
+    draw(found, others, args.figure)
     print(f"wrote {args.figure}")
 
 

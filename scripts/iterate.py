@@ -6,11 +6,9 @@ reference. After each round the policies answer held-out prompts, and the judge 
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
 from frontier import SMOLLM2, run, train
 
 from dpo_cli.theory.statistics import mean_estimate

@@ -5,10 +5,8 @@ reward against KL it shows DPO, the exact policy gradient that PPO estimates, an
 """
 
 import argparse
-import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import NO_FIGURE, can_draw, panels
 from torch import Tensor
 
 from dpo_cli.theory import bradley_terry
@@ -51,40 +50,6 @@ RESOLUTION = 1e-10  # differences below are rounding; printed as a bound, they l
 COLORS = dict(zip(BETAS, ("#D55E00", "#CC79A7", "#009E73", "#0072B2"), strict=True))
 MARKERS = dict(zip(BETAS, ("o", "D", "s", "^"), strict=True))
 DPO, GRADIENT, GREY = "#009E73", "#E69F00", "#9a9a9a"
-
-STYLE = {
-    "font.size": 12,
-    "axes.titlesize": 13,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 7,
-    "svg.hashsalt": "paper",  # with no date, the same numbers give the same file
-}
-
-
-@contextmanager
-def panels(path: Path, number: int) -> Iterator[Sequence[Any]]:
-    """So many axes side by side, each 4.4 inches wide; what was drawn is in `path` afterwards."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(1, number, figsize=(4.4 * number, 4.5), layout="constrained", squeeze=False)
-        figure.get_layout_engine().set(wspace=0.06)
-        yield axes[0]
-        figure.savefig(path, metadata={"Date": None}, facecolor="white")
-        pyplot.close(figure)
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 @dataclass(frozen=True)
@@ -194,7 +159,7 @@ def learned_rewards(labels: Tensor) -> Tensor:
     return torch.stack([bradley_terry.fit(table).log_strengths for table in tables]).view(labels.shape[:-1])
 
 
-def measure_one(repeats: int) -> PartOne:
+def measure(repeats: int) -> PartOne:
     """Everything that part one shows."""
     world = World.drawn()
     reference = world.reference_logps
@@ -300,9 +265,9 @@ def sampled_table(numbers: PartOne) -> str:
     return "\n".join(lines)
 
 
-def draw_one(numbers: PartOne, path: Path) -> None:
+def draw(numbers: PartOne, path: Path) -> None:
     """Three panels: exact, sampled, and how fast."""
-    with panels(path, 3) as (left, middle, right):
+    with panels(path, 3, (13.2, 4.5), "paper") as (left, middle, right):
         _draw_exact(left, numbers)
         _draw_sampled(middle, numbers)
         _draw_shortfalls(right, numbers)
@@ -370,9 +335,14 @@ def _draw_shortfalls(axes: Any, numbers: PartOne) -> None:
     axes.legend(loc="lower left")
 
 
-def part_one(folder: Path, repeats: int = 16) -> PartOne:
-    """Print the tables of part one, and draw its figure into `folder` if matplotlib is installed."""
-    numbers = measure_one(repeats)
+def main(words: Sequence[str] | None = None) -> None:
+    """Print the tables, and draw the figure where matplotlib is installed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("docs"), help="where the figure goes")
+    parser.add_argument("--repeats", type=int, default=16, help="independent draws of everything that is sampled")
+    args = parser.parse_args(words)
+
+    numbers = measure(args.repeats)
     fastest = numbers.sampled[STEPS[-1]]
     print(
         exact_table(numbers.world, numbers.dpo),
@@ -381,28 +351,11 @@ def part_one(folder: Path, repeats: int = 16) -> PartOne:
         sampled_table(numbers),
         sep="\n\n",
     )
-    if can_draw():
-        figure = folder / "paper-tabular.svg"
-        draw_one(numbers, figure)
-        print(f"\nwrote {figure}")
-    return numbers
-
-
-PARTS: dict[int, Callable[[Path, int], object]] = {1: part_one}
-
-
-def main(words: Sequence[str] | None = None) -> None:
-    """Run the parts asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=int, nargs="+", choices=PARTS, default=list(PARTS), help="which parts to run")
-    parser.add_argument("--folder", type=Path, default=Path("docs"), help="where the figures go")
-    parser.add_argument("--repeats", type=int, default=16, help="independent draws of everything that is sampled")
-    args = parser.parse_args(words)
-
-    for part in args.parts:
-        PARTS[part](args.folder, args.repeats)
     if not can_draw():
-        sys.exit("matplotlib: not installed, so no figure was drawn; pip install matplotlib adds it.")
+        sys.exit(NO_FIGURE)
+    figure = args.folder / "paper-tabular.svg"
+    draw(numbers, figure)
+    print(f"\nwrote {figure}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import NO_FIGURE, can_draw, panels
 from torch import Tensor
 
 from dpo_cli.theory.losses import implicit_rewards
@@ -105,32 +106,10 @@ def sampled_table(sampled: Sampled) -> str:
 
 def draw(sampled: Sampled, path: Path) -> None:
     """Three panels: DPO as markers, what the theory says as lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    style = {
-        "font.size": 12,
-        "axes.titlesize": 13,
-        "axes.titlelocation": "left",
-        "axes.titlepad": 12,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-        "lines.linewidth": 1.5,
-        "lines.markersize": 7,
-        "svg.hashsalt": "theorem",  # with no date, the same numbers give the same file
-    }
-    with pyplot.rc_context(style):
-        figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 4.3), layout="constrained")
-        figure.get_layout_engine().set(wspace=0.06)
+    with panels(path, 3, (12, 4.3), "theorem") as (left, middle, right):
         _draw_policies(left)
         _draw_rewards(middle)
         _draw_errors(right, sampled)
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, metadata=metadata, dpi=75, facecolor="white")  # 900 pixels wide, if it has pixels
-        pyplot.close(figure)
 
 
 def _draw_policies(axes: Any) -> None:
@@ -199,12 +178,9 @@ def main(words: Sequence[str] | None = None) -> None:
 
     sampled = measure_sampled(args.repeats)
     print(exact_table(), sampled_table(sampled), sep="\n\n")
-    try:
-        draw(sampled, args.figure)
-    except ModuleNotFoundError as missing:
-        if missing.name != "matplotlib":
-            raise
-        sys.exit("matplotlib: not installed, so no figure was drawn; pip install matplotlib adds it.")
+    if not can_draw():
+        sys.exit(NO_FIGURE)
+    draw(sampled, args.figure)
     print(f"\nwrote {args.figure}")
 
 

@@ -1,5 +1,6 @@
 """Shared by all tests: no network, a cache folder of their own, tiny real objects."""
 
+import io
 import json
 import os
 import signal
@@ -146,6 +147,20 @@ def tiny_words(pairs: Path, folder: Path) -> list[str]:
         "optimizer.lr=1e-3",
         f"output_dir={folder}",
     ]
+
+
+def run_of(*words: str) -> Path:
+    """A run of dpo-train with these words, in this process; returns its directory."""
+    from dpo_cli.composition import composed_run, parse_overrides
+    from dpo_cli.config import run_config
+    from dpo_cli.console.reporter import Reporter
+    from dpo_cli.training.runner import train
+
+    reporter = Reporter(io.StringIO())
+    try:
+        return train(run_config(composed_run(parse_overrides(list(words))).container), reporter)
+    finally:
+        reporter.close()
 
 
 def records(run: Path) -> list[dict[str, Any]]:

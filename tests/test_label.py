@@ -1,6 +1,5 @@
 """Labels of judges: their rewards are the evaluation's, their pairs the method's, and nothing is judged twice."""
 
-import io
 import json
 import math
 import os
@@ -12,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ended, sample_rows, tiny_words, write_jsonl
+from conftest import Ended, run_of, sample_rows, tiny_words, write_jsonl
 
-from dpo_cli.composition import composed, composed_run, parse_overrides
-from dpo_cli.config import LabelConfig, label_config, run_config
-from dpo_cli.console.reporter import Reporter
+from dpo_cli.composition import composed, parse_overrides
+from dpo_cli.config import LabelConfig, config_of
 from dpo_cli.data.labels import LabelledPair
 from dpo_cli.data.samples import Sample
 from dpo_cli.evaluation.rules import RULES
@@ -24,19 +22,13 @@ from dpo_cli.models.reward import HEAD_FILE
 from dpo_cli.pipeline import label as module
 from dpo_cli.pipeline.judges import RuleJudge
 from dpo_cli.pipeline.label import pairs_of_rewards
-from dpo_cli.training.runner import train
 
 Command = Callable[..., Ended]
 
 
-def run_of(pairs: Path, name: str, *words: str) -> Path:
+def moved(pairs: Path, name: str, *words: str) -> Path:
     """A run of the tiny model that has moved far enough for its rewards to differ."""
-    everything = [*tiny_words(pairs, pairs.with_name(name)), "optimizer.lr=1e-2", "optimizer.warmup_steps=0", *words]
-    reporter = Reporter(io.StringIO())
-    try:
-        return train(run_config(composed_run(parse_overrides(everything)).container), reporter)
-    finally:
-        reporter.close()
+    return run_of(*tiny_words(pairs, pairs.with_name(name)), "optimizer.lr=1e-2", "optimizer.warmup_steps=0", *words)
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +38,12 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def reward_run(pairs: Path) -> Path:
-    return run_of(pairs, "reward", "objective=reward", "max_steps=6")
+    return moved(pairs, "reward", "objective=reward", "max_steps=6")
 
 
 @pytest.fixture(scope="module")
 def dpo_run(pairs: Path) -> Path:
-    return run_of(pairs, "dpo", "beta=0.3", "max_steps=6")
+    return moved(pairs, "dpo", "beta=0.3", "max_steps=6")
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -164,7 +156,7 @@ def test_answers_to_a_prompt_that_is_cut_are_compared_behind_the_same_part_of_it
 ) -> None:
     # 150 tokens: the prompt has over 100, one answer some 80 and two a few. Were each two cut by themselves, an answer
     # beside the long one would be read behind a shorter prompt than the third.
-    judge = run_of(pairs, "narrow", "objective=reward", "max_steps=6", "data.max_length=150")
+    judge = moved(pairs, "narrow", "objective=reward", "max_steps=6", "data.max_length=150")
     prompt = "Tell me all about the many kinds of tea and rain, please, and slowly."
     texts = ["Yes.", "No." + " Perhaps so." * 6, "Well."]
     found: list[dict[str, float]] = []
@@ -239,7 +231,7 @@ PROMPTS: dict[str, Any] = {
 def test_dpo_train_reads_the_labels_as_the_very_tokens_that_were_judged(
     command: Command, pairs: Path, reward_run: Path, tmp_path: Path, kind: str, template: str
 ) -> None:
-    judge = reward_run if template == "chat" else run_of(pairs, f"plain-{kind}", "objective=reward", "max_steps=2",
+    judge = reward_run if template == "chat" else moved(pairs, f"plain-{kind}", "objective=reward", "max_steps=2",
                                                           "data.template=plain")  # fmt: skip
     written = {"prompt": PROMPTS[kind], "responses": ["A leaf in water.", "I would rather not say, you see."]}
     (label,) = labelled(command, write_jsonl(tmp_path / "s.jsonl", [written]), "by=reward", f"judge={judge}")
@@ -271,7 +263,7 @@ def test_a_file_of_labels_trains(command: Command, tmp_path: Path) -> None:
 
 def dials(**changes: Any) -> LabelConfig:
     words = ["samples=x", "by=rule", "rule=shorter", *(f"{key}={value}" for key, value in changes.items())]
-    return label_config(composed("label", parse_overrides(words), LabelConfig).container)
+    return config_of(composed("label", parse_overrides(words), LabelConfig).container, LabelConfig)
 
 
 def sample(number: int, texts: list[str]) -> Sample:

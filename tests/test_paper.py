@@ -336,7 +336,7 @@ def test_the_command_of_the_page_prints_its_tables_and_draws_its_figure(
     small: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    small["main"](["--parts", "1", "--repeats", "2", "--folder", str(tmp_path)])
+    small["main"](["--repeats", "2", "--folder", str(tmp_path)])
     figure = tmp_path / "paper-tabular.svg"
     out = capsys.readouterr().out
     assert exact_table(small) in out and out.endswith(f"wrote {figure}\n")
@@ -344,7 +344,7 @@ def test_the_command_of_the_page_prints_its_tables_and_draws_its_figure(
     drawn = figure.read_bytes()
     assert drawn.startswith(b"<?xml") and len(drawn) < 150_000
     # the same numbers give the same figure, to the byte
-    small["part_one"](tmp_path, 2)
+    small["main"](["--repeats", "2", "--folder", str(tmp_path)])
     assert figure.read_bytes() == drawn
 
 
@@ -353,7 +353,7 @@ def test_without_matplotlib_the_tables_are_printed_and_the_figure_is_asked_for(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit) as ended:
-        small["main"](["--parts", "1", "--repeats", "2", "--folder", str(tmp_path)])
+        small["main"](["--repeats", "2", "--folder", str(tmp_path)])
     assert ended.value.code == "matplotlib: not installed, so no figure was drawn; pip install matplotlib adds it."
     assert exact_table(small) in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,5 @@
 """Checkpoints that play each other: tables by hand, a strength a player, and what is refused before a word is drawn."""
 
-import io
 import json
 import math
 from collections.abc import Callable
@@ -9,28 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ended, sample_rows, tiny_words, write_jsonl
+from conftest import Ended, run_of, sample_rows, tiny_words, write_jsonl
 
-from dpo_cli.composition import composed_run, parse_overrides
-from dpo_cli.config import run_config
-from dpo_cli.console.reporter import Reporter
 from dpo_cli.pipeline import play as module
 from dpo_cli.pipeline.play import Match, short_names
 from dpo_cli.theory.bradley_terry import fit
-from dpo_cli.training.runner import train
 
 Command = Callable[..., Ended]
 BASE = "dpo-cli/tiny-random"
 PROMPTS = [f"Tell me about {topic}." for topic in ("tea", "rain", "ants", "old maps", "the moon", "bread")]
 
 
-def run_of(pairs: Path, name: str, *words: str) -> Path:
-    everything = [*tiny_words(pairs, pairs.with_name(name)), "optimizer.warmup_steps=0", *words]
-    reporter = Reporter(io.StringIO())
-    try:
-        return train(run_config(composed_run(parse_overrides(everything)).container), reporter)
-    finally:
-        reporter.close()
+def player(pairs: Path, name: str, *words: str) -> Path:
+    return run_of(*tiny_words(pairs, pairs.with_name(name)), "optimizer.warmup_steps=0", *words)
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +33,18 @@ def brief(folder: Path) -> Path:
     """A run that learned to say one word: the base says many."""
     rows = [{"prompt": prompt, "chosen": "a", "rejected": "b c d e f g h i"} for prompt in PROMPTS]
     pairs = write_jsonl(folder / "brief.jsonl", rows)
-    return run_of(pairs, "brief", "optimizer.lr=3e-2", "beta=0.01", "max_steps=12", "data.eval_fraction=0")
+    return player(pairs, "brief", "optimizer.lr=3e-2", "beta=0.01", "max_steps=12", "data.eval_fraction=0")
 
 
 @pytest.fixture(scope="module")
 def other(folder: Path) -> Path:
-    return run_of(write_jsonl(folder / "pairs.jsonl", sample_rows(20)), "other", "optimizer.lr=1e-2")
+    return player(write_jsonl(folder / "pairs.jsonl", sample_rows(20)), "other", "optimizer.lr=1e-2")
 
 
 @pytest.fixture(scope="module")
 def reward(folder: Path) -> Path:
     pairs = write_jsonl(folder / "reward.jsonl", sample_rows(20))
-    return run_of(pairs, "reward", "objective=reward", "optimizer.lr=1e-2")
+    return player(pairs, "reward", "objective=reward", "optimizer.lr=1e-2")
 
 
 @pytest.fixture(scope="module")

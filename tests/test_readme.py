@@ -9,16 +9,7 @@ from pathlib import Path
 from conftest import Ended, records, sample_rows, write_jsonl
 
 from dpo_cli.composition import composed, composed_run, parse_overrides, sweep
-from dpo_cli.config import (
-    EvalSchema,
-    LabelConfig,
-    RankConfig,
-    SampleConfig,
-    label_config,
-    rank_config,
-    run_config,
-    sample_config,
-)
+from dpo_cli.config import EvalSchema, LabelConfig, RankConfig, SampleConfig, config_of, run_config
 from dpo_cli.data.formats import FORMATS
 
 ROOT = Path(__file__).parent.parent
@@ -31,11 +22,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line) for block in blocks for line in block.splitlines() if line.startswith("dpo-")]
 
 
-OTHERS = {
-    "dpo-sample": ("sample", SampleConfig, sample_config),
-    "dpo-label": ("label", LabelConfig, label_config),
-    "dpo-rank": ("rank", RankConfig, rank_config),
-}
+OTHERS = {"dpo-sample": SampleConfig, "dpo-label": LabelConfig, "dpo-rank": RankConfig}
 
 
 def test_every_command_composes() -> None:
@@ -48,8 +35,7 @@ def test_every_command_composes() -> None:
         elif name == "dpo-eval":
             composed("eval", overrides, EvalSchema)
         else:
-            kind, schema, check = OTHERS[name]
-            check(composed(kind, overrides, schema).container)
+            config_of(composed(name.removeprefix("dpo-"), overrides, OTHERS[name]).container, OTHERS[name])
     assert {name for name, *_ in commands()} == {"dpo-train", "dpo-eval", *OTHERS}
 
 

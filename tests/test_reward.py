@@ -1,6 +1,5 @@
 """The reward model: where it starts, what it reads, what moves it, and what is left of it on disk."""
 
-import io
 import json
 import math
 import os
@@ -13,14 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TOPICS, Ended, records, sample_rows, tiny_words, write_jsonl
+from conftest import TOPICS, Ended, records, run_of, sample_rows, tiny_words, write_jsonl
 from safetensors.torch import load_file, save_file
 from tiny_models import CPU, LORA, VOCABULARY, pair, tiny
 from torch import Tensor
 
-from dpo_cli.composition import composed_run, parse_overrides
-from dpo_cli.config import run_config
-from dpo_cli.console.reporter import Reporter
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import CheckpointError
 from dpo_cli.models.loading import attach_lora
@@ -29,7 +25,7 @@ from dpo_cli.models.reward import HEAD_FILE, attach_head, head_of, load_head, pa
 from dpo_cli.theory.losses import LogRatios, PairLogps, make_objective
 from dpo_cli.training import preflight as preflight_module
 from dpo_cli.training.preflight import check_closing, check_gradients, preflight
-from dpo_cli.training.runner import Run, train, train_step
+from dpo_cli.training.runner import Run, train_step
 from dpo_cli.training.verdict import RULES, History
 
 Command = Callable[..., Ended]
@@ -41,12 +37,7 @@ LEARNING = ("objective=reward", "optimizer.lr=1e-2", "optimizer.warmup_steps=0")
 
 def trained_reward(pairs: Path, folder: Path, *words: str) -> Path:
     """A run of the tiny model with a reward head."""
-    everything = [*tiny_words(pairs, folder), *LEARNING, *words]
-    reporter = Reporter(io.StringIO())
-    try:
-        return train(run_config(composed_run(parse_overrides(everything)).container), reporter)
-    finally:
-        reporter.close()
+    return run_of(*tiny_words(pairs, folder), *LEARNING, *words)
 
 
 @pytest.fixture(scope="module")
