@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from dpo_cli.errors import ConfigError, DpoError, OutOfMemoryError, StorageError
 
 if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
     from dpo_cli.console.reporter import Reporter
 
 TRAIN_HELP = """\
@@ -144,9 +146,10 @@ dpo-rank: a Bradley-Terry ranking with 95% intervals.
   judge=JUDGE          a reward model's run, a DPO run (its implicit reward), or a rule: {rules}
   prompts=FILE         as for dpo-sample
   prior=0              above 0: drawn games with an average player, which bound the undefeated and join the unconnected
+  template=chat|plain  how checkpoints are asked; unset, each as it was trained
   temperature=1 top_p=1 max_new_tokens=256 max_prompt_length=1024 limit=N on_bad_row=error seed=0 batch_size=auto
   trust_remote_code=false device=auto
-  output=FILE          the ranking as JSON
+  output=FILE          the ranking as JSON; all answers beside it, from which the same command goes on
 
 Examples
   dpo-rank games=games.csv
@@ -332,7 +335,14 @@ def _label(words: list[str]) -> int:
         print(LABEL_HELP.format(rules=_rules()))
         return 0
     _refuse_flags(words, "dpo-label")
-    config = config_of(composed("label", parse_overrides(words), LabelConfig).container, LabelConfig)
+    overrides = parse_overrides(words)
+    config = config_of(composed("label", overrides, LabelConfig).container, LabelConfig)
+    if config.by in ("rule", "human"):
+        _refuse_unused(overrides, ("batching", "device", "trust_remote_code"), f"by={config.by} asks no model")
+    if config.by != "human":
+        _refuse_unused(overrides, ("prior",), f"of by=human; by={config.by} fits no strengths")
+        if config.labels == "best":
+            _refuse_unused(overrides, ("seed",), "of labels=drawn; nothing is drawn with labels=best")
     _check_files_early(config.samples)
     quiet_libraries()
     from dpo_cli.pipeline.label import label as run_labelling
@@ -342,15 +352,26 @@ def _label(words: list[str]) -> int:
     return _reporting(lambda reporter: work(config, reporter))
 
 
+def _refuse_unused(overrides: Sequence["Override"], keys: Collection[str], why: str) -> None:
+    """ConfigError for a key that would change nothing here."""
+    for override in overrides:
+        if override.key_or_group in keys:
+            raise ConfigError(f"{override.input_line}: {why}; leave it out")
+
+
 def _rank(words: list[str]) -> int:
     from dpo_cli.composition import composed, parse_overrides
-    from dpo_cli.config import RankConfig, config_of
+    from dpo_cli.config import RankConfig, config_of, schema_keys
 
     if _wants_help(words):
         print(RANK_HELP.format(rules=_rules()))
         return 0
     _refuse_flags(words, "dpo-rank")
-    config = config_of(composed("rank", parse_overrides(words), RankConfig).container, RankConfig)
+    overrides = parse_overrides(words)
+    config = config_of(composed("rank", overrides, RankConfig).container, RankConfig)
+    if config.games is not None:
+        unused = set(schema_keys(RankConfig)) - {"games", "prior", "output"}
+        _refuse_unused(overrides, unused, "games=FILE holds the results already")
     _check_files_early(config.games, config.prompts)
     quiet_libraries()
     from dpo_cli.pipeline.rank import rank as run_ranking

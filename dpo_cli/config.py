@@ -503,6 +503,7 @@ class RankConfig:
     judge: Optional[str] = MISSING
     prompts: Optional[str] = MISSING
     prior: float = MISSING
+    template: Optional[str] = MISSING
     temperature: float = MISSING
     top_p: float = MISSING
     max_new_tokens: int = MISSING
@@ -520,6 +521,8 @@ class RankConfig:
         _require(one, "games", self.games, "give games=FILE, or checkpoints=[a,b,c] judge=... prompts=FILE")
         _finite("prior", self.prior)
         _at_least("prior", self.prior, 0)
+        if self.template is not None:
+            _one_of("template", self.template, TEMPLATES)
         _check_drawing(self.temperature, self.top_p, self.max_new_tokens, self.max_prompt_length, self.seed)
         _at_least("limit", self.limit, 1)
         _one_of("on_bad_row", self.on_bad_row, ("error", "skip"))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from frontier import SMOLLM2, run, train
 
+from dpo_cli.evaluation.rules import RULES
 from dpo_cli.theory.statistics import mean_estimate
 
 
@@ -32,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
     folder = args.folder
     folder.mkdir(parents=True, exist_ok=True)
-    rule = not Path(args.judge).exists()
+    rule = args.judge in RULES
 
     limit = f"max_new_tokens={args.max_new_tokens}"
     policies: list[Path] = []

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import Ended, run_of, sample_rows, tiny_words, write_jsonl
+from safetensors.torch import load_file, save_file
 
 from dpo_cli.composition import composed, parse_overrides
 from dpo_cli.config import LabelConfig, config_of
@@ -20,7 +21,7 @@ from dpo_cli.data.samples import Sample
 from dpo_cli.evaluation.rules import RULES
 from dpo_cli.models.reward import HEAD_FILE
 from dpo_cli.pipeline import label as module
-from dpo_cli.pipeline.judges import RuleJudge
+from dpo_cli.pipeline.judges import ModelJudge, RuleJudge
 from dpo_cli.pipeline.label import pairs_of_rewards
 
 Command = Callable[..., Ended]
@@ -214,6 +215,44 @@ def test_an_answer_that_was_cut_is_judged_by_what_was_drawn_and_trained_on_witho
         assert f"1 response cut when drawn: {words}" in " ".join(ended.out.split())
 
 
+def test_what_a_judge_could_not_read_is_counted_once_and_over_a_stop(
+    command: Command, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = moved(pairs, "short", "objective=reward", "max_steps=1", "data.max_length=150")
+    prompt = "Tell me all about the many kinds of tea and rain, please, and slowly."  # it and an answer do not fit
+    texts = [f"{word}." + " Perhaps so." * number for word, number in (("Yes", 9), ("No", 9), ("Well", 0))]
+    samples = samples_of(tmp_path / "s.jsonl", {prompt: texts, f"And {prompt}": texts, "Why?": ["a", "b", "c"]})
+    monkeypatch.setattr(module, "AT_ONCE", 1)
+    words = (f"samples={samples}", "by=reward", f"judge={judge}")
+    straight = command("dpo-label", *words, f"output={tmp_path / 'straight.jsonl'}")
+    assert "the judge read 2 prompts and 4 answers cut short" in straight.out
+    rewards, calls = ModelJudge.rewards, []
+
+    def stopped(self: ModelJudge, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rewards(self, *arguments)
+
+    monkeypatch.setattr(ModelJudge, "rewards", stopped)
+    assert command("dpo-label", *words, f"output={tmp_path / 'labels.jsonl'}").code == 75
+    resumed = command("dpo-label", *words, f"output={tmp_path / 'labels.jsonl'}")
+    assert "the judge read 2 prompts and 4 answers cut short" in resumed.out
+
+
+def test_labels_of_another_head_are_not_taken_for_those_of_this_one(
+    command: Command, pairs: Path, tmp_path: Path
+) -> None:
+    judge = moved(pairs, "beheaded", "objective=reward", "max_steps=2")
+    samples, output = samples_of(tmp_path / "s.jsonl", numbered(2)), tmp_path / "labels.jsonl"
+    words = (f"samples={samples}", "by=reward", f"judge={judge}", f"output={output}")
+    assert command("dpo-label", *words).code == 0
+    tensors = load_file(judge / "final" / HEAD_FILE)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, judge / "final" / HEAD_FILE)
+    other = command("dpo-label", *words)
+    assert other.code == 2 and "was begun with other settings (head was" in other.err
+
+
 PROMPTS: dict[str, Any] = {
     "text": "Tell me about tea.",
     "dialogue": "\n\nHuman: Hello\n\nAssistant: Hi.\n\nHuman: Tell me about tea.\n\nAssistant:",
@@ -271,7 +310,7 @@ def sample(number: int, texts: list[str]) -> Sample:
 
 
 def paired(samples: list[Sample], rewards: list[list[float]], **changes: Any) -> list[LabelledPair]:
-    return list(pairs_of_rewards(samples, rewards, dials(**changes), "judge", Counter()))
+    return list(pairs_of_rewards(samples, rewards, dials(**changes), "judge").pairs)
 
 
 def test_three_answers_make_three_pairs_or_the_best_against_the_worst() -> None:
@@ -556,6 +595,12 @@ def test_answers_under_another_template_than_the_judges_are_refused(
          "pairs=extremes: people are asked for all pairs, and their word is taken; leave it out with by=human"),
         (("by=human", "annotator=ann", "labels=drawn"),
          "labels=drawn: people are asked for all pairs, and their word is taken; leave it out with by=human"),
+        (("by=rule", "rule=shorter", "device=cpu"), "device=cpu: by=rule asks no model; leave it out"),
+        (("by=human", "annotator=ann", "batching=packed"), "batching=packed: by=human asks no model; leave it out"),
+        (("by=rule", "rule=shorter", "prior=2"),
+         "prior=2: of by=human; by=rule fits no strengths; leave it out"),
+        (("by=rule", "rule=shorter", "seed=1"),
+         "seed=1: of labels=drawn; nothing is drawn with labels=best; leave it out"),
         (("by=rule", "rule=shorter", "pairs=best"), "pairs=best: choose one of extremes, all"),
         (("by=human", "annotator=ann"),
          "by=human: standard input is no terminal, and it needs one to show answers and read keys; without one there "

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 from conftest import Ended, run_of, sample_rows, tiny_words, write_jsonl
 
-from dpo_cli.pipeline import play as module
+from dpo_cli.pipeline import sampler as module
 from dpo_cli.pipeline.play import Match, short_names
 from dpo_cli.theory.bradley_terry import fit
 
@@ -175,7 +177,95 @@ def test_a_reward_model_judges_with_the_rewards_it_gives_labels(
         )
 
 
+# Going on
+
+
+def test_a_match_that_was_cut_off_goes_on_and_one_that_was_played_is_not_played_again(
+    command: Command, brief: Path, other: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (f"checkpoints=[{BASE},{brief},{other}]", "judge=shorter", "batch_size=2")
+    straight, output = tmp_path / "straight.json", tmp_path / "r.json"
+    ended = ranked(command, straight, prompts, *words, "prior=1")
+    assert ended.code == 0, ended.err
+    real, calls = module.distinct_answers, []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(len(arguments[2]))
+        if len(calls) == 5:  # the second batch of the second player
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "distinct_answers", counted)
+    stopped = ranked(command, output, prompts, *words)
+    assert (stopped.code, stopped.err) == (75, "error: stopped by SIGTERM; the same command goes on\n")
+    assert [path.name for path in sorted(tmp_path.glob("r.*"))] == ["r.answers.jsonl.part"]
+    calls[:] = [0] * 5
+    ended = ranked(command, output, prompts, *words, "prior=1")
+    assert ended.code == 0, ended.err
+    assert sum(calls) == 3 * 6 - 4 * 2  # those of the four batches that were on disk are not drawn again
+    for name in ("json", "answers.jsonl"):
+        assert output.with_suffix(f".{name}").read_bytes() == straight.with_suffix(f".{name}").read_bytes()
+    # Ranked again, otherwise: by the answers that are there.
+    before, calls[:] = output.with_suffix(".answers.jsonl").read_bytes(), [0] * 5
+    again = ranked(command, output, prompts, *words, "prior=2")
+    assert again.code == 0 and sum(calls) == 0 and f"already played: {tmp_path / 'r.answers.jsonl'}" in again.out
+    assert json.loads(output.read_text())["prior"] == 2
+    # Another match is not mixed with it, nor one of other weights under the same name.
+    mixed = ranked(command, output, prompts, *words, "seed=1")
+    assert mixed.code == 2 and "was begun with other settings (seed was 0, is 1)" in mixed.err
+    weights = brief / "final" / "adapter_model.safetensors"
+    kept = weights.read_bytes()
+    try:
+        weights.write_bytes((other / "final" / "adapter_model.safetensors").read_bytes())
+        changed = ranked(command, output, prompts, *words)
+    finally:
+        weights.write_bytes(kept)
+    assert changed.code == 2 and "was begun with other settings (weights was" in changed.err
+    assert output.with_suffix(".answers.jsonl").read_bytes() == before
+    output.with_suffix(".answers.jsonl").write_bytes(b'{"id": 1}\n')
+    spoilt = ranked(command, output, prompts, *words)
+    assert spoilt.code == 3 and "r.answers.jsonl line 1: is not what dpo-rank wrote" in spoilt.err
+
+
 # What is refused
+
+
+def test_players_and_judge_read_prompts_in_one_form(
+    command: Command, folder: Path, brief: Path, prompts: Path, tmp_path: Path
+) -> None:
+    pairs = write_jsonl(folder / "plain.jsonl", sample_rows(20))
+    plain = player(pairs, "plain", "data.template=plain", "max_steps=1")
+    output = tmp_path / "r.json"
+    mixed = ranked(command, output, prompts, f"checkpoints=[{BASE},{plain}]", "judge=shorter")
+    says = f"({BASE} as chat, {plain} as plain); template=chat or template=plain asks all of them so"
+    assert (mixed.code, mixed.err) == (2, f"error: checkpoints: are not asked alike {says}\n")
+    judged = ranked(command, output, prompts, f"checkpoints=[{BASE},{brief}]", f"judge={plain}")
+    says = f"judge={plain}: reads answers as plain, and the checkpoints are asked as chat; template=plain asks them so"
+    assert (judged.code, judged.err) == (2, f"error: {says}, too\n")
+    assert list(tmp_path.iterdir()) == []
+    turns = [{"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": p}]} for p in PROMPTS]
+    asked = write_jsonl(tmp_path / "turns.jsonl", turns)
+    words = ("template=plain", f"judge={plain}", "prior=1")
+    ended = ranked(command, output, asked, f"checkpoints=[{BASE},{plain}]", *words)
+    assert ended.code == 0, ended.err
+    # Stored as dpo-label reads them: the rewards of both are of the same tokens.
+    labels = tmp_path / "labels.jsonl"
+    samples = tmp_path / "r.answers.jsonl"
+    ended = command("dpo-label", f"samples={samples}", "by=implicit", f"judge={plain}", f"output={labels}")
+    assert ended.code == 0, ended.err
+    assert not any(text.startswith("  ") for row in answers(output) for text in row["responses"])
+    rewards = {row["id"]: sorted(row["rewards"], reverse=True) for row in answers(output)}
+    for row in map(json.loads, labels.read_text().splitlines()):
+        assert [row["reward_chosen"], row["reward_rejected"]] == pytest.approx(rewards[row["sample"]], abs=1e-5)
+
+
+def test_dials_of_a_match_are_no_dials_of_a_file_of_games(command: Command, tmp_path: Path) -> None:
+    games = tmp_path / "games.csv"
+    games.write_text("winner,loser,count\nA,B,3\nB,A,1\n")
+    for word in ("limit=3", "seed=1", "temperature=0.5", "template=chat", "batch_size=2", "device=cpu"):
+        ended = command("dpo-rank", f"games={games}", word)
+        says = f"{word}: games=FILE holds the results already; leave it out"
+        assert (ended.code, ended.err) == (2, f"error: {says}\n")
 
 
 def test_what_cannot_play_or_judge_is_refused_before_an_answer_is_drawn(

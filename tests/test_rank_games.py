@@ -34,13 +34,13 @@ def games(text: str, name: str = "games.csv") -> Path:
 
 def shown(file: Path, prior: float = 0.0) -> str:
     stream = io.StringIO()
-    rank_games(file, prior, Reporter(stream))
+    rank_games(file, read_games(file), prior, Reporter(stream))
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
 def refused(file: Path, prior: float = 0.0) -> str:
     with pytest.raises(DataError) as error:
-        rank_games(file, prior, Reporter(io.StringIO()))
+        rank_games(file, read_games(file), prior, Reporter(io.StringIO()))
     return str(error.value)
 
 
@@ -195,7 +195,7 @@ def test_long_lists_of_names_are_cut_and_names_of_others_cannot_act() -> None:
 @pytest.mark.parametrize("prior", [-1.0, math.nan, math.inf, 1e-9])
 def test_a_prior_is_a_number_of_games(prior: float) -> None:
     with pytest.raises(ConfigError) as error:
-        rank_games(games(WORKED), prior, Reporter(io.StringIO()))
+        rank_games(games(WORKED), read_games(games(WORKED)), prior, Reporter(io.StringIO()))
     assert str(error.value) == f"prior={prior:g}: must be 0 or from 0.001 to 1e+09 games; 1 is usual"
 
 
@@ -347,7 +347,7 @@ def test_the_file_holds_everything_best_first() -> None:
 
 
 def test_rank_games_returns_what_it_shows() -> None:
-    fitted = rank_games(games(WORKED), 0.5, Reporter(io.StringIO()))
+    fitted = rank_games(games(WORKED), read_games(games(WORKED)), 0.5, Reporter(io.StringIO()))
     expected = fit(read_games(Path("games.csv")).wins, 0.5)
     assert torch.equal(fitted.log_strengths, expected.log_strengths) and fitted.prior == 0.5
 

@@ -317,13 +317,11 @@ def test_a_stopped_run_resumes_to_the_same_bytes_head_included(
     monkeypatch.setattr(place, "pair_scores", original)
     resumed = command("dpo-train", *words, "resume=auto")
     assert resumed.code == 0, resumed.err
-    for name in ("adapter_model.safetensors", HEAD_FILE, "optimizer.safetensors", "rng.safetensors"):
-        for folder in (
-            ("checkpoints/step-00000004", "final")
-            if "r_" in name and "opt" not in name
-            else ("checkpoints/step-00000004",)
-        ):
-            assert (straight / folder / name).read_bytes() == (tmp_path / "stopped" / folder / name).read_bytes(), name
+    saved = ("adapter_model.safetensors", HEAD_FILE)
+    files = [f"final/{name}" for name in saved]
+    files += [f"checkpoints/step-00000004/{name}" for name in (*saved, "optimizer.safetensors", "rng.safetensors")]
+    for name in files:
+        assert (straight / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
     kept = [
         [{key: value for key, value in record.items() if key not in TIMINGS} for record in records(folder)]
         for folder in (straight, tmp_path / "stopped")

@@ -13,9 +13,10 @@ from conftest import Ended, sample_rows, write_jsonl
 
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import ConfigError, DataError
-from dpo_cli.evaluation.generate import REDRAWS, distinct_answers, text_of
+from dpo_cli.evaluation.generate import REDRAWS, distinct_answers, said_by
 from dpo_cli.models.decoding import Answer, Decoding
-from dpo_cli.pipeline import sample as sampling
+from dpo_cli.pipeline import sample as command_module
+from dpo_cli.pipeline import sampler as sampling
 from dpo_cli.pipeline.journal import journal_of, manifest_of, opened_journal
 
 Command = Callable[..., Ended]
@@ -160,14 +161,14 @@ def test_special_tokens_that_a_model_emits_are_no_text(tiny_tokenizer: Any) -> N
     assert len(special) >= 2
     for kind in ("chat", "plain"):
         for token in special:
-            text = text_of(PairEncoder(tiny_tokenizer, kind), Answer([*word, token, *word], False))
+            text = said_by(PairEncoder(tiny_tokenizer, kind), Answer([*word, token, *word], False))
             assert (text.text, text.tokens, text.ended) == ("wordword", 2 * len(word) + 1, False)
 
 
 def test_white_space_around_an_answer_goes_under_a_template_and_stays_in_plain_text(tiny_tokenizer: Any) -> None:
     tokens = tiny_tokenizer.encode(" yes \n", add_special_tokens=False)
-    assert text_of(PairEncoder(tiny_tokenizer, "chat"), Answer(tokens, True)).text == "yes"
-    assert text_of(PairEncoder(tiny_tokenizer, "plain"), Answer(tokens, True)).text == " yes \n"
+    assert said_by(PairEncoder(tiny_tokenizer, "chat"), Answer(tokens, True)).text == "yes"
+    assert said_by(PairEncoder(tiny_tokenizer, "plain"), Answer(tokens, True)).text == " yes \n"
 
 
 def test_a_plain_template_asks_with_the_prompt_as_it_stands(command: Command, prompts: Path, tmp_path: Path) -> None:
@@ -349,7 +350,7 @@ def test_a_journal_that_is_begun_is_gone_on_with_by_the_same_settings_alone(
     output = tmp_path / "o.jsonl"
     words = (*DRAWING, f"prompts={prompts}", f"output={output}")
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "finish", interrupted)
+        patch.setattr(command_module, "finish", interrupted)
         assert command("dpo-sample", *words).code == 130
     before = journal_of(output).read_bytes()
     other = command("dpo-sample", *words, "seed=1", "n=3")

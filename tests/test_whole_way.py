@@ -78,14 +78,14 @@ def test_a_sampling_cut_off_anywhere_goes_on_to_the_same_bytes(
     command: Command, prompts: Path, tmp_path: Path, lost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of one prompt; killed after some of them, the journal's last line cut `lost` bytes before its end."""
-    from dpo_cli.pipeline import journal, sample
+    from dpo_cli.pipeline import journal, sample, sampler
 
     words = (*DRAWING, f"prompts={prompts}", "batch_size=2")
     straight, resumed = tmp_path / "straight.jsonl", tmp_path / "resumed.jsonl"
     assert command("dpo-sample", *words, f"output={straight}").code == 0
     drawn: list[int] = []
-    draw = sample.distinct_answers
-    monkeypatch.setattr(sample, "distinct_answers", lambda *a: (drawn.append(len(a[2])), draw(*a))[1])
+    draw = sampler.distinct_answers
+    monkeypatch.setattr(sampler, "distinct_answers", lambda *a: (drawn.append(len(a[2])), draw(*a))[1])
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -102,7 +102,7 @@ def test_a_sampling_cut_off_anywhere_goes_on_to_the_same_bytes(
     assert ended.code == 0, ended.err
     assert resumed.read_bytes() == straight.read_bytes()
     assert sum(drawn) == 5 - whole
-    assert ("its last line was cut off in the middle" in ended.out) == (lost > 0 and part.name in ended.out)
+    assert ("its last line was cut off in the middle" in ended.out) == (lost > 0)
 
 
 def test_a_finished_sampling_is_not_done_again_and_another_is_not_mixed_with_it(

@@ -12,7 +12,8 @@ class LabelledPair:
     prompt: Any  # as it stands in the file of samples: text, or a list of messages
     chosen: str
     rejected: str
-    probability: float  # that `chosen` is the better: sigmoid(reward_chosen - reward_rejected), above 1/2
+    # That `chosen` is the better: sigmoid(reward_chosen - reward_rejected). Under 1/2 where a drawn label is an upset.
+    probability: float
     reward_chosen: float  # in nats
     reward_rejected: float
     by: str  # the kind of judge: human, reward, implicit, rule

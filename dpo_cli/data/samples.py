@@ -84,6 +84,19 @@ def _sample_of(row: RowInFile) -> Sample:
     return Sample(sample_id(row.value["prompt"], responses), row.value["prompt"], tuple(responses), tuple(finished))
 
 
+def as_stored(prompt: Any, answer: str) -> str:
+    """An answer as it stands in a file of samples.
+
+    Messages rendered as plain text end in a colon, behind which an answer begins with a space: it is no part of it.
+    """
+    return answer.removeprefix(" ") if isinstance(prompt, list) else answer
+
+
+def as_drawn(prompt: Any, response: str) -> str:
+    """The other way round: a response as it follows its prompt."""
+    return f" {response}" if isinstance(prompt, list) else response
+
+
 def fingerprint_of(samples: Iterator[Sample] | Sequence[Sample]) -> str:
     """A hash of the samples in their order: labels of other samples have another."""
     digest = hashlib.sha256()

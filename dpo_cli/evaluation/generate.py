@@ -42,7 +42,7 @@ def greedy_answers(
     return answers
 
 
-def text_of(encoder: PairEncoder, answer: Answer) -> Text:
+def said_by(encoder: PairEncoder, answer: Answer) -> Text:
     """What a drawn answer says, without special tokens: as text they would become commands to whoever reads it.
 
     Under a chat template white space around it goes, as it does in training.
@@ -89,7 +89,7 @@ def distinct_answers(
             owners += [place] * wanted
             asked[place] += wanted
         for place, answer in zip(owners, draw_answers(model, draws, decoding, ends, device, poll), strict=True):
-            text = text_of(encoder, answer)
+            text = said_by(encoder, answer)
             if all(text.text != known.text for known in found[place]):
                 found[place].append(text)
     return found

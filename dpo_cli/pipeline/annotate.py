@@ -54,13 +54,13 @@ class Questions:
 
     asked: tuple[Question, ...]
     identical: int
-    empty: int  # both answers
+    empty: int  # one answer or both: no pair to train on
     repeated: int  # the same two texts as another pair of the sample
 
     def __str__(self) -> str:
         kinds = (
             (self.identical, "with identical answers"),
-            (self.empty, "with two empty answers"),
+            (self.empty, "with an empty answer"),
             (self.repeated, "that repeat another"),
         )
         left_out = ", ".join(f"{number:,} {words}" for number, words in kinds if number)
@@ -68,14 +68,16 @@ class Questions:
 
 
 def questions_of(samples: Sequence[Sample]) -> Questions:
-    """Every pair of answers of every sample, but those that nobody can or need tell apart."""
+    """Every pair of answers of every sample, but those that nobody can or need tell apart, or that make no pair."""
     asked: list[Question] = []
     left_out: Counter[str] = Counter()
     for sample in samples:
-        players = distinct_answers(sample)
+        players = first_alike(sample)
         for first, second in combinations(range(len(sample.responses)), 2):
-            if players[first] == players[second]:
-                left_out["identical" if sample.responses[first].strip() else "empty"] += 1
+            if not sample.responses[first].strip() or not sample.responses[second].strip():
+                left_out["empty"] += 1
+            elif players[first] == players[second]:
+                left_out["identical"] += 1
             elif (players[first], players[second]) != (first, second):
                 left_out["repeated"] += 1
             else:
@@ -83,7 +85,7 @@ def questions_of(samples: Sequence[Sample]) -> Questions:
     return Questions(tuple(asked), left_out["identical"], left_out["empty"], left_out["repeated"])
 
 
-def distinct_answers(sample: Sample) -> list[int]:
+def first_alike(sample: Sample) -> list[int]:
     """For each answer the first that is the same but for white space around it: nobody can see a difference."""
     first: dict[str, int] = {}
     return [first.setdefault(text.strip(), place) for place, text in enumerate(sample.responses)]
@@ -273,7 +275,7 @@ Table = tuple[tuple[float, ...], ...]
 
 def _tables(sample: Sample, games: Sequence[Judgement]) -> list[tuple[list[int], Table]]:
     """The answers that games join, in groups, each with its table: wins[i][j] is how often i beat j."""
-    same = distinct_answers(sample)
+    same = first_alike(sample)
     wins: Counter[tuple[int, int]] = Counter()
     groups: list[set[int]] = []
     for game in games:

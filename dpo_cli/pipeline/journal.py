@@ -20,28 +20,32 @@ VERSION = 1
 
 
 class Journal:
-    """The parts that are done, each a JSON object; `opened_journal` makes one."""
+    """The parts that are done, each a JSON object; `opened_journal` makes one. Without a file it is in memory alone."""
 
-    def __init__(self, path: Path, file: FileIO, done: list[dict[str, Any]]) -> None:
+    def __init__(self, path: Path | None = None, file: FileIO | None = None) -> None:
         self.path = path
-        self.done = done
+        self.done: list[dict[str, Any]] = []
         self._file = file
 
     def append(self, part: dict[str, Any]) -> None:
         """Add a part; it is on disk when this returns."""
-        self._write(part)
+        self.write(part)
         self.done.append(part)
 
-    def _write(self, line: dict[str, Any]) -> None:
-        size = os.fstat(self._file.fileno()).st_size
+    def write(self, line: dict[str, Any]) -> None:
+        """Add a line that is no part: the header."""
+        file = self._file
+        if file is None:
+            return
+        size = os.fstat(file.fileno()).st_size
         left = memoryview(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n")
         try:
             while left:
-                left = left[self._file.write(left) :]
-            os.fsync(self._file.fileno())
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
         except OSError as error:
             with suppress(OSError):  # half a line would spoil the one that comes behind it
-                self._file.truncate(size)
+                file.truncate(size)
             raise StorageError(f"{safe_text(self.path)}: cannot be written ({error.strerror})") from None
 
 
@@ -51,12 +55,15 @@ def journal_of(output: Path) -> Path:
 
 
 @contextmanager
-def opened_journal(output: Path, job: dict[str, Any], warn: Callable[[str], None]) -> Iterator[Journal]:
+def opened_journal(output: Path | None, job: dict[str, Any], warn: Callable[[str], None]) -> Iterator[Journal]:
     """The journal of the job that writes `output`, for this process alone.
 
     `job` is what the parts depend on, as JSON: a journal of another one is refused by ConfigError, which says what
-    differs. Half a line at the end, which a kill leaves, is cut off and done again.
+    differs. Half a line at the end, which a kill leaves, is cut off and done again. Without an output nothing is kept.
     """
+    if output is None:
+        yield Journal()
+        return
     path = journal_of(output)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,10 +82,11 @@ def opened_journal(output: Path, job: dict[str, Any], warn: Callable[[str], None
         except OSError as error:  # some network file systems have no locks
             warn(f"{safe_text(path)}: no locks here ({error.strerror}): see that no other process writes it")
         lines = _whole_lines(path, file, warn)
-        journal = Journal(path, file, lines[1:])
+        journal = Journal(path, file)
+        journal.done = lines[1:]
         header = {"journal": VERSION, "job": json.loads(json.dumps(job))}
         if not lines:
-            journal._write(header)
+            journal.write(header)
             sync(path.parent)
         elif lines[0] != header:
             found = lines[0].get("job")
@@ -146,6 +154,6 @@ def finish(journal: Journal, output: Path, rows: list[dict[str, Any]], facts: di
         # The manifest first: with it alone the job is done again, without it a finished file would be a stranger's.
         write_whole(manifest_of(output), (json.dumps(facts, indent=1) + "\n").encode("utf-8"))
         write_whole(output, text.encode("utf-8"))
-        journal.path.unlink(missing_ok=True)
+        journal_of(output).unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{safe_text(output)}: cannot be written ({error.strerror})") from None

@@ -4,7 +4,7 @@ Models are asked by the training forward: the answers to a prompt share it in on
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,17 +13,18 @@ import torch
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.formats import PreferencePair
-from dpo_cli.data.samples import Sample
+from dpo_cli.data.samples import Sample, as_drawn
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_ids, truncate
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.evaluation.rules import RULES
 from dpo_cli.evaluation.scores import score_pairs
-from dpo_cli.models.loading import choose_device, find_model, load_model, load_tokenizer, model_digest
+from dpo_cli.models.loading import choose_device, find_model, load_model, model_digest
 from dpo_cli.models.logps import Batching
 from dpo_cli.models.memory import ENOUGH_TOKENS, OTHERWISE
 from dpo_cli.models.packing import remembered_way
 from dpo_cli.models.reference import AdapterOffReference, NoReference
-from dpo_cli.pipeline.subject import Asked, Subject, find_subject, load_policy, subject_dtype
+from dpo_cli.models.reward import HEAD_FILE
+from dpo_cli.pipeline.subject import Asked, Subject, find_subject, load_policy, subject_dtype, subject_encoder
 from dpo_cli.training.checkpoint import sha256_of
 from dpo_cli.training.preparation import cut_by_tokens
 
@@ -43,6 +44,11 @@ class Judge(Protocol):
         """What the rewards depend on."""
         ...
 
+    @property
+    def truncation(self) -> Truncation:
+        """What it could not read of all that it has judged: each prompt and response is counted once."""
+        ...
+
     def rewards(self, samples: Sequence[Sample], poll: Callable[[], None]) -> list[list[float]]:
         """A reward for every response of every sample."""
         ...
@@ -58,6 +64,11 @@ class RuleJudge:
     def facts(self) -> dict[str, Any]:
         """What the rewards depend on."""
         return {"rule": self.name}
+
+    @property
+    def truncation(self) -> Truncation:
+        """Nothing: a rule reads the whole text."""
+        return Truncation()
 
     def rewards(self, samples: Sequence[Sample], poll: Callable[[], None]) -> list[list[float]]:
         """A reward for every response of every sample."""
@@ -79,10 +90,7 @@ class ModelJudge:
     batching_asked: str
     digest: str
     batching: Batching | None = None
-    truncation: Truncation = None  # type: ignore[assignment]  # counted over all that was judged
-
-    def __post_init__(self) -> None:
-        self.truncation = Truncation()
+    truncation: Truncation = field(default_factory=Truncation)  # each prompt and response that was judged, once
 
     def rewards(self, samples: Sequence[Sample], poll: Callable[[], None]) -> list[list[float]]:
         """A reward for every response of every sample; each response is read once."""
@@ -100,7 +108,8 @@ class ModelJudge:
             found[number][first], found[number][second] = self.beta * chosen, self.beta * rejected
         for one, rewards in zip(samples, found, strict=True):
             # The same answer has the same reward, however it was rounded.
-            answers = [(text, one.is_finished(place)) for place, text in enumerate(one.responses)]
+            ends = [one.is_finished(place) or self.encoder.always_closes for place in range(len(one.responses))]
+            answers = list(zip(one.responses, ends, strict=True))
             rewards[:] = [rewards[answers.index(answer)] for answer in answers]
         return found
 
@@ -111,39 +120,40 @@ class ModelJudge:
             for number, sample in enumerate(samples)
             for first in range(0, len(sample.responses), 2)
         ]
-        texts = []
-        for number, first, second in owners:
-            sample = samples[number]
-            prompt = sample.read
-            texts.append(
-                PreferencePair(
-                    prompt.messages,
-                    prompt.text,
-                    _opened(sample, first),
-                    _opened(sample, second),
-                    chosen_finished=sample.is_finished(first),
-                    rejected_finished=sample.is_finished(second),
-                )
-            )
-        pairs = []
-        encoded_pairs = self.encoder.encode(texts)
+        encoded = self.encoder.encode([_pair(samples[number], first, second) for number, first, second in owners])
         longest = [0] * len(samples)  # tokens
-        for (number, _, __), encoded in zip(owners, encoded_pairs, strict=True):
-            longest[number] = max(longest[number], len(encoded.chosen), len(encoded.rejected))
-        for (number, _, __), encoded in zip(owners, encoded_pairs, strict=True):
+        for (number, _, __), one in zip(owners, encoded, strict=True):
+            longest[number] = max(longest[number], len(one.chosen), len(one.rejected))
+        pairs = []
+        prompts_cut, responses_cut = set(), set()
+        for (number, first, second), one in zip(owners, encoded, strict=True):
             # Answers are compared behind one and the same prompt: what the longest of them leaves of it, at least half.
             room = max(self.max_length - longest[number], self.max_length // 2)
-            cut = truncate(encoded, self.max_length, room, self.truncation)
+            cut = truncate(one, self.max_length, room, Truncation())
             assert cut is not None
+            prompts_cut |= {number} if len(cut.prompt) < len(one.prompt) else set()
+            responses_cut |= {(number, first)} if len(cut.chosen) < len(one.chosen) else set()
+            responses_cut |= {(number, second)} if len(cut.rejected) < len(one.rejected) else set()
             ids = (token_ids(cut.prompt), token_ids(cut.chosen), token_ids(cut.rejected))
             pairs.append(TokenizedPair(*ids, index=number, key=samples[number].id))
+        self.truncation.prompts_cut += len(prompts_cut)
+        self.truncation.responses_cut += len(responses_cut)
         return pairs, owners
 
 
-def _opened(sample: Sample, place: int) -> str:
-    """A response as a pair has it: to messages an answer follows a space, where the plain form needs one."""
-    text = sample.responses[place]
-    return f" {text}" if isinstance(sample.prompt, list) else text
+def _pair(sample: Sample, first: int, second: int) -> PreferencePair:
+    """Two responses of a sample; which of them is `chosen` says nothing here."""
+    prompt = sample.read
+    one, other = (as_drawn(sample.prompt, sample.responses[place]) for place in (first, second))
+    pair = PreferencePair(prompt.messages, prompt.text, one, other)
+    return replace(pair, chosen_finished=sample.is_finished(first), rejected_finished=sample.is_finished(second))
+
+
+def truncation_in_words(lost: Truncation) -> list[str]:
+    """What a judge could not read, one fact a line."""
+    if not lost.prompts_cut and not lost.responses_cut:
+        return []
+    return [f"the judge read {lost.prompts_cut:,} prompts and {lost.responses_cut:,} answers cut short"]
 
 
 def find_judge(name: str, kind: str | None, trust_remote_code: bool) -> Subject | None:
@@ -181,8 +191,7 @@ def load_judge(
     where = choose_device(device).value
     dtype = subject_dtype(subject, where).value
     source = find_model(subject.base, reporter.say)
-    template = subject.run.data.template if subject.run else None
-    encoder = PairEncoder(load_tokenizer(source), template, always_closes=subject.is_reward_model)
+    encoder = subject_encoder(subject)
     _check_tokenizer(subject, encoder)
     base = load_model(source, dtype, where)
     digest = model_digest(base)
@@ -193,9 +202,11 @@ def load_judge(
         "kind": "reward" if subject.is_reward_model else "implicit",
         "weights": digest,
         "adapter": sha256_of(Path(subject.weights) / "adapter_model.safetensors"),
+        **({"head": sha256_of(Path(subject.weights) / HEAD_FILE)} if subject.is_reward_model else {}),
         "beta": beta,
         "dtype": str(dtype).removeprefix("torch."),
         "device": where.type,
+        "batching": batching,
         "template": encoder.kind,
     }
     limit = subject.run.data.max_length if subject.run else DEFAULT_LENGTH
@@ -234,6 +245,8 @@ def _check_tokenizer(subject: Subject, encoder: PairEncoder) -> None:
 
 def _say(reporter: Reporter, subject: Subject, facts: dict[str, Any], limit: int) -> None:
     kind = "reward model" if subject.is_reward_model else f"implicit reward, beta {significant(facts['beta'])}"
+    if not subject.is_reward_model and subject.run is None:
+        kind += " (the checkpoint does not say)"
     reporter.facts(
         [
             ("judge", f"{safe_text(subject.weights)}: {kind}"),

@@ -7,7 +7,8 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from dpo_cli.console.text import duration, plural, safe_text, significant
 from dpo_cli.data.files import local_path
 from dpo_cli.data.labels import LabelledPair, label_row
 from dpo_cli.data.samples import Sample, fingerprint_of, read_samples, templates_of
+from dpo_cli.data.tokens import Truncation
 from dpo_cli.errors import ConfigError, DataError, StoppedError, StorageError
 from dpo_cli.paths import user_path
 from dpo_cli.pipeline.annotate import annotate, write_labels
 from dpo_cli.pipeline.journal import Journal, finish, is_done, opened_journal
-from dpo_cli.pipeline.judges import Judge, ModelJudge, load_judge
+from dpo_cli.pipeline.judges import Judge, ModelJudge, load_judge, truncation_in_words
 from dpo_cli.training.signals import StopSignals
 
 AT_ONCE = 32  # samples a line of the journal
@@ -64,14 +66,14 @@ def label(config: LabelConfig, reporter: Reporter) -> Path:
                 rewards = _judge(journal, samples, judge, reporter, signals)
             except StoppedError as stop:
                 raise type(stop)(f"{stop}; the same command goes on") from None
-            left_out: Counter[str] = Counter()
-            pairs = list(pairs_of_rewards(samples, rewards, config, judge.name, left_out))
-            if not pairs:
-                reasons = ", ".join(f"{number} {reason}" for reason, number in left_out.items())
+            labelling = pairs_of_rewards(samples, rewards, config, judge.name)
+            if not labelling.pairs:
+                reasons = ", ".join(f"{number} {reason}" for reason, number in labelling.left_out.items())
                 raise DataError(f"{safe_text(path)}: no pair could be labelled ({reasons})")
-            facts = {"job": job, "pairs": len(pairs), "left_out": dict(left_out)}
-            finish(journal, output, [label_row(pair) for pair in pairs], facts)
-        _tell(reporter, pairs, left_out, judge, output, time.perf_counter() - started)
+            facts = {"job": job, "pairs": len(labelling.pairs), "left_out": labelling.left_out}
+            finish(journal, output, [label_row(pair) for pair in labelling.pairs], facts)
+        lost = Truncation(*map(sum, zip(*(part["cut"] for part in journal.done), strict=True)))
+        _tell(reporter, labelling, judge, lost, output, time.perf_counter() - started)
     return output
 
 
@@ -120,62 +122,87 @@ def _judge(
     for start in range(0, len(waiting), AT_ONCE):
         signals.poll()
         some = waiting[start : start + AT_ONCE]
+        lost = judge.truncation.prompts_cut, judge.truncation.responses_cut
         found = judge.rewards(some, signals.poll)
         new = {sample.id: rewards for sample, rewards in zip(some, found, strict=True)}
         if not all(math.isfinite(reward) for rewards in found for reward in rewards):
             raise DataError(
                 f"judge={safe_text(judge.name)}: gives rewards that are no numbers; its weights are damaged"
             )
-        journal.append({"rewards": new})
+        cut = [judge.truncation.prompts_cut - lost[0], judge.truncation.responses_cut - lost[1]]
+        journal.append({"rewards": new, "cut": cut})
         known |= new
         reporter.advance(len(some))
     reporter.stop()
     return [known[sample.id] for sample in samples]
 
 
+@dataclass(frozen=True)
+class Labelling:
+    """The pairs that rewards come to, and how many couples of answers make none, by reason."""
+
+    pairs: tuple[LabelledPair, ...]
+    left_out: dict[str, int]
+
+
 def pairs_of_rewards(
-    samples: list[Sample], rewards: list[list[float]], config: LabelConfig, judge: str, left_out: Counter[str]
-) -> Iterator[LabelledPair]:
-    """The pairs of every sample, the better answer first; `left_out` counts those that make none, by reason."""
+    samples: Sequence[Sample], rewards: Sequence[Sequence[float]], config: LabelConfig, judge: str
+) -> Labelling:
+    """The pairs of every sample, the better answer first."""
+    pairs: list[LabelledPair] = []
+    left_out: Counter[str] = Counter()
     for sample, scores in zip(samples, rewards, strict=True):
-        places = list(range(len(scores)))
-        if config.pairs == "extremes":
-            said = {text.strip(): place for place, text in reversed(list(enumerate(sample.responses))) if text.strip()}
-            places = sorted(said.values()) if len(said) > 1 else places[:2]
-            best = max(places, key=lambda place: scores[place])
-            couples = [(best, min((place for place in places if place != best), key=lambda place: scores[place]))]
-        else:
-            couples = list(combinations(places, 2))
-        for first, second in couples:
-            texts = sample.responses[first].strip(), sample.responses[second].strip()
-            reason = (
-                "empty_response" if not all(texts)
-                else "identical" if texts[0] == texts[1]
-                else "tie" if scores[first] == scores[second] and config.labels == "best"
-                else None
-            )  # fmt: skip
-            if reason is not None:
+        for couple in _couples(sample, scores, config):
+            reason = _why_not(sample, couple, scores, config)
+            if reason is None:
+                pairs.append(_pair(sample, couple, scores, config, judge))
+            else:
                 left_out[reason] += 1
-                continue
-            if _second_is_chosen(sample, first, second, scores, config):
-                first, second = second, first
-            margin = scores[first] - scores[second]
-            yield LabelledPair(
-                sample=sample.id,
-                prompt=sample.prompt,
-                chosen=sample.responses[first],
-                rejected=sample.responses[second],
-                probability=1 / (1 + math.exp(-margin)) if margin > -700 else 0.0,
-                reward_chosen=scores[first],
-                reward_rejected=scores[second],
-                by=str(config.by),
-                judge=judge,
-                chosen_finished=sample.is_finished(first),
-                rejected_finished=sample.is_finished(second),
-            )
+    return Labelling(tuple(pairs), dict(left_out))
 
 
-def _second_is_chosen(sample: Sample, first: int, second: int, scores: list[float], config: LabelConfig) -> bool:
+def _couples(sample: Sample, scores: Sequence[float], config: LabelConfig) -> list[tuple[int, int]]:
+    """All two of the answers, or the best and the worst of those that say something, and not the same."""
+    places = list(range(len(scores)))
+    if config.pairs == "all":
+        return list(combinations(places, 2))
+    said = {text.strip(): place for place, text in reversed(list(enumerate(sample.responses))) if text.strip()}
+    places = sorted(said.values()) if len(said) > 1 else places[:2]
+    best = max(places, key=lambda place: scores[place])
+    return [(best, min((place for place in places if place != best), key=lambda place: scores[place]))]
+
+
+def _why_not(sample: Sample, couple: tuple[int, int], scores: Sequence[float], config: LabelConfig) -> str | None:
+    """Why two answers make no pair, as a word of REASONS; None where they make one."""
+    one, other = (sample.responses[place].strip() for place in couple)
+    if not one or not other:
+        return "empty_response"
+    if one == other:
+        return "identical"
+    return "tie" if config.labels == "best" and scores[couple[0]] == scores[couple[1]] else None
+
+
+def _pair(
+    sample: Sample, couple: tuple[int, int], scores: Sequence[float], config: LabelConfig, judge: str
+) -> LabelledPair:
+    chosen, rejected = couple[::-1] if _second_is_chosen(sample, *couple, scores, config) else couple
+    margin = scores[chosen] - scores[rejected]
+    return LabelledPair(
+        sample=sample.id,
+        prompt=sample.prompt,
+        chosen=sample.responses[chosen],
+        rejected=sample.responses[rejected],
+        probability=1 / (1 + math.exp(-margin)) if margin > -700 else 0.0,
+        reward_chosen=scores[chosen],
+        reward_rejected=scores[rejected],
+        by=str(config.by),
+        judge=judge,
+        chosen_finished=sample.is_finished(chosen),
+        rejected_finished=sample.is_finished(rejected),
+    )
+
+
+def _second_is_chosen(sample: Sample, first: int, second: int, scores: Sequence[float], config: LabelConfig) -> bool:
     """By the higher reward; or drawn with Bradley-Terry's probability, by a number that is the pair's own."""
     if config.labels == "best":
         return scores[second] > scores[first]
@@ -190,12 +217,13 @@ def _second_is_chosen(sample: Sample, first: int, second: int, scores: list[floa
 
 def _tell(
     reporter: Reporter,
-    pairs: list[LabelledPair],
-    left_out: Counter[str],
+    labelling: Labelling,
     judge: Judge,
+    lost: Truncation,
     output: Path,
     seconds: float,
 ) -> None:
+    pairs = labelling.pairs
     margins = [pair.reward_chosen - pair.reward_rejected for pair in pairs]
     sure = sum(max(pair.probability, 1 - pair.probability) for pair in pairs) / len(pairs)
     longer = sum(len(pair.chosen) > len(pair.rejected) for pair in pairs) / len(pairs)
@@ -204,16 +232,16 @@ def _tell(
         ("", f"mean margin {significant(sum(margins) / len(pairs))}, the judge is {100 * sure:.0f}% sure on average"),
         ("", f"the chosen answer is the longer one in {100 * longer:.0f}% of them"),
     ]
-    told += [("", f"left out {plural(number, 'couple')} {REASONS[reason]}") for reason, number in left_out.items()]
+    told += [
+        ("", f"left out {plural(number, 'couple')} {REASONS[reason]}") for reason, number in labelling.left_out.items()
+    ]
     cut = sum(not pair.chosen_finished for pair in pairs) + sum(not pair.rejected_finished for pair in pairs)
     if cut:
         open_ended = isinstance(judge, ModelJudge) and not judge.is_reward_model
         judged = "judged and" if open_ended else "judged as if they ended there, but"
         share = f"{cut:,} of their {2 * len(pairs):,} answers were cut when drawn"
         told.append(("", f"{share}: {judged} trained on without an end"))
-    if isinstance(judge, ModelJudge) and (judge.truncation.prompts_cut or judge.truncation.responses_cut):
-        lost = judge.truncation
-        told.append(("", f"the judge read {lost.prompts_cut:,} prompts and {lost.responses_cut:,} answers cut short"))
+    told += [("", line) for line in truncation_in_words(lost)]
     told += [("pairs", str(output)), ("next", f"dpo-train data=jsonl data.train={output}")]
     reporter.say()
     reporter.facts(told)

@@ -12,10 +12,10 @@ from dpo_cli.config import RankConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.files import local_path
-from dpo_cli.data.games import GREATEST_COUNT, LEAST_COUNT, read_games
+from dpo_cli.data.games import GREATEST_COUNT, LEAST_COUNT, Games, read_games
 from dpo_cli.errors import ConfigError, DataError, StorageError
 from dpo_cli.paths import user_path
-from dpo_cli.pipeline.play import play, show_match, write_match
+from dpo_cli.pipeline.play import play, show_match
 from dpo_cli.theory import bradley_terry
 from dpo_cli.theory.bradley_terry import Fit, Groups, NoMaximumError
 from dpo_cli.training.durable import write_whole
@@ -34,17 +34,16 @@ def rank(config: RankConfig, reporter: Reporter) -> Fit:
         path = local_path(config.games)
         if path is None:
             raise DataError(f"{safe_text(config.games)}: no such file; games are read from files")
-        fit = rank_games(path, config.prior, reporter)
+        table = read_games(path)
+        fit = rank_games(path, table, config.prior, reporter)
         if output is not None:
-            table = read_games(path)
             write_ranking(output, table.players, table.wins, fit)
             reporter.facts([("ranking", str(output))])
         return fit
-    match = play(config, reporter)
+    answers = output.with_name(f"{output.stem}.answers.jsonl") if output is not None else None
+    match = play(config, answers, reporter)
     show_match(match, reporter)
-    if output is not None:  # before the fit, which may find that nothing can be ranked
-        answers = output.with_name(f"{output.stem}.answers.jsonl")
-        write_match(answers, match)
+    if answers is not None:
         reporter.facts([("answers", str(answers))])
     tables = match.tables
     fit = fit_players(str(config.prompts), match.players, tables.sum(0), config.prior, tables)
@@ -55,9 +54,8 @@ def rank(config: RankConfig, reporter: Reporter) -> Fit:
     return fit
 
 
-def rank_games(games: Path, prior: float, reporter: Reporter) -> Fit:
-    """Read a file of games, fit strengths and show the ranking; DataError where the games rank nobody."""
-    table = read_games(games)
+def rank_games(games: Path, table: Games, prior: float, reporter: Reporter) -> Fit:
+    """Fit strengths to the games of a file and show the ranking; DataError where they rank nobody."""
     if table.ignored:
         ignored = safe_text(", ".join(table.ignored), limit=120)
         reporter.warn(f"{games}: not read: {ignored}. A row is winner, loser, count and tie")

@@ -1,5 +1,7 @@
 """What a command is pointed at with `checkpoint=`: a run, one of its checkpoints, an adapter or a model."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,20 @@ import torch
 
 from dpo_cli.config import ModelConfig, RunConfig, read_config
 from dpo_cli.console.text import safe_text
+from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import CheckpointError, ConfigError
-from dpo_cli.models.loading import START_FILE, Decision, choose_dtype, find_model, load_adapter, load_model
+from dpo_cli.models.loading import (
+    START_FILE,
+    Decision,
+    choose_dtype,
+    find_model,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+)
 from dpo_cli.models.reward import has_head, load_head
 from dpo_cli.paths import user_path
-from dpo_cli.training.checkpoint import newest_valid, read_json, validate
+from dpo_cli.training.checkpoint import newest_valid, read_json, sha256_of, validate
 from dpo_cli.training.reproduce import settled_in
 from dpo_cli.training.run_directory import RunDirectory
 
@@ -149,6 +160,25 @@ def subject_dtype(subject: Subject, device: torch.device) -> Decision:
     if settled is not None and settled.device == device.type:
         return Decision(getattr(torch, settled.dtype), "as in training")
     return choose_dtype(subject.base.dtype, device, lora=True)
+
+
+def subject_encoder(subject: Subject, template: str | None = None) -> PairEncoder:
+    """How its texts become tokens: by `template`, else by the one of its run, else by its model's own."""
+    kind = template or (subject.run.data.template if subject.run else None)
+    return PairEncoder(load_tokenizer(find_model(subject.base)), kind, always_closes=subject.is_reward_model)
+
+
+def weights_digests(subjects: Sequence[Subject]) -> dict[str, str]:
+    """A sha256 of the weights in every folder that subjects come from, by its name; what is on a hub has none."""
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(name for subject in subjects for name in (subject.weights, subject.base.name_or_path)):
+        digest = hashlib.sha256()
+        files = sorted(file for kind in ("*.safetensors", "*.bin") for file in Path(name or "").glob(kind))
+        for file in files:
+            digest.update(f"{file.name} {sha256_of(file)}\n".encode("utf-8", "backslashreplace"))
+        if name and files and Path(name).is_dir():
+            found[name] = digest.hexdigest()[:32]
+    return found
 
 
 def load_policy(subject: Subject, base: Any, dtype: torch.dtype, device: torch.device) -> Any:

@@ -54,9 +54,9 @@ def at_batch(number: int, act: Callable[[], None]) -> Callable[[], None]:
     """In a child: `act` before the batch of that number, from 1, is drawn."""
 
     def prepare() -> None:
-        from dpo_cli.pipeline import sample
+        from dpo_cli.pipeline import sampler
 
-        original, count = sample.distinct_answers, [0]
+        original, count = sampler.distinct_answers, [0]
 
         def counted(*arguments: Any) -> Any:
             count[0] += 1
@@ -64,7 +64,7 @@ def at_batch(number: int, act: Callable[[], None]) -> Callable[[], None]:
                 act()
             return original(*arguments)
 
-        sample.distinct_answers = counted
+        sampler.distinct_answers = counted
 
     return prepare
 
