@@ -29,7 +29,7 @@ from dpo_cli.config import (
     to_container,
     unknown_keys,
 )
-from dpo_cli.console.text import first_line, safe_text
+from dpo_cli.console.text import first_line, hydra_quoted, safe_text
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.paths import user_path
 
@@ -75,9 +75,8 @@ def parse_overrides(words: list[str]) -> list[Override]:
 
 def _parse_quoted(word: str, key: str, value: str) -> Override:
     """A value outside Hydra's grammar, such as a path with a space or `=`, taken as the text it is."""
-    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
     try:
-        return OverridesParser.create().parse_override(f'{key}="{quoted}"')
+        return OverridesParser.create().parse_override(f"{key}={hydra_quoted(value)}")
     except HydraException:
         raise ConfigError(f"'{word}': cannot be read as key=value") from None
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from conftest import Ended, records, sample_rows, tiny_words, write_jsonl
 
 from dpo_cli.composition import composed, groups, parse_overrides, sweep
 from dpo_cli.config import RunConfig, run_config
+from dpo_cli.console.text import shell_word
 
 Command = Callable[..., Ended]
 
@@ -252,3 +254,19 @@ def test_stdout_that_closes_early_does_not_stop_the_run(tmp_path: Path, pairs_fi
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("\n") == 1 and ended.stderr == ""
     assert (tmp_path / "run" / "final" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "path", ["outputs/a b", "run=1/x,y", "[odd]", "it's", 'say "hi"', "back\\slash", "$HOME", "plain-1.5/x", "é", "~x"]
+)
+def test_a_command_that_is_shown_reads_back_as_the_path_it_is_of(path: str) -> None:
+    (word,) = shlex.split(shell_word("checkpoint", path))
+    (override,) = parse_overrides([word])
+    assert (override.key_or_group, override.value()) == ("checkpoint", path)
+    assert shell_word("checkpoint", "outputs/run-1") == "checkpoint=outputs/run-1"
+
+
+@pytest.mark.parametrize("value", ["a\\b c=", "a b\\", 'a \\"b" =', "a = b"])
+def test_a_value_outside_hydras_grammar_is_the_text_it_is(value: str) -> None:
+    (override,) = parse_overrides([f"data.train={value}"])
+    assert override.value() == value

@@ -1,5 +1,6 @@
 """Decoding: the model's own answers, the same in any company, by numbers that belong to prompt and answer."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 import torch
 from tiny_models import CPU, LORA, VOCABULARY, tiny
 
+from dpo_cli.errors import ConfigError
 from dpo_cli.models import decoding
 from dpo_cli.models.decoding import Answer, Decoding, Draw, draw_answers, end_tokens, nucleus, pick
-from dpo_cli.models.loading import attach_lora
+from dpo_cli.models.loading import attach_lora, position_limit
 
 FAMILIES = [
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "cohere", "gpt_neox",
@@ -222,6 +224,25 @@ def test_a_token_is_where_the_number_falls() -> None:
     grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     picked = pick(probabilities.expand(1000, -1) * 3, grid)  # not normalised
     assert torch.bincount(picked, minlength=6).tolist() == [0, 250, 0, 500, 250, 0]
+
+
+@pytest.mark.parametrize(("family", "room"), [("gpt2", 128), ("opt", 128)])
+def test_positions_that_a_model_has_not_learned_are_refused_before_a_token_is_drawn(family: str, room: int) -> None:
+    model = tiny(family)
+    assert position_limit(model) == room and position_limit(tiny("llama")) is None
+    prompt = list(range(2, 50)) * 2  # 96 tokens
+    (answer,) = draw_answers(model, [Draw(prompt)], Decoding(room + 1 - 96), set(), CPU)
+    assert len(answer.tokens) == room + 1 - 96  # the last is not read
+    says = "max_new_tokens=34: behind a prompt of 96 tokens there is no room for so many, since this model has learned"
+    with pytest.raises(ConfigError, match=re.escape(f"{says} 128 positions; 33 fit")):
+        draw_answers(model, [Draw(prompt)], Decoding(room + 2 - 96), set(), CPU)
+
+
+def test_a_temperature_near_zero_draws_the_likeliest_token() -> None:
+    model, prompt = tiny(), [5, 6, 7]
+    (greedy,) = draw_answers(model, [Draw(prompt)], Decoding(8), set(), CPU)
+    (cold,) = draw_answers(model, [Draw(prompt, seed=3)], Decoding(8, temperature=1e-40), set(), CPU)
+    assert cold.tokens == greedy.tokens
 
 
 def test_a_limit_of_no_token_draws_none_and_a_limit_of_one_draws_one() -> None:

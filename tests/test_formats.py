@@ -82,6 +82,14 @@ def test_a_prompt_repeated_in_both_responses_is_taken_once() -> None:
     assert (pair.chosen, pair.rejected, pair.notes) == ("A star.", "A lamp.", (PROMPT_REPEATED,))
 
 
+def test_answers_that_were_drawn_stay_as_they_were() -> None:
+    row = {"prompt": "What is the sun?", "chosen": "What is the sun? A star.", "rejected": "What is the sun? No."}
+    drawn = row | {"chosen_finished": True, "rejected_finished": True}
+    (pair,), (repeated,) = pairs_of(drawn, "auto"), pairs_of(row, "auto")
+    assert (pair.chosen, pair.rejected, pair.notes) == (row["chosen"], row["rejected"], ())
+    assert (repeated.chosen, repeated.notes) == (" A star.", (PROMPT_REPEATED,))
+
+
 def test_a_short_greeting_that_opens_both_responses_is_no_repeated_prompt() -> None:
     pair = standard({"prompt": "Hello", "chosen": "Hello! How are you?", "rejected": "Hello?"})
     assert pair.chosen == "Hello! How are you?"
@@ -172,6 +180,9 @@ def test_which_answers_ended_by_themselves_is_read_from_pairs_and_from_ranked_ro
     ranked = {"prompt": "Q", "responses": ["low", "high"], "scores": [1, 2], "finished": [True, False]}
     (pair,) = pairs_of(ranked, "auto")
     assert (pair.chosen, pair.chosen_finished, pair.rejected_finished) == ("high", False, True)
+    for said, ends in ((None, True), ("False", False), ("true", True), ("", True)):  # null in Parquet, text in CSV
+        (pair,) = pairs_of(row | {"rejected_finished": said}, "standard")
+        assert pair.rejected_finished is ends
     with pytest.raises(BadRowError, match="'rejected_finished' must be true or false, it is text"):
         pairs_of(row | {"rejected_finished": "no"}, "auto")
     with pytest.raises(BadRowError, match="'finished' must be a list of true or false, one for each response"):

@@ -404,6 +404,13 @@ def test_ties_identical_and_empty_answers_are_left_out_and_counted(command: Comm
 # Files
 
 
+def test_what_else_a_prompts_messages_carry_is_not_asked(command: Command, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Why?", "name": "\ud800"}]
+    file = write_jsonl(tmp_path / "s.jsonl", [{"prompt": turns, "responses": ["a b c", "d"], "finished": None}])
+    (row,) = labelled(command, file, "by=rule", "rule=shorter")
+    assert row["prompt"] == [{"role": "user", "content": "Why?"}] and row["chosen"] == "d"
+
+
 def test_what_is_no_file_of_samples_is_refused(command: Command, tmp_path: Path) -> None:
     good = {"prompt": "Why?", "responses": ["a", "b"]}
     file = tmp_path / "s.jsonl"

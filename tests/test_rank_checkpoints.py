@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Ended, run_of, sample_rows, tiny_words, write_jsonl
+from safetensors.torch import load_file, save_file
 
 from dpo_cli.pipeline import sampler as module
 from dpo_cli.pipeline.play import Match, short_names
@@ -257,6 +258,34 @@ def test_players_and_judge_read_prompts_in_one_form(
     rewards = {row["id"]: sorted(row["rewards"], reverse=True) for row in answers(output)}
     for row in map(json.loads, labels.read_text().splitlines()):
         assert [row["reward_chosen"], row["reward_rejected"]] == pytest.approx(rewards[row["sample"]], abs=1e-5)
+
+
+def test_a_judge_whose_rewards_are_no_numbers_ranks_nobody(
+    command: Command, folder: Path, brief: Path, prompts: Path, tmp_path: Path
+) -> None:
+    broken = player(write_jsonl(folder / "b.jsonl", sample_rows(20)), "broken", "objective=reward", "max_steps=1")
+    weights = broken / "final" / "adapter_model.safetensors"
+    save_file({name: tensor * float("nan") for name, tensor in load_file(weights).items()}, weights)
+    ended = ranked(command, tmp_path / "r.json", prompts, f"checkpoints=[{BASE},{brief}]", f"judge={broken}", "prior=1")
+    says = f"judge={broken}/final: gives rewards that are no numbers; its weights are damaged"
+    assert (ended.code, ended.err) == (4, f"error: {says}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["r.answers.jsonl.part"]  # what was drawn is kept
+
+
+def test_a_ranking_is_written_over_no_other_file(command: Command, tmp_path: Path) -> None:
+    games = tmp_path / "games.json"
+    games.write_text(content := '[{"winner": "A", "loser": "B"}, {"winner": "B", "loser": "A"}]')
+    ended = command("dpo-rank", f"games={games}", f"output={games}")
+    says = f"output={games}: is there already, and is no ranking; name another file"
+    assert (ended.code, ended.err) == (2, f"error: {says}\n") and games.read_text() == content
+    other = command("dpo-rank", f"games={games}", f"output={tmp_path / 'r.csv'}")
+    assert other.code == 2 and "must end in .json, which is what is written" in other.err
+    os.mkfifo(tmp_path / "pipe.json")
+    assert command("dpo-rank", f"games={games}", f"output={tmp_path / 'pipe.json'}").code == 2
+    output = tmp_path / "new" / "r.json"
+    for prior in (1, 2):  # a ranking may be made anew
+        assert command("dpo-rank", f"games={games}", f"output={output}", f"prior={prior}").code == 0
+        assert json.loads(output.read_text())["prior"] == prior
 
 
 def test_dials_of_a_match_are_no_dials_of_a_file_of_games(command: Command, tmp_path: Path) -> None:

@@ -91,6 +91,10 @@ NEEDS = "A row needs winner and loser, and may have count and tie; it has"
     [
         ("won,lost\nA,B\n", f"games.csv line 2: no 'winner'. {NEEDS} won, lost"),
         ("winner,lost\nA,B\n", f"games.csv line 2: no 'loser'. {NEEDS} winner, lost"),
+        (
+            "winner,loser,count\nA,B,1\nA,B,1,000\n",
+            "games.csv line 3: has 1 cell more than the header; a text with a comma in it needs quotes",
+        ),
         ("winner,loser\nA,B\nB\n", f"games.csv line 3: no 'loser'. {NEEDS} winner"),
         ("winner,loser\nA,B\n,B\n", "games.csv line 3: 'winner' is empty; a player needs a name"),
         ("winner,loser\nA,  \n", "games.csv line 2: 'loser' is empty; a player needs a name"),

@@ -165,6 +165,16 @@ def test_special_tokens_that_a_model_emits_are_no_text(tiny_tokenizer: Any) -> N
             assert (text.text, text.tokens, text.ended) == ("wordword", 2 * len(word) + 1, False)
 
 
+def test_an_answer_that_was_cut_within_a_character_ends_before_it(tiny_tokenizer: Any) -> None:
+    encoder = PairEncoder(tiny_tokenizer, "plain")
+    tokens = tiny_tokenizer("good \N{EARTH GLOBE EUROPE-AFRICA}", add_special_tokens=False).input_ids
+    assert said_by(encoder, Answer(tokens, False)).text == "good \N{EARTH GLOBE EUROPE-AFRICA}"
+    for lost in (1, 2, 3):
+        cut = said_by(encoder, Answer(tokens[:-lost], False))
+        assert (cut.text, cut.tokens) == ("good ", len(tokens) - lost)
+    assert said_by(encoder, Answer(tokens[:-1], True)).text == "good \ufffd"  # the model itself ended there
+
+
 def test_white_space_around_an_answer_goes_under_a_template_and_stays_in_plain_text(tiny_tokenizer: Any) -> None:
     tokens = tiny_tokenizer.encode(" yes \n", add_special_tokens=False)
     assert said_by(PairEncoder(tiny_tokenizer, "chat"), Answer(tokens, True)).text == "yes"
@@ -385,6 +395,16 @@ def test_two_processes_do_not_write_one_file(command: Command, prompts: Path, tm
     assert journal_of(output).read_bytes() == b"" and not output.exists()
 
 
+def test_an_output_that_could_not_be_read_again_is_refused(command: Command, prompts: Path, tmp_path: Path) -> None:
+    for name in ("o.jsonl.gz", "o.csv", "o"):
+        ended = command("dpo-sample", *DRAWING, f"prompts={prompts}", f"output={tmp_path / name}")
+        says = f"output={tmp_path / name}: must end in .jsonl, which is what is written"
+        assert (ended.code, ended.err) == (2, f"error: {says}\n")
+    os.mkfifo(tmp_path / "o.jsonl")
+    ended = command("dpo-sample", *DRAWING, f"prompts={prompts}", f"output={tmp_path / 'o.jsonl'}")
+    assert (ended.code, ended.err) == (2, f"error: output={tmp_path / 'o.jsonl'}: is no regular file; name another\n")
+
+
 def test_an_output_that_is_a_folder_or_a_link_is_refused(command: Command, prompts: Path, tmp_path: Path) -> None:
     words = (*DRAWING, f"prompts={prompts}")
     folder = command("dpo-sample", *words, f"output={tmp_path}")
@@ -404,7 +424,7 @@ JOB = {"model": "m", "seed": 0}
 
 def test_a_journal_cut_at_any_byte_of_its_last_line_loses_that_line_alone(tmp_path: Path) -> None:
     output, told = tmp_path / "o.jsonl", []
-    with opened_journal(output, JOB, told.append) as journal:
+    with opened_journal(output, JOB, ("rows",), told.append) as journal:
         for number in range(3):
             journal.append({"rows": [{"index": number, "responses": ["caf\u00e9", "\u2028\x1b"]}]})
     content = journal_of(output).read_bytes()
@@ -412,7 +432,7 @@ def test_a_journal_cut_at_any_byte_of_its_last_line_loses_that_line_alone(tmp_pa
     for end in range(len(whole), len(content) + 1):
         journal_of(output).write_bytes(content[:end])
         told.clear()
-        with opened_journal(output, JOB, told.append) as journal:
+        with opened_journal(output, JOB, ("rows",), told.append) as journal:
             assert [part["rows"][0]["index"] for part in journal.done] == [0, 1, 2][: 3 if end == len(content) else 2]
             journal.append({"rows": [{"index": 9}]})
         assert bool(told) == (len(whole) < end < len(content))
@@ -420,21 +440,41 @@ def test_a_journal_cut_at_any_byte_of_its_last_line_loses_that_line_alone(tmp_pa
         assert journal_of(output).read_bytes() == kept + b'{"rows": [{"index": 9}]}\n'
 
 
-@pytest.mark.parametrize("line", [b"{}\n", b"[1]\n", b"not JSON\n", b'{"journal": 2, "job": {}}\n', b"\xff\n"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{}\n",
+        b"[1]\n",
+        b"not JSON\n",
+        b'{"journal": 2, "job": {}}\n',
+        b"\xff\n",
+    ],
+)
 def test_a_file_that_is_no_journal_is_left_as_it_is(tmp_path: Path, line: bytes) -> None:
     path = journal_of(tmp_path / "o.jsonl")
     path.write_bytes(line)
-    with pytest.raises(DataError) as refused, opened_journal(tmp_path / "o.jsonl", JOB, print):
+    with pytest.raises(DataError) as refused, opened_journal(tmp_path / "o.jsonl", JOB, ("rows",), print):
         pass
     said = "is not what this program writes; remove the file to begin anew"
     assert str(refused.value) == f"{path} line 1: {said}"
     assert path.read_bytes() == line
 
 
+def test_a_line_of_a_journal_without_what_a_part_holds_is_named(tmp_path: Path) -> None:
+    with opened_journal(tmp_path / "o.jsonl", JOB, ("rows",), print) as journal:
+        journal.append({"rows": []})
+        journal.append({"part": 1})
+    with pytest.raises(DataError, match="line 3: is not what this program writes"):
+        opened_journal(tmp_path / "o.jsonl", JOB, ("rows",), print).__enter__()
+
+
 def test_a_journal_of_another_job_says_what_differs(tmp_path: Path) -> None:
-    with opened_journal(tmp_path / "o.jsonl", JOB, print):
+    with opened_journal(tmp_path / "o.jsonl", JOB, ("rows",), print):
         pass
-    with pytest.raises(ConfigError) as refused, opened_journal(tmp_path / "o.jsonl", {"model": "m", "n": 2}, print):
+    with (
+        pytest.raises(ConfigError) as refused,
+        opened_journal(tmp_path / "o.jsonl", {"model": "m", "n": 2}, ("rows",), print),
+    ):
         pass
     differs = "(n was None, is 2; seed was 0, is None)"
     assert f"o.jsonl.part: was begun with other settings {differs}; take the changes back" in str(refused.value)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import Ended, records, sample_rows, tiny_words, write_jsonl
 from safetensors.torch import load_file
+from tiny_models import tiny
 
 from dpo_cli.training.checkpoint import checkpoints, validate
 from dpo_cli.training.runner import Run, train_step
@@ -409,3 +411,25 @@ def test_ranked_responses_train_with_every_comparison_of_a_prompt_in_one_batch(
     assert ended.code == 0, ended.err
     assert "kept 12 pairs of 4 rows" in ended.out
     assert records(tmp_path / "run")[-1]["epoch"] == 1
+
+
+def test_pairs_longer_than_the_positions_a_model_has_learned_are_refused(
+    command: Command, pairs_file: Path, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    model = tmp_path / "gpt2"
+    tiny("gpt2", vocab_size=len(tiny_tokenizer), max_position_embeddings=100).save_pretrained(model)
+    tiny_tokenizer.save_pretrained(model)
+    words = [*tiny_words(pairs_file, tmp_path / "run"), f"model.name_or_path={model}"]
+    ended = command("dpo-train", *words, "data.max_length=512")
+    assert ended.code == 2, ended.err
+    assert re.fullmatch(
+        r"error: data\.max_length=512: there are pairs of \d+ tokens, and this model has learned 100 positions; "
+        r"data\.max_length=100 fits\n",
+        ended.err,
+    )
+    ended = command("dpo-train", *words, "data.max_length=100", "max_steps=1")
+    assert ended.code == 0, ended.err
+    judge = ["dpo-eval", f"checkpoint={tmp_path / 'run'}", "data=jsonl", f"data.eval={pairs_file}"]
+    longer = command(*judge, "data.max_length=200")
+    assert longer.code == 2 and "this model has learned 100 positions" in longer.err
+    assert command(*judge, "data.max_length=100").code == 0

@@ -5,6 +5,7 @@ Whatever could move the cursor, set the clipboard, reorder the line or fake a st
 
 import os
 import re
+import shlex
 import unicodedata
 from typing import Any
 
@@ -65,6 +66,20 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, as it is; the name of its kind where it says nothing."""
     words = str(error).strip()
     return words.splitlines()[0] if words else type(error).__name__
+
+
+def hydra_quoted(text: str) -> str:
+    """The text as a quoted value of Hydra's grammar, where backslashes count only before a quote."""
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
+    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
+
+
+def shell_word(key: str, value: object) -> str:
+    """`key=value` as it can be copied onto a command line: quoted for the shell, and for Hydra's grammar."""
+    text = str(value)
+    if set(text) & set("[]{}(),'\"\\$"):
+        text = hydra_quoted(text)
+    return shlex.quote(f"{key}={text}") if re.search(r"[^\w./:@%+=-]", text) else f"{key}={text}"
 
 
 def plural(number: int, noun: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.console.text import safe_text
+from dpo_cli.console.text import plural, safe_text
 from dpo_cli.errors import DataError
 from dpo_cli.paths import user_path
 
@@ -149,7 +149,12 @@ def _csv(path: Path) -> Iterator[RowInFile]:
             yield RowInFile(index, place, None, f"not CSV ({error})")
             return
         complete = {key: cell for key, cell in value.items() if key is not None and cell is not None}
-        yield RowInFile(index, place, complete)
+        more = len(value.get(None) or ())  # cells without a heading
+        if more:
+            problem = f"has {plural(more, 'cell')} more than the header; a text with a comma in it needs quotes"
+            yield RowInFile(index, place, None, problem)
+        else:
+            yield RowInFile(index, place, complete)
         index += 1
 
 

@@ -13,6 +13,8 @@ from typing import Any
 ROLES = ("system", "user", "assistant")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
+ENDS = ("chosen_finished", "rejected_finished")  # in rows of answers that were drawn: false where one was cut
+
 # Notes: what was done to a row that its author may not expect. Counted and printed.
 DIVERGES_EARLY = "part before the last turn: the later turns stay in the responses"
 PROMPT_REPEATED = "repeat the prompt in their responses: it is taken once"
@@ -174,8 +176,9 @@ def standard(row: Row) -> PreferencePair:
     """`prompt`, `chosen` and `rejected` as text."""
     prompt, chosen, rejected = (_text(row, name) for name in ("prompt", "chosen", "rejected"))
     notes: tuple[str, ...] = ()
-    # Three words or more: a short greeting may well open both responses on its own.
-    if len(prompt.split()) >= 3 and chosen.startswith(prompt) and rejected.startswith(prompt):
+    # Three words or more: a short greeting may well open both responses on its own. What was drawn stays as it was.
+    drawn = any(row.get(name) is not None for name in ENDS)
+    if not drawn and len(prompt.split()) >= 3 and chosen.startswith(prompt) and rejected.startswith(prompt):
         chosen, rejected, notes = chosen[len(prompt) :], rejected[len(prompt) :], (PROMPT_REPEATED,)
     return PreferencePair(_text_prompt(prompt).messages, prompt, chosen, rejected, notes)
 
@@ -275,17 +278,18 @@ def ranked(row: Row) -> tuple[PreferencePair, ...]:
         raise BadRowError("'scores' must be a list of numbers, one for each response (format=ranked)")
     if len(scores) != len(responses):
         raise BadRowError(f"'scores' has {len(scores)} numbers for {len(responses)} responses (format=ranked)")
-    finished = row.get("finished", [True] * len(responses))
-    if not isinstance(finished, list) or len(finished) != len(responses):
+    finished = row.get("finished")
+    if finished is not None and (not isinstance(finished, list) or len(finished) != len(responses)):
         raise BadRowError("'finished' must be a list of true or false, one for each response (format=ranked)")
     best_first = sorted(range(len(responses)), key=lambda place: -scores[place])
     pairs = []
     for rank, better in enumerate(best_first):
         for worse in best_first[rank + 1 :]:
             if scores[better] > scores[worse]:
-                sides = {"chosen": responses[better], "rejected": responses[worse]}
-                ends = {"chosen_finished": finished[better], "rejected_finished": finished[worse]}
-                pairs.append(_with_ends(auto({"prompt": row.get("prompt"), **sides}), ends))
+                sides = {"prompt": row.get("prompt"), "chosen": responses[better], "rejected": responses[worse]}
+                if finished is not None:
+                    sides |= dict(zip(ENDS, (finished[better], finished[worse]), strict=True))
+                pairs.append(_with_ends(auto(sides), sides))
     if not pairs:
         raise BadRowError("all responses have one score, so that none is preferred (format=ranked)")
     return tuple(pairs)
@@ -311,11 +315,17 @@ def pairs_of(row: Row, name: str) -> tuple[PreferencePair, ...]:
 
 def _with_ends(pair: PreferencePair, row: Row) -> PreferencePair:
     """The pair, with what `chosen_finished` and `rejected_finished` say of its ends, where the row has them."""
-    ends = [row.get("chosen_finished", True), row.get("rejected_finished", True)]
-    for name, end in zip(("chosen_finished", "rejected_finished"), ends, strict=True):
-        if not isinstance(end, bool):
-            raise BadRowError(f"'{name}' must be true or false, it is {_kind(end)}")
+    ends = [_end(row, name) for name in ENDS]
     return replace(pair, chosen_finished=ends[0], rejected_finished=ends[1])
+
+
+def _end(row: Row, name: str) -> bool:
+    value = row.get(name)
+    if isinstance(value, str):  # CSV has no other types
+        value = {"true": True, "false": False, "": None}.get(value.strip().lower(), value)
+    if value is not None and not isinstance(value, bool):
+        raise BadRowError(f"'{name}' must be true or false, it is {_kind(value)}")
+    return value is not False
 
 
 # Chosen by `data.format`; `ranked` rows are more than one pair each.

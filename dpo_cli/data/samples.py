@@ -76,12 +76,15 @@ def _sample_of(row: RowInFile) -> Sample:
             text_of(text, "responses")
     except BadRowError as error:
         raise DataError(f"{row.place}: {safe_text(error, limit=300)}") from None
-    finished = row.value.get("finished", [])
+    finished = row.value.get("finished") or []
     if not isinstance(finished, list) or not all(isinstance(one, bool) for one in finished):
         raise DataError(f"{row.place}: 'finished' must be a list of true or false")
     if finished and len(finished) != len(responses):
         raise DataError(f"{row.place}: 'finished' has {len(finished)} entries for {len(responses)} responses")
-    return Sample(sample_id(row.value["prompt"], responses), row.value["prompt"], tuple(responses), tuple(finished))
+    prompt = row.value["prompt"]
+    if isinstance(prompt, list):  # whatever else its messages carry is not asked
+        prompt = [{"role": message["role"], "content": message["content"]} for message in prompt]
+    return Sample(sample_id(prompt, responses), prompt, tuple(responses), tuple(finished))
 
 
 def as_stored(prompt: Any, answer: str) -> str:

@@ -45,10 +45,12 @@ def greedy_answers(
 def said_by(encoder: PairEncoder, answer: Answer) -> Text:
     """What a drawn answer says, without special tokens: as text they would become commands to whoever reads it.
 
-    Under a chat template white space around it goes, as it does in training.
+    Under a chat template white space around it goes, as it does in training. Of an answer that was cut within a
+    character, whose bytes may be several tokens, the part of it goes.
     """
-    text = encoder.response_text(encoder.tokenizer.decode(answer.tokens, skip_special_tokens=True))
-    return Text(text, len(answer.tokens), answer.ended)
+    text = encoder.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+    text = text if answer.ended else text.rstrip("\ufffd")
+    return Text(encoder.response_text(text), len(answer.tokens), answer.ended)
 
 
 def batches_of(

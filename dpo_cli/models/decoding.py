@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionLayer
 
+from dpo_cli.errors import ConfigError
 from dpo_cli.models.attention import SPANS, STEPS, use_attention
 from dpo_cli.models.head import head_logits
+from dpo_cli.models.loading import position_limit
 from dpo_cli.models.logps import causal_model, plain_attention
 from dpo_cli.models.memory import free_memory, make_room, ran_out
 
@@ -171,6 +173,7 @@ def draw_answers(
     try:
         with torch.no_grad(), plain_attention(model):
             causal = causal_model(model)
+            _check_room(causal, draws, decoding)
             answers: dict[int, Answer] = {}
             for places in _together(causal, draws):
                 some = _halving(causal, [draws[place] for place in places], decoding, ends, device, poll)
@@ -178,6 +181,17 @@ def draw_answers(
             return [answers[place] for place in range(len(draws))]
     finally:
         model.train(was_training)
+
+
+def _check_room(causal: Any, draws: Sequence[Draw], decoding: Decoding) -> None:
+    """ConfigError where answers would run past the positions that a model has learned."""
+    limit = position_limit(causal)
+    longest = max((len(draw.prompt) for draw in draws), default=0)
+    if limit is not None and longest + decoding.max_new_tokens - 1 > limit:  # the last token is not read
+        raise ConfigError(
+            f"max_new_tokens={decoding.max_new_tokens}: behind a prompt of {longest:,} tokens there is no room for so "
+            f"many, since this model has learned {limit:,} positions; {max(1, limit + 1 - longest)} fit"
+        )
 
 
 def _together(causal: Any, draws: Sequence[Draw]) -> list[list[int]]:
@@ -250,7 +264,10 @@ class _Batch:
         """The next token of every row, (R,), from logits (R, V)."""
         if self.uniforms is None:
             return logits.argmax(-1)
-        probabilities = nucleus(torch.softmax(logits / self.decoding.temperature, dim=-1), self.decoding.top_p)
+        probabilities = nucleus(
+            torch.softmax((logits - logits.amax(-1, keepdim=True)) / self.decoding.temperature, dim=-1),
+            self.decoding.top_p,
+        )
         return pick(probabilities, self.uniforms[self.alive, step])
 
     def _note(self, tokens: Tensor) -> None:

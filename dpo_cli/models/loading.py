@@ -9,7 +9,7 @@ import json
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_cli.console.text import first_line, safe_text
+from dpo_cli.data.batches import longest_side
+from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.models.builtin import resolve_builtin
 from dpo_cli.models.lora_function import fuse_lora
@@ -384,3 +386,22 @@ def parameter_counts(model: Any) -> tuple[int, int]:
     """Parameters that train, and all of them."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return trainable, sum(parameter.numel() for parameter in model.parameters())
+
+
+def position_limit(model: Any) -> int | None:
+    """How many positions a model has where they are learned, one embedding each; None where they are computed."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in ("wpe", "embed_positions"):
+            return int(module.num_embeddings) - int(getattr(module, "offset", 0))  # OPT and its like leave two free
+    return None
+
+
+def check_positions(model: Any, pairs: Sequence[TokenizedPair], max_length: int) -> None:
+    """ConfigError where a pair is longer than the positions that a model has learned."""
+    limit = position_limit(model)
+    longest = max((longest_side(pair) for pair in pairs), default=0)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"data.max_length={max_length}: there are pairs of {longest:,} tokens, and this model has learned "
+            f"{limit:,} positions; data.max_length={limit} fits"
+        )

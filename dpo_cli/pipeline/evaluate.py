@@ -21,6 +21,7 @@ from dpo_cli.evaluation.scores import score_pairs, summarize, windows
 from dpo_cli.models.loading import (
     Decision,
     ModelSource,
+    check_positions,
     choose_device,
     find_model,
     load_model,
@@ -68,6 +69,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         seed = subject.run.seed if subject.run else 0
         data = load_pairs(data_dials, encoder, seed, held_out_only=True, poll=signals.poll)
         base = load_model(source, dtype.value, device.value)
+        check_positions(base, data.held_out, data_dials.max_length)
         digest = model_digest(base)
         _warn_of_other_weights(subject, config, dtype.value, digest, reporter)
         policy, reference = _load(subject, base, dtype.value, device.value)

@@ -6,7 +6,7 @@ A job's output appears whole, when all is done; until then there is the journal 
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from dpo_cli.console.text import safe_text
 from dpo_cli.errors import ConfigError, DataError, StorageError
+from dpo_cli.paths import user_path
 from dpo_cli.training.durable import sync, write_whole
 
 VERSION = 1
@@ -38,7 +39,7 @@ class Journal:
         if file is None:
             return
         size = os.fstat(file.fileno()).st_size
-        left = memoryview(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n")
+        left = memoryview(json.dumps(line).encode("ascii") + b"\n")
         try:
             while left:
                 left = left[file.write(left) :]
@@ -55,11 +56,13 @@ def journal_of(output: Path) -> Path:
 
 
 @contextmanager
-def opened_journal(output: Path | None, job: dict[str, Any], warn: Callable[[str], None]) -> Iterator[Journal]:
-    """The journal of the job that writes `output`, for this process alone.
+def opened_journal(
+    output: Path | None, job: dict[str, Any], keys: Collection[str], warn: Callable[[str], None]
+) -> Iterator[Journal]:
+    """The journal of the job that writes `output`, for this process alone; without an output nothing is kept.
 
     `job` is what the parts depend on, as JSON: a journal of another one is refused by ConfigError, which says what
-    differs. Half a line at the end, which a kill leaves, is cut off and done again. Without an output nothing is kept.
+    differs. `keys` are those of every part. Half a line at the end, which a kill leaves, is cut off and done again.
     """
     if output is None:
         yield Journal()
@@ -81,7 +84,7 @@ def opened_journal(output: Path | None, job: dict[str, Any], warn: Callable[[str
             ) from None
         except OSError as error:  # some network file systems have no locks
             warn(f"{safe_text(path)}: no locks here ({error.strerror}): see that no other process writes it")
-        lines = _whole_lines(path, file, warn)
+        lines = _whole_lines(path, file, keys, warn)
         journal = Journal(path, file)
         journal.done = lines[1:]
         header = {"journal": VERSION, "job": json.loads(json.dumps(job))}
@@ -94,7 +97,7 @@ def opened_journal(output: Path | None, job: dict[str, Any], warn: Callable[[str
         yield journal
 
 
-def _whole_lines(path: Path, file: FileIO, warn: Callable[[str], None]) -> list[dict[str, Any]]:
+def _whole_lines(path: Path, file: FileIO, keys: Collection[str], warn: Callable[[str], None]) -> list[dict[str, Any]]:
     file.seek(0)
     content = file.read()
     end = content.rfind(b"\n") + 1
@@ -106,7 +109,9 @@ def _whole_lines(path: Path, file: FileIO, warn: Callable[[str], None]) -> list[
         value: Any = None
         with suppress(ValueError, RecursionError):
             value = json.loads(line)
-        if not isinstance(value, dict) or (number == 1 and value.get("journal") != VERSION):
+        if not isinstance(value, dict) or (
+            value.get("journal") != VERSION if number == 1 else not value.keys() >= set(keys)
+        ):
             raise DataError(
                 f"{safe_text(path)} line {number}: is not what this program writes; remove the file to begin anew"
             )
@@ -124,6 +129,16 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     return f"was begun with other settings ({'; '.join(changed)}); take the changes back, or name another output"
 
 
+def output_path(name: str, ending: str) -> Path:
+    """The file that a user names for a job's output; ConfigError where it is a folder, or ends otherwise."""
+    output = user_path(name, StorageError, "output")
+    if output.is_dir():
+        raise ConfigError(f"output={safe_text(output)}: is a folder; name a file in it")
+    if output.suffix != ending:
+        raise ConfigError(f"output={safe_text(output)}: must end in {ending}, which is what is written")
+    return output
+
+
 def manifest_of(output: Path) -> Path:
     """Where it stands how a file came to be."""
     return output.with_name(f"{output.name}.manifest.json")
@@ -131,6 +146,8 @@ def manifest_of(output: Path) -> Path:
 
 def is_done(output: Path, job: dict[str, Any]) -> bool:
     """Whether this very job's output is there already; ConfigError where another's is."""
+    if output.exists() and not output.is_file():
+        raise ConfigError(f"output={safe_text(output)}: is no regular file; name another")
     if not output.exists():
         return False
     try:
@@ -153,7 +170,7 @@ def finish(journal: Journal, output: Path, rows: list[dict[str, Any]], facts: di
     try:
         # The manifest first: with it alone the job is done again, without it a finished file would be a stranger's.
         write_whole(manifest_of(output), (json.dumps(facts, indent=1) + "\n").encode("utf-8"))
-        write_whole(output, text.encode("utf-8"))
+        write_whole(output, text.encode("utf-8", "backslashreplace"))
         journal_of(output).unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{safe_text(output)}: cannot be written ({error.strerror})") from None

@@ -3,6 +3,7 @@
 Models are asked by the training forward: the answers to a prompt share it in one packed row.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,13 @@ from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_id
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.evaluation.rules import RULES
 from dpo_cli.evaluation.scores import score_pairs
-from dpo_cli.models.loading import choose_device, find_model, load_model, model_digest
+from dpo_cli.models.loading import (
+    choose_device,
+    find_model,
+    load_model,
+    model_digest,
+    position_limit,
+)
 from dpo_cli.models.logps import Batching
 from dpo_cli.models.memory import ENOUGH_TOKENS, OTHERWISE
 from dpo_cli.models.packing import remembered_way
@@ -111,6 +118,10 @@ class ModelJudge:
             ends = [one.is_finished(place) or self.encoder.always_closes for place in range(len(one.responses))]
             answers = list(zip(one.responses, ends, strict=True))
             rewards[:] = [rewards[answers.index(answer)] for answer in answers]
+        if not all(math.isfinite(reward) for rewards in found for reward in rewards):
+            raise CheckpointError(
+                f"judge={safe_text(self.name)}: gives rewards that are no numbers; its weights are damaged"
+            )
         return found
 
     def _pairs(self, samples: Sequence[Sample]) -> tuple[list[TokenizedPair], list[tuple[int, int, int]]]:
@@ -209,7 +220,7 @@ def load_judge(
         "batching": batching,
         "template": encoder.kind,
     }
-    limit = subject.run.data.max_length if subject.run else DEFAULT_LENGTH
+    limit = subject.run.data.max_length if subject.run else min(DEFAULT_LENGTH, position_limit(base) or DEFAULT_LENGTH)
     _say(reporter, subject, facts, limit)
     return ModelJudge(
         subject.weights, facts, policy, subject.is_reward_model, beta, encoder, limit, where, batching, digest

@@ -16,15 +16,14 @@ import numpy as np
 
 from dpo_cli.config import LabelConfig
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.console.text import duration, plural, safe_text, significant
+from dpo_cli.console.text import duration, plural, safe_text, shell_word, significant
 from dpo_cli.data.files import local_path
 from dpo_cli.data.labels import LabelledPair, label_row
 from dpo_cli.data.samples import Sample, fingerprint_of, read_samples, templates_of
 from dpo_cli.data.tokens import Truncation
-from dpo_cli.errors import ConfigError, DataError, StoppedError, StorageError
-from dpo_cli.paths import user_path
+from dpo_cli.errors import ConfigError, DataError, StoppedError
 from dpo_cli.pipeline.annotate import annotate, write_labels
-from dpo_cli.pipeline.journal import Journal, finish, is_done, opened_journal
+from dpo_cli.pipeline.journal import Journal, finish, is_done, opened_journal, output_path
 from dpo_cli.pipeline.judges import Judge, ModelJudge, load_judge, truncation_in_words
 from dpo_cli.training.signals import StopSignals
 
@@ -61,7 +60,7 @@ def label(config: LabelConfig, reporter: Reporter) -> Path:
             reporter.say(f"already complete: {output}")
             return output
         started = time.perf_counter()
-        with opened_journal(output, job, reporter.warn) as journal:
+        with opened_journal(output, job, ("rewards", "cut"), reporter.warn) as journal:
             try:
                 rewards = _judge(journal, samples, judge, reporter, signals)
             except StoppedError as stop:
@@ -90,9 +89,7 @@ def output_of(config: LabelConfig, samples: Path) -> Path:
     if config.output is None:
         stem = samples.name.removesuffix(".gz").rsplit(".", 1)[0]
         return samples.with_name(f"{stem}.{config.by}.jsonl")
-    output = user_path(config.output, StorageError, "output")
-    if output.is_dir():
-        raise ConfigError(f"output={safe_text(output)}: is a folder; name a file in it")
+    output = output_path(config.output, ".jsonl")
     if output.resolve() == samples.resolve():
         raise ConfigError(f"output={safe_text(output)}: is the file of samples itself; name another")
     return output
@@ -125,10 +122,6 @@ def _judge(
         lost = judge.truncation.prompts_cut, judge.truncation.responses_cut
         found = judge.rewards(some, signals.poll)
         new = {sample.id: rewards for sample, rewards in zip(some, found, strict=True)}
-        if not all(math.isfinite(reward) for rewards in found for reward in rewards):
-            raise DataError(
-                f"judge={safe_text(judge.name)}: gives rewards that are no numbers; its weights are damaged"
-            )
         cut = [judge.truncation.prompts_cut - lost[0], judge.truncation.responses_cut - lost[1]]
         journal.append({"rewards": new, "cut": cut})
         known |= new
@@ -242,7 +235,7 @@ def _tell(
         share = f"{cut:,} of their {2 * len(pairs):,} answers were cut when drawn"
         told.append(("", f"{share}: {judged} trained on without an end"))
     told += [("", line) for line in truncation_in_words(lost)]
-    told += [("pairs", str(output)), ("next", f"dpo-train data=jsonl data.train={output}")]
+    told += [("pairs", str(output)), ("next", f"dpo-train data=jsonl {shell_word('data.train', output)}")]
     reporter.say()
     reporter.facts(told)
 
@@ -267,6 +260,6 @@ def label_by_hand(config: LabelConfig, reporter: Reporter) -> Path:
     )
     told = [("judgements", str(log))]
     if found.pairs:
-        told += [("pairs", str(output)), ("next", f"dpo-train data=jsonl data.train={output}")]
+        told += [("pairs", str(output)), ("next", f"dpo-train data=jsonl {shell_word('data.train', output)}")]
     reporter.facts(told)
     return output

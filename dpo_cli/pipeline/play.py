@@ -23,7 +23,7 @@ from dpo_cli.models.loading import choose_device
 from dpo_cli.models.memory import make_room
 from dpo_cli.pipeline.journal import Journal, finish, is_done, opened_journal
 from dpo_cli.pipeline.judges import find_judge, load_judge, truncation_in_words
-from dpo_cli.pipeline.sampler import Drawing, answer_all, load_checkpoint_sampler
+from dpo_cli.pipeline.sampler import PARTS, Drawing, answer_all, load_checkpoint_sampler
 from dpo_cli.pipeline.subject import Asked, Subject, find_subject, subject_dtype, subject_encoder, weights_digests
 from dpo_cli.theory.statistics import mean_estimate
 from dpo_cli.training.signals import StopSignals
@@ -68,7 +68,7 @@ def play(config: RankConfig, kept: Path | None, reporter: Reporter) -> Match:
     if kept is not None and is_done(kept, job):
         reporter.say(f"already played: {kept}")
         return read_match(kept)
-    with StopSignals(reporter.warn) as signals, opened_journal(kept, job, reporter.warn) as journal:
+    with StopSignals(reporter.warn) as signals, opened_journal(kept, job, PARTS, reporter.warn) as journal:
         try:
             answers = _answers(config, subjects, prompts, device, journal, reporter, signals)
             match = _judged(config, prompts, answers, reporter, signals)

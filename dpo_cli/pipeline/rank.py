@@ -14,7 +14,7 @@ from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.files import local_path
 from dpo_cli.data.games import GREATEST_COUNT, LEAST_COUNT, Games, read_games
 from dpo_cli.errors import ConfigError, DataError, StorageError
-from dpo_cli.paths import user_path
+from dpo_cli.pipeline.journal import output_path
 from dpo_cli.pipeline.play import play, show_match
 from dpo_cli.theory import bradley_terry
 from dpo_cli.theory.bradley_terry import Fit, Groups, NoMaximumError
@@ -29,7 +29,7 @@ SHOWN_IN_MESSAGE = 6  # names of a group, and groups
 
 def rank(config: RankConfig, reporter: Reporter) -> Fit:
     """dpo-rank: a file of games, or checkpoints that play each other before a judge."""
-    output = user_path(config.output, StorageError, "output") if config.output is not None else None
+    output = _output(config) if config.output is not None else None
     if config.games is not None:
         path = local_path(config.games)
         if path is None:
@@ -52,6 +52,20 @@ def rank(config: RankConfig, reporter: Reporter) -> Fit:
         write_ranking(output, match.players, tables.sum(0), fit)
         reporter.facts([("ranking", str(output))])
     return fit
+
+
+def _output(config: RankConfig) -> Path:
+    """Where the ranking goes; ConfigError where something else than a ranking is there already."""
+    output = output_path(str(config.output), ".json")
+    if not output.exists():
+        return output
+    try:
+        found = json.loads(output.read_bytes()) if output.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or "log_strengths" not in found:
+        raise ConfigError(f"output={safe_text(output)}: is there already, and is no ranking; name another file")
+    return output
 
 
 def rank_games(games: Path, table: Games, prior: float, reporter: Reporter) -> Fit:

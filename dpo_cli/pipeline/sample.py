@@ -11,15 +11,14 @@ from typing import Any
 
 from dpo_cli.config import SampleConfig
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.console.text import duration, plural, safe_text, significant
+from dpo_cli.console.text import duration, plural, safe_text, shell_word, significant
 from dpo_cli.data.prompts import PromptInFile, PromptReport, read_prompts
 from dpo_cli.data.samples import as_stored, sample_id
-from dpo_cli.errors import ConfigError, DataError, StoppedError, StorageError
+from dpo_cli.errors import DataError, StoppedError
 from dpo_cli.evaluation.generate import Text
 from dpo_cli.models.decoding import Decoding
-from dpo_cli.paths import user_path
-from dpo_cli.pipeline.journal import finish, is_done, journal_of, manifest_of, opened_journal
-from dpo_cli.pipeline.sampler import Drawing, Sampler, answer_all, load_sampler
+from dpo_cli.pipeline.journal import finish, is_done, journal_of, manifest_of, opened_journal, output_path
+from dpo_cli.pipeline.sampler import PARTS, Drawing, Sampler, answer_all, load_sampler
 from dpo_cli.training.reproduce import environment
 from dpo_cli.training.signals import StopSignals
 
@@ -46,7 +45,7 @@ def sample(config: SampleConfig, reporter: Reporter) -> Path:
         if is_done(output, job):
             reporter.say(f"already complete: {output}")
             return output
-        with opened_journal(output, job, reporter.warn) as journal:
+        with opened_journal(output, job, PARTS, reporter.warn) as journal:
             size = None if config.batch_size == "auto" else int(config.batch_size)
             drawing = Drawing(config.n, decoding, config.seed, size)
             try:
@@ -71,10 +70,7 @@ def sample(config: SampleConfig, reporter: Reporter) -> Path:
 
 def _output(config: SampleConfig) -> Path:
     if config.output is not None:
-        output = user_path(config.output, StorageError, "output")
-        if output.is_dir():
-            raise ConfigError(f"output={safe_text(output)}: is a folder; name a file in it")
-        return output
+        return output_path(config.output, ".jsonl")
     return Path("outputs") / "samples" / time.strftime("%Y-%m-%d_%H-%M-%S.jsonl")
 
 
@@ -144,7 +140,10 @@ def _next_steps(config: SampleConfig, output: Path) -> list[tuple[str, str]]:
     where = [("samples", str(output)), ("", str(manifest_of(output)))]
     if config.n == 1:
         return where
-    return [*where, ("next", f"dpo-label samples={output} by=human annotator=NAME; or by=reward, implicit, rule")]
+    return [
+        *where,
+        ("next", f"dpo-label {shell_word('samples', output)} by=human annotator=NAME; or by=reward, implicit, rule"),
+    ]
 
 
 def _show_header(

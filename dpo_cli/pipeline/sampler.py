@@ -27,6 +27,8 @@ from dpo_cli.models.loading import (
 from dpo_cli.pipeline.journal import Journal
 from dpo_cli.pipeline.subject import Asked, Subject, find_subject, load_policy, subject_dtype, subject_encoder
 
+PARTS = ("player", "together", "seconds", "answers")  # what a line of the journal holds
+
 
 @dataclass(frozen=True)
 class Sampler:

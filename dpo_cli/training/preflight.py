@@ -65,9 +65,9 @@ def preflight(subject: PreflightSubject) -> str:
             if not subject.is_reward_model:
                 said.append(f"the chain rule holds to {check_chain_rule(subject, first):.1g} nats")
             said.append(f"a pair alone equals the pair in a batch to {check_company(subject, first, together):.1g}")
-            check_closing(subject, first)
+            closed = check_closing(subject, first)
         check_round_trip(subject)
-        said.append("EOS is scored, tokens read back as the text")
+        said.append(f"{'EOS is scored' if closed else 'no response here is closed'}, tokens read back as the text")
     return f"preflight passed in {time.perf_counter() - started:.1f} s: " + "; ".join(said)
 
 
@@ -228,15 +228,17 @@ def check_company(subject: PreflightSubject, pairs: list[TokenizedPair], togethe
     return worst
 
 
-def check_closing(subject: PreflightSubject, pairs: list[TokenizedPair]) -> None:
+def check_closing(subject: PreflightSubject, pairs: list[TokenizedPair]) -> bool:
     """Another token in the place of the closing EOS changes the log-prob, all else being equal: so it is scored.
+
+    False where there is none to be scored.
 
     That it is scored once, and as the last token, is what the chain rule says.
     """
     closing = subject.encoder.closing
     closed = next((one for one in pairs if int(one.chosen[-1]) == closing), None)
     if closed is None:
-        return  # every one of them was cut, and the header has said so
+        return False  # every one of them was cut, and the header has said so
     other = closed.chosen.copy()
     other[-1] = next(token for token in range(2) if token != closing)
     logps = _logps(subject, [closed, replace(closed, chosen=other)]).chosen
@@ -244,6 +246,7 @@ def check_closing(subject: PreflightSubject, pairs: list[TokenizedPair]) -> None
         raise CheckpointError(
             f"preflight: the closing EOS of row {closed.index} is not scored: another token there changes nothing"
         )
+    return True
 
 
 def check_round_trip(subject: PreflightSubject) -> None:

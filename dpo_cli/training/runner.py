@@ -13,7 +13,6 @@ config and hands each part what it needs; what the parts do is theirs.
 import itertools
 import json
 import math
-import shlex
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from dpo_cli.config import OptimizerConfig, RunConfig, read_config
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.console.text import duration, plural, safe_text, significant
+from dpo_cli.console.text import duration, plural, safe_text, shell_word, significant
 from dpo_cli.data.batches import Schedule
 from dpo_cli.data.pairs import check_sources, load_pairs
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair
@@ -36,6 +35,7 @@ from dpo_cli.models.loading import (
     START_FILE,
     Decision,
     attach_lora,
+    check_positions,
     choose_device,
     choose_dtype,
     compile_layers,
@@ -178,7 +178,7 @@ def _train_in(directory: RunDirectory, config: RunConfig, reporter: Reporter, go
         except StoppedError as stop:
             if config.dry_run:
                 raise
-            again = f"dpo-train ... output_dir={shlex.quote(str(directory.path))} resume=auto"
+            again = f"dpo-train ... {shell_word('output_dir', directory.path)} resume=auto"
             step = run.step if run is not None else 0
             raise type(stop)(f"{stop} at step {step}; go on with: {again}") from None
 
@@ -229,6 +229,7 @@ def put_together(
     torch.manual_seed(config.seed)
     policy = load_model(source, dtype.value, device.value)
     _check_vocabulary(policy, encoder, data.train)
+    check_positions(policy, [*data.train, *data.held_out], config.data.max_length)
     digest = model_digest(policy)
     if state is not None and not same_weights(state.model_digest, digest):
         raise CheckpointError(
@@ -551,10 +552,12 @@ def _best_in_words(run: Run) -> list[tuple[str, str]]:
 
 
 def _next_command(run: Run) -> str:
-    name = shlex.quote(str(run.directory.path))
+    path = run.directory.path
     if run.is_reward_model:
-        return f"dpo-label by=reward judge={name} samples=..., or dpo-eval checkpoint={name}"
-    return f"dpo-eval checkpoint={name} samples=3"
+        return (
+            f"dpo-label by=reward {shell_word('judge', path)} samples=..., or dpo-eval {shell_word('checkpoint', path)}"
+        )
+    return f"dpo-eval {shell_word('checkpoint', path)} samples=3"
 
 
 def _judge(run: Run, weights: str | None = None) -> Verdict:
