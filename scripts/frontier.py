@@ -98,9 +98,10 @@ def measured(answers: Path, runs: Sequence[Path]) -> list[Player]:
 
 
 def best_of(samples: Path, judge: Path) -> list[tuple[int, float, Estimate]]:
-    """n, KL and reward of choosing the best of n answers of the reference, over all prompts.
+    """n, KL and reward of choosing the best of n answers of the reference, over the prompts that have so many.
 
-    Its KL is at most log n - (n-1)/n: A. Beirami et al., https://arxiv.org/abs/2401.01879.
+    Of independent answers the KL is at most log n - (n-1)/n (A. Beirami et al., https://arxiv.org/abs/2401.01879);
+    these were drawn to differ.
     """
     drawn = read_samples(samples)
     rewards = explicit(judge, drawn)
@@ -116,7 +117,7 @@ def table(players: Sequence[Player], others: Sequence[tuple[int, float, Estimate
     lines = ["policy        sequence KL (nats)        reward                    more than the reference"]
     for one in players:
         lines.append(f"{one.name:<12}  {_shown(one.kl):<24}  {_shown(one.reward):<24}  {_shown(one.more)}")
-    lines += [f"best of {n:<4}  at most {kl:<16.2f}  {_shown(reward)}" for n, kl, reward in others]
+    lines += [f"best of {n:<4}  {f'some {kl:.2f}':<24}  {_shown(reward)}" for n, kl, reward in others]
     return "\n".join(lines)
 
 
