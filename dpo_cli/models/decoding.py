@@ -264,10 +264,8 @@ class _Batch:
         """The next token of every row, (R,), from logits (R, V)."""
         if self.uniforms is None:
             return logits.argmax(-1)
-        probabilities = nucleus(
-            torch.softmax((logits - logits.amax(-1, keepdim=True)) / self.decoding.temperature, dim=-1),
-            self.decoding.top_p,
-        )
+        relative = logits - logits.amax(-1, keepdim=True)  # 0 at most: no temperature makes it infinite
+        probabilities = nucleus(torch.softmax(relative / self.decoding.temperature, dim=-1), self.decoding.top_p)
         return pick(probabilities, self.uniforms[self.alive, step])
 
     def _note(self, tokens: Tensor) -> None:
