@@ -203,7 +203,7 @@ MUTANTS = [
     Mutant("a judge closes what was cut", "dpo_cli/pipeline/judges.py", "chosen_finished=sample.is_finished(first)",
            "chosen_finished=True", "tests/test_label.py -k cut"),
     Mutant("a match stores the space behind the colon", "dpo_cli/pipeline/play.py", "as_stored(prompt.written, answer.text)",
-           "answer.text", "tests/test_rank_checkpoints.py -k one_form"),
+           "answer.text", "tests/test_rank_checkpoints.py -k colon"),
     Mutant("another player's answers are taken", "dpo_cli/pipeline/sampler.py", 'if part["player"] == player]', "]",
            "tests/test_rank_checkpoints.py -k played_again"),
     Mutant("a match of other weights is taken", "dpo_cli/pipeline/subject.py", "        if name and files and", "        if False and",

@@ -13,6 +13,8 @@ import torch
 from conftest import Ended, run_of, sample_rows, tiny_words, write_jsonl
 from safetensors.torch import load_file, save_file
 
+from dpo_cli.evaluation.generate import Text
+from dpo_cli.pipeline import play
 from dpo_cli.pipeline import sampler as module
 from dpo_cli.pipeline.play import Match, short_names
 from dpo_cli.theory.bradley_terry import fit
@@ -258,6 +260,21 @@ def test_players_and_judge_read_prompts_in_one_form(
     rewards = {row["id"]: sorted(row["rewards"], reverse=True) for row in answers(output)}
     for row in map(json.loads, labels.read_text().splitlines()):
         assert [row["reward_chosen"], row["reward_rejected"]] == pytest.approx(rewards[row["sample"]], abs=1e-5)
+
+
+def test_the_space_behind_the_colon_of_a_conversation_in_plain_text_is_no_part_of_an_answer(
+    command: Command, brief: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answered(sampler: Any, prompts: list[list[int]], *_: Any) -> list[list[Text]]:
+        return [[Text(" Hi there", 3, True)] for _ in prompts]
+
+    monkeypatch.setattr(play, "answer_all", answered)
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    asked = write_jsonl(tmp_path / "p.jsonl", [{"prompt": turns}, {"prompt": "Why is it so?"}])
+    words = (f"checkpoints=[{BASE},{brief}]", "judge=shorter", "prior=1", "template=plain")
+    ended = ranked(command, tmp_path / "r.json", asked, *words)
+    assert ended.code == 0, ended.err
+    assert [row["responses"] for row in answers(tmp_path / "r.json")] == [["Hi there"] * 2, [" Hi there"] * 2]
 
 
 def test_a_judge_whose_rewards_are_no_numbers_ranks_nobody(
