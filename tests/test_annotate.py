@@ -228,7 +228,7 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -
     path, of = tmp_path / "log.jsonl", samples()
     with opened_log(path, of, FILE, pytest.fail), pytest.raises(ConfigError) as error:
         reopened(path, of)
-    assert str(error.value) == (f"{path}: another process is judging into it; wait for it, or name another output")
+    assert str(error.value) == (f"{path}: another process is writing it; wait for it, or name another output")
     assert reopened(path, of) == []
 
 
@@ -243,9 +243,7 @@ def test_a_full_disk_leaves_no_half_of_a_line(tmp_path: Path) -> None:
                 log.append(judgement(of[1]))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert str(error.value) == (
-            f"{path}: cannot be written (No space left on device); what was judged before is in it"
-        )
+        assert str(error.value) == (f"{path}: cannot be written (File too large); what was done before is in it")
         assert path.read_bytes() == before and log.judgements == [judgement(of[0])]
         log.append(judgement(of[1]))
     assert len(reopened(path, of)) == 2
@@ -855,7 +853,7 @@ def test_two_annotators_share_a_log_and_only_one_at_a_time(labelling: Start, tmp
     first.until("? help")
     second = labelling("ben")
     assert second.wait() == 2
-    assert "another process is judging into it; wait for it, or name" in second.until("another output")
+    assert "another process is writing it; wait for it, or name" in second.until("another output")
     first.press("1")
     first.until("question 2 of 4")
     first.press("q")

@@ -391,7 +391,7 @@ def test_two_processes_do_not_write_one_file(command: Command, prompts: Path, tm
         fcntl.flock(other, fcntl.LOCK_EX)
         ended = command("dpo-sample", *DRAWING, f"prompts={prompts}", f"output={output}")
     assert ended.code == 2
-    assert ended.err == f"error: {output}.part: another process is writing it; wait, or name another output\n"
+    assert ended.err == f"error: {output}.part: another process is writing it; wait for it, or name another output\n"
     assert journal_of(output).read_bytes() == b"" and not output.exists()
 
 
@@ -412,7 +412,7 @@ def test_an_output_that_is_a_folder_or_a_link_is_refused(command: Command, promp
     (tmp_path / "o.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
     link = command("dpo-sample", *words, f"output={tmp_path / 'o.jsonl'}")
     assert link.code == 7
-    assert link.err == f"error: {tmp_path / 'o.jsonl'}.part: is a symbolic link, and is not written through\n"
+    assert link.err == f"error: {tmp_path / 'o.jsonl'}: is a symbolic link, and is not written through\n"
     assert not (tmp_path / "elsewhere.jsonl").exists()
 
 

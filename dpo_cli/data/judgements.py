@@ -9,20 +9,18 @@ One idea to keep in mind: lines are only ever added. Who changes their mind adds
 only half a line, which a kill in the middle of writing leaves at the end, is cut off.
 """
 
-import fcntl
 import json
 import math
-import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.console.text import safe_text
+from dpo_cli.data.line_log import LineLog, opened_lines
 from dpo_cli.data.samples import Sample, fingerprint_of
-from dpo_cli.errors import ConfigError, DataError, StorageError
+from dpo_cli.errors import DataError
 
 VERSION = 1
 VERDICTS = ("left", "right", "tie", "skip")
@@ -55,57 +53,22 @@ class Judgement:
 class JudgementLog:
     """The judgements of a log that stand, in the order they were made; `opened_log` makes one."""
 
-    def __init__(self, path: Path, descriptor: int, judgements: list[Judgement]) -> None:
-        self.path = path
+    def __init__(self, lines: LineLog, judgements: list[Judgement]) -> None:
         self.judgements = judgements
-        self._descriptor = descriptor
+        self._lines = lines
 
     def append(self, judgement: Judgement) -> None:
         """Add a judgement; it is on disk when this returns, or StorageError and the log is as it was."""
-        self._write(asdict(judgement))
+        self._lines.append(asdict(judgement))
         self.judgements.append(judgement)
 
     def take_back(self, annotator: str, time: str) -> Judgement | None:
         """Undo the annotator's latest judgement, and return it; None where there is none."""
         latest = next((judgement for judgement in reversed(self.judgements) if judgement.annotator == annotator), None)
         if latest is not None:
-            self._write({"undo": latest.sample, "annotator": annotator, "time": time})
+            self._lines.append({"undo": latest.sample, "annotator": annotator, "time": time})
             self.judgements.remove(latest)
         return latest
-
-    def begin(self, samples: Sequence[Sample], samples_file: Path) -> None:
-        """The first line of a new log: which samples it is of."""
-        self._write({"judgements": VERSION, "samples": fingerprint_of(samples), "file": samples_file.name})
-        with suppress(OSError):  # some file systems cannot flush a folder, and need not
-            folder = os.open(self.path.parent, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-
-    def cut(self, length: int) -> None:
-        """Keep only the first `length` bytes."""
-        try:
-            os.ftruncate(self._descriptor, length)
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise StorageError(f"{safe_text(self.path)}: cannot be written ({error.strerror})") from None
-
-    def _write(self, record: dict[str, Any]) -> None:
-        line = (json.dumps(record) + "\n").encode("ascii")
-        status = os.fstat(self._descriptor)
-        if status.st_nlink == 0:
-            raise StorageError(f"{safe_text(self.path)}: was removed or replaced meanwhile, and is written no more")
-        try:
-            if os.write(self._descriptor, line) != len(line):
-                raise OSError(28, os.strerror(28))
-            os.fsync(self._descriptor)
-        except OSError as error:
-            with suppress(OSError):  # no half of a line stays behind
-                os.ftruncate(self._descriptor, status.st_size)
-            raise StorageError(
-                f"{safe_text(self.path)}: cannot be written ({error.strerror}); what was judged before is in it"
-            ) from None
 
 
 @contextmanager
@@ -116,48 +79,20 @@ def opened_log(
 
     DataError where it is no log or one of other samples: then nothing in it is changed.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise StorageError(f"{safe_text(path)}: cannot be written ({error.strerror})") from None
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise DataError(f"{safe_text(path)}: is not a regular file; name one for the judgements")
-        _lock(path, descriptor, warn)
-        content = _content(path, descriptor)
+    with opened_lines(path, warn) as lines:
+        content = lines.read()
         whole = content[: content.rfind(b"\n") + 1]
-        log = JudgementLog(path, descriptor, read_judgements(path, content, samples, samples_file))
+        log = JudgementLog(lines, read_judgements(path, content, samples, samples_file))
         if whole != content:
             warn(
                 f"{path} line {whole.count(10) + 1}: is half written, as after a kill; it is cut off, as if its key "
                 "had not been pressed"
             )
-            log.cut(len(whole))
+            lines.cut(len(whole))
         if not whole:
-            log.begin(samples, samples_file)
+            lines.append({"judgements": VERSION, "samples": fingerprint_of(samples), "file": samples_file.name})
+            lines.sync_name()
         yield log
-    finally:
-        os.close(descriptor)
-
-
-def _lock(path: Path, descriptor: int, warn: Callable[[str], None]) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(
-            f"{safe_text(path)}: another process is judging into it; wait for it, or name another output"
-        ) from None
-    except OSError as error:  # some network file systems: better a log without a lock than none
-        warn(f"{path}: no locks here ({error.strerror}): see that nobody else judges into it")
-
-
-def _content(path: Path, descriptor: int) -> bytes:
-    try:
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
-    except OSError as error:
-        raise StorageError(f"{safe_text(path)}: cannot be read ({error.strerror})") from None
 
 
 def read_judgements(path: Path, content: bytes, samples: Sequence[Sample], samples_file: Path) -> list[Judgement]:

@@ -3,51 +3,33 @@
 A job's output appears whole, when all is done; until then there is the journal beside it, `<output>.part`.
 """
 
-import fcntl
 import json
-import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.console.text import safe_text
+from dpo_cli.data.line_log import LineLog, opened_lines
 from dpo_cli.errors import ConfigError, DataError, StorageError
 from dpo_cli.paths import user_path
-from dpo_cli.training.durable import sync, write_whole
+from dpo_cli.training.durable import write_whole
 
 VERSION = 1
 
 
 class Journal:
-    """The parts that are done, each a JSON object; `opened_journal` makes one. Without a file it is in memory alone."""
+    """The parts that are done, each a JSON object; `opened_journal` makes one. Without a log it is in memory alone."""
 
-    def __init__(self, path: Path | None = None, file: FileIO | None = None) -> None:
-        self.path = path
-        self.done: list[dict[str, Any]] = []
-        self._file = file
+    def __init__(self, log: LineLog | None = None, done: Iterable[dict[str, Any]] = ()) -> None:
+        self.done = list(done)
+        self._log = log
 
     def append(self, part: dict[str, Any]) -> None:
         """Add a part; it is on disk when this returns."""
-        self.write(part)
+        if self._log is not None:
+            self._log.append(part)
         self.done.append(part)
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Add a line that is no part: the header."""
-        file = self._file
-        if file is None:
-            return
-        size = os.fstat(file.fileno()).st_size
-        left = memoryview(json.dumps(line).encode("ascii") + b"\n")
-        try:
-            while left:
-                left = left[file.write(left) :]
-            os.fsync(file.fileno())
-        except OSError as error:
-            with suppress(OSError):  # half a line would spoil the one that comes behind it
-                file.truncate(size)
-            raise StorageError(f"{safe_text(self.path)}: cannot be written ({error.strerror})") from None
 
 
 def journal_of(output: Path) -> Path:
@@ -67,43 +49,23 @@ def opened_journal(
     if output is None:
         yield Journal()
         return
-    path = journal_of(output)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_symlink() or output.is_symlink():
-            raise StorageError(f"{safe_text(path)}: is a symbolic link, and is not written through")
-        file = path.open("a+b", buffering=0)  # what could not be written is not tried again when it is closed
-    except OSError as error:
-        raise StorageError(f"{safe_text(path)}: cannot be written ({error.strerror})") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{safe_text(path)}: another process is writing it; wait, or name another output"
-            ) from None
-        except OSError as error:  # some network file systems have no locks
-            warn(f"{safe_text(path)}: no locks here ({error.strerror}): see that no other process writes it")
-        lines = _whole_lines(path, file, keys, warn)
-        journal = Journal(path, file)
-        journal.done = lines[1:]
+    if output.is_symlink():
+        raise StorageError(f"{safe_text(output)}: is a symbolic link, and is not written through")
+    with opened_lines(journal_of(output), warn) as log:
+        lines = _whole_lines(log, keys, warn)
         header = {"journal": VERSION, "job": json.loads(json.dumps(job))}
         if not lines:
-            journal.write(header)
-            sync(path.parent)
+            log.append(header)
+            log.sync_name()
         elif lines[0] != header:
             found = lines[0].get("job")
-            raise ConfigError(f"{safe_text(path)}: {_differences(found if isinstance(found, dict) else {}, job)}")
-        yield journal
+            raise ConfigError(f"{safe_text(log.path)}: {_differences(found if isinstance(found, dict) else {}, job)}")
+        yield Journal(log, lines[1:])
 
 
-def _whole_lines(path: Path, file: FileIO, keys: Collection[str], warn: Callable[[str], None]) -> list[dict[str, Any]]:
-    file.seek(0)
-    content = file.read()
+def _whole_lines(log: LineLog, keys: Collection[str], warn: Callable[[str], None]) -> list[dict[str, Any]]:
+    content = log.read()
     end = content.rfind(b"\n") + 1
-    if end < len(content):
-        warn(f"{safe_text(path)}: its last line was cut off in the middle; that part is done again")
-        file.truncate(end)
     lines = []
     for number, line in enumerate(content[:end].splitlines(), start=1):
         value: Any = None
@@ -113,9 +75,12 @@ def _whole_lines(path: Path, file: FileIO, keys: Collection[str], warn: Callable
             value.get("journal") != VERSION if number == 1 else not value.keys() >= set(keys)
         ):
             raise DataError(
-                f"{safe_text(path)} line {number}: is not what this program writes; remove the file to begin anew"
+                f"{safe_text(log.path)} line {number}: is not what this program writes; remove the file to begin anew"
             )
         lines.append(value)
+    if end < len(content):
+        warn(f"{safe_text(log.path)}: its last line was cut off in the middle; that part is done again")
+        log.cut(end)
     return lines
 
 
