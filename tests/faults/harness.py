@@ -208,7 +208,7 @@ def start(
         watch_phases(place)
         prepare()
         sys.argv = [command, *words]
-        {"dpo-train": cli.train, "dpo-eval": cli.evaluate, "dpo-sample": cli.sample}[command]()
+        {"dpo-train": cli.train, "dpo-eval": cli.evaluate, "dpo-sample": cli.sample, "dpo-rank": cli.rank}[command]()
     except SystemExit as ended:
         code = int(ended.code or 0)
     except BaseException:

@@ -150,6 +150,31 @@ def test_a_journal_cut_anywhere_in_its_last_line_loses_that_batch_alone(tmp_path
             LEDGER.compared[1] += same(tmp_path, straight)
 
 
+@pytest.mark.parametrize("batch", [2, 4, 6])
+def test_a_match_killed_between_batches_goes_on_to_the_same_bytes(tmp_path: Path, tiny_path: str, batch: int) -> None:
+    """Two players, three batches each."""
+
+    def played(folder: Path, prepare: Callable[[], None] = lambda: None) -> Left:
+        folder.mkdir(exist_ok=True)
+        prompts = write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+        players = f"checkpoints=[dpo-cli/tiny-random,{tiny_path}]"
+        drawing = [players, f"prompts={prompts}", "judge=shorter", "prior=1", "max_new_tokens=6", "batch_size=2"]
+        return start(folder, [*drawing, f"output={folder / 'job' / 'r.json'}"], prepare, "dpo-rank").wait()
+
+    with fault(1):
+        assert played(tmp_path / "straight").code == 0
+        killed = tmp_path / "killed"
+        left = played(killed, at_batch(batch, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+        assert left.code == -signal.SIGKILL
+        assert (killed / "job" / "r.answers.jsonl.part").read_bytes().count(b"\n") == 1 + batch - 1
+        assert played(killed, at_batch(3 * 2 + 1 - (batch - 1), lambda: os._exit(9))).code == 0  # none is drawn twice
+        for name in ("r.json", "r.answers.jsonl"):
+            content = (killed / "job" / name).read_bytes()
+            assert content == (tmp_path / "straight" / "job" / name).read_bytes()
+            LEDGER.compared[1] += len(content)
+        assert sorted(os.listdir(killed / "job")) == ["r.answers.jsonl", "r.answers.jsonl.manifest.json", "r.json"]
+
+
 # Fault 2
 
 
