@@ -116,7 +116,7 @@ dpo-label: turn samples into preference pairs for dpo-train.
     dpo-label samples=FILE by=human|reward|implicit|rule [key=value ...]
 
   by=human annotator=NAME   you, at the keyboard: two answers in blinded order, saved after every key
-  by=reward judge=RUN       a reward model, trained with dpo-train objective=reward
+  by=reward judge=RUN       a reward model: a run of dpo-train objective=reward, or a classifier with one label
   by=implicit judge=RUN     a DPO run's own reward, beta log(policy / reference)
   by=rule rule=NAME         {rules}
   pairs=all                 of more than two answers: all, or extremes, the best against the worst
@@ -143,7 +143,7 @@ dpo-rank: a Bradley-Terry ranking with 95% intervals.
 
   games=FILE           who beat whom: .csv with the header winner,loser,count, or .jsonl of the same; a column tie
   checkpoints=[a,b]    runs, checkpoints, adapters or models: each answers every prompt, the judge compares
-  judge=JUDGE          a reward model's run, a DPO run (its implicit reward), or a rule: {rules}
+  judge=JUDGE          a reward model, a DPO run (its implicit reward), or a rule: {rules}
   prompts=FILE         as for dpo-sample
   prior=0              above 0: drawn games with an average player, which bound the undefeated and join the unconnected
   template=chat|plain  how checkpoints are asked; unset, each as it was trained

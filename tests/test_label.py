@@ -525,7 +525,8 @@ def test_a_judge_of_another_kind_is_refused(
          "objective=reward trains a reward model"),
         (("by=implicit", f"judge={reward_run}"), 2, f"judge={reward_run}: is a reward model; by=reward asks it"),
         (("by=implicit", f"judge={tiny_path}"), 2,
-         f"judge={tiny_path}: a judge is an adapter on the model it was trained from"),
+         f"judge={tiny_path}: a judge is an adapter on the model it was trained from, or a sequence-classification "
+         "model with one label"),
         (("by=reward", f"judge={tiny_path}"), 2,
          f"judge={tiny_path}: is no reward model; by=implicit takes a DPO run's own reward, and dpo-train "
          "objective=reward trains a reward model"),

@@ -332,7 +332,8 @@ def test_what_cannot_play_or_judge_is_refused_before_an_answer_is_drawn(
          f"checkpoints={reward}: is a reward model, which gives no answers; let it judge"),
         ((players,), 2, "judge=null: name a reward model's run, a DPO run, or a rule"),
         ((players, f"judge={gone}"), 4, f"judge={gone}: {nowhere}"),
-        ((players, f"judge={BASE}"), 2, f"judge={BASE}: a judge is an adapter on the model it was trained from"),
+        ((players, f"judge={BASE}"), 2, f"judge={BASE}: a judge is an adapter on the model it was trained from, or a "
+         "sequence-classification model with one label"),
         ((players, "judge=shorter", "games=x.csv"), 2,
          "games=x.csv: give games=FILE, or checkpoints=[a,b,c] judge=... prompts=FILE"),
         ((players, "judge=shorter", "max_prompt_length=5"), 3, "over max_prompt_length=5"),

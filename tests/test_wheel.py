@@ -1,5 +1,6 @@
 """The wheel stands alone: installed in a clean environment it composes every group choice from an empty directory."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -46,7 +47,9 @@ print(conf_dir(), number, *rows)
 
 
 def test_the_wheel_composes_every_choice_and_carries_the_sample_pairs(installed: Path, tmp_path: Path) -> None:
-    ended = subprocess.run([installed, "-c", COMPOSE], cwd=tmp_path, capture_output=True, text=True, check=False)
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [installed, "-c", COMPOSE]
+    ended = subprocess.run(words, cwd=tmp_path, env=bare, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     conf, number, train, test = ended.stdout.split()
     assert str(installed.parent.parent) in conf, "the checkout's conf/ was used"

@@ -19,10 +19,13 @@ from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_id
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.evaluation.rules import RULES
 from dpo_cli.evaluation.scores import score_pairs
+from dpo_cli.models.classifier import conversation_ids, is_classifier, load_classifier, scores
 from dpo_cli.models.loading import (
+    ModelSource,
     choose_device,
     find_model,
     load_model,
+    load_tokenizer,
     model_digest,
     position_limit,
 )
@@ -118,11 +121,7 @@ class ModelJudge:
             ends = [one.is_finished(place) or self.encoder.always_closes for place in range(len(one.responses))]
             answers = list(zip(one.responses, ends, strict=True))
             rewards[:] = [rewards[answers.index(answer)] for answer in answers]
-        if not all(math.isfinite(reward) for rewards in found for reward in rewards):
-            raise CheckpointError(
-                f"judge={safe_text(self.name)}: gives rewards that are no numbers; its weights are damaged"
-            )
-        return found
+        return finite(found, self.name)
 
     def _pairs(self, samples: Sequence[Sample]) -> tuple[list[TokenizedPair], list[tuple[int, int, int]]]:
         """The responses two by two, an odd last one beside the one before it, and whose they are."""
@@ -152,6 +151,40 @@ class ModelJudge:
         return pairs, owners
 
 
+@dataclass
+class ClassifierJudge:
+    """A reward model of others: one score for a whole conversation, which ends as its own template ends it."""
+
+    name: str
+    facts: dict[str, Any]
+    model: Any
+    tokenizer: Any
+    max_length: int
+    device: torch.device
+    truncation: Truncation = field(default_factory=Truncation)
+
+    def rewards(self, samples: Sequence[Sample], poll: Callable[[], None]) -> list[list[float]]:
+        """A reward for every response of every sample; an overlong conversation loses its beginning."""
+        sequences = []
+        for sample in samples:
+            prompt = sample.read
+            ids = [
+                conversation_ids(self.tokenizer, prompt.messages, prompt.text, response.strip())
+                for response in sample.responses
+            ]
+            self.truncation.prompts_cut += any(len(one) > self.max_length for one in ids)
+            sequences += [one[-self.max_length :] for one in ids]
+        values = iter(scores(self.model, sequences, self.device, poll))
+        return finite([[next(values) for _ in sample.responses] for sample in samples], self.name)
+
+
+def finite(rewards: list[list[float]], judge: str) -> list[list[float]]:
+    """The rewards; CheckpointError where one is no number."""
+    if not all(math.isfinite(reward) for some in rewards for reward in some):
+        raise CheckpointError(f"judge={safe_text(judge)}: gives rewards that are no numbers; its weights are damaged")
+    return rewards
+
+
 def _pair(sample: Sample, first: int, second: int) -> PreferencePair:
     """Two responses of a sample; which of them is `chosen` says nothing here."""
     prompt = sample.read
@@ -177,15 +210,19 @@ def find_judge(name: str, kind: str | None, trust_remote_code: bool) -> Subject 
             raise ConfigError(f"rule={safe_text(name)}: choose one of {', '.join(RULES)}")
         return None
     subject = find_subject(Asked(name, None, trust_remote_code, alone=True, key="judge"))
-    if kind == "reward" and not subject.is_reward_model:
+    whole = not subject.is_adapter and is_classifier(find_model(subject.base))
+    if kind == "reward" and not subject.is_reward_model and not whole:
         raise ConfigError(
             f"judge={safe_text(name)}: is no reward model; by=implicit takes a DPO run's own reward, and "
             "dpo-train objective=reward trains a reward model"
         )
-    if kind == "implicit" and subject.is_reward_model:
+    if kind == "implicit" and (subject.is_reward_model or whole):
         raise ConfigError(f"judge={safe_text(name)}: is a reward model; by=reward asks it")
-    if not subject.is_adapter:
-        raise ConfigError(f"judge={safe_text(name)}: a judge is an adapter on the model it was trained from")
+    if not subject.is_adapter and not whole:
+        raise ConfigError(
+            f"judge={safe_text(name)}: a judge is an adapter on the model it was trained from, or a "
+            "sequence-classification model with one label"
+        )
     return subject
 
 
@@ -202,6 +239,8 @@ def load_judge(
     where = choose_device(device).value
     dtype = subject_dtype(subject, where).value
     source = find_model(subject.base, reporter.say)
+    if not subject.is_adapter:
+        return _classifier_judge(subject, source, dtype, where, reporter)
     encoder = subject_encoder(subject)
     _check_tokenizer(subject, encoder)
     base = load_model(source, dtype, where)
@@ -225,6 +264,30 @@ def load_judge(
     return ModelJudge(
         subject.weights, facts, policy, subject.is_reward_model, beta, encoder, limit, where, batching, digest
     )
+
+
+def _classifier_judge(
+    subject: Subject, source: ModelSource, dtype: torch.dtype, device: torch.device, reporter: Reporter
+) -> ClassifierJudge:
+    tokenizer, model = load_tokenizer(source), load_classifier(source, dtype, device)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
+    limit = min(DEFAULT_LENGTH, positions, tokenizer.model_max_length)
+    template = "chat" if tokenizer.chat_template else "prompt and answer, paired"
+    facts = {
+        "judge": subject.weights,
+        "kind": "reward",
+        "weights": model_digest(model),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "template": template,
+    }
+    reporter.facts(
+        [
+            ("judge", f"{safe_text(subject.weights)}: a reward model ({type(model).__name__})"),
+            ("", f"{facts['dtype']} on {device.type}, its own template ({template}), reads {plural(limit, 'token')}"),
+        ]
+    )
+    return ClassifierJudge(subject.weights, facts, model, tokenizer, limit, device)
 
 
 def _check_tokenizer(subject: Subject, encoder: PairEncoder) -> None:

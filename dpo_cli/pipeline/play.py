@@ -96,7 +96,7 @@ def _check_players(
         raise ConfigError(
             f"checkpoints: are not asked alike ({shown}); template=chat or template=plain asks all of them so"
         )
-    reads = subject_encoder(judging).kind if judging is not None else None
+    reads = subject_encoder(judging).kind if judging is not None and judging.is_adapter else None
     if reads is not None and reads not in kinds:
         raise ConfigError(
             f"judge={safe_text(config.judge)}: reads answers as {reads}, and the checkpoints are asked as "
