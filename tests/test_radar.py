@@ -120,6 +120,17 @@ def test_stop_ends_a_run_for_what_holds_now_said_before_or_not() -> None:
     assert warned.ruin(warned.drift()) is None and calm.ruin(calm.drift()) is None
 
 
+def test_a_reward_model_is_warned_in_words_of_its_own() -> None:
+    for name, (triggers, _) in ALARMS.items():
+        radar = Radar(1.0, "stop", objective="reward")
+        radar.add(triggers)
+        alarms = {alarm.name: alarm.text for alarm in radar.alarms(radar.drift())}
+        assert radar.ruin(radar.drift()) is None and alarms.keys() <= {"length", "saturated"}
+        if name == "length":
+            assert "balance the lengths of the pairs" in alarms["length"]
+            assert "policy" not in alarms["length"] and "loss=" not in alarms["length"]
+
+
 def test_saturation_is_a_matter_of_the_sigmoid_loss() -> None:
     radar = Radar(2.0, "warn", loss="sigmoid_norm")
     radar.add(ALARMS["saturated"][0])

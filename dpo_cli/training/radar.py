@@ -64,7 +64,7 @@ RULES = (
     ),
     Rule(
         "length",
-        lambda d: abs(d.margin_length_correlation) > 0.8 and d.pairs >= 2 * ENOUGH,
+        lambda d: _follows_length(d),
         lambda d: (
             f"the margin follows the length gap (correlation {d.margin_length_correlation:+.2f}): the policy may learn "
             f"to be {'longer' if d.margin_length_correlation > 0 else 'shorter'} and little else; compare "
@@ -81,6 +81,24 @@ RULES = (
     ),
 )
 
+# Of a reward model: its rewards are no log-probs, and drift from nothing.
+REWARD_RULES = (
+    Rule(
+        "length",
+        lambda d: _follows_length(d),
+        lambda d: (
+            f"the margin follows the length gap (correlation {d.margin_length_correlation:+.2f}): the reward may be "
+            f"for {'longer' if d.margin_length_correlation > 0 else 'shorter'} answers and little else; balance the "
+            "lengths of the pairs"
+        ),
+    ),
+    RULES[-1],
+)
+
+
+def _follows_length(drift: Drift) -> bool:
+    return abs(drift.margin_length_correlation) > 0.8 and drift.pairs >= 2 * ENOUGH
+
 
 class Radar:
     """Keeps the log-ratios of the last pairs and says each alarm once."""
@@ -89,9 +107,8 @@ class Radar:
         self.beta = beta
         self.mode = mode
         # Gradient weights are those of DPO: only there does a small one mean that a pair no longer pulls.
-        rules = [rule for rule in RULES if rule.name != "saturated" or loss == "sigmoid"]
-        # Rewards are no log-probs, and drift from nothing.
-        self._rules = [rule for rule in rules if not rule.ruins] if objective == "reward" else rules
+        rules = REWARD_RULES if objective == "reward" else RULES
+        self._rules = [rule for rule in rules if rule.name != "saturated" or loss == "sigmoid"]
         self.sounded: list[str] = []
         self._columns = torch.zeros(4, 0)  # c, r, n+, n- of the last pairs, oldest first
 
