@@ -1,7 +1,7 @@
 """Answers a second: this program's drawing against `generate` on one prompt at a time, and on batches, in one run.
 
 The three take turns on the same prompts and the median of the rounds counts, so that what else the machine does falls
-on all alike. Every way draws at temperature 1 from the same model, at most `--max-new-tokens` an answer.
+on all alike. Every way draws at temperature 1 from the same model, at most `max_new_tokens` an answer.
 """
 
 import argparse
@@ -60,25 +60,28 @@ def _generate(sampler: Sampler, prompts: list[list[int]], decoding: Decoding) ->
     return sum(next((place for place, token in enumerate(row) if token in ends), len(row)) for row in rows)
 
 
+KEYS = ("model", "checkpoint", "prompts", "limit", "max_new_tokens", "template", "device", "trust_remote_code")
 WAYS: dict[str, Way] = {"dpo-sample": ours, "generate, in batches": in_batches, "generate, one prompt": one_at_a_time}
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Time the three ways in turns, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", default="sample:test", help="a file of prompts")
-    parser.add_argument("--limit", type=int, default=32, help="prompts; one at a time takes an eighth of them")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("overrides", nargs="*", help="of dpo-sample, such as model=qwen")
+    parser.add_argument("overrides", nargs="*", help=f"of dpo-sample: {', '.join(KEYS)}")
     args = parser.parse_args(words)
 
-    overrides = parse_overrides([*args.overrides, f"prompts={args.prompts}", f"limit={args.limit}"])
+    for word in args.overrides:
+        if word.split("=")[0].split(".")[0] not in KEYS:
+            parser.error(f"{word}: of dpo-sample's dials these count here: {', '.join(KEYS)}")
+    # Of prompts, one at a time takes an eighth.
+    overrides = parse_overrides(["prompts=sample:test", "limit=32", "max_new_tokens=64", *args.overrides])
     config = config_of(composed("sample", overrides, SampleConfig).container, SampleConfig)
     sampler = load_sampler(config, Reporter())
-    prompts, _ = read_prompts(args.prompts, args.limit, False)
+    assert config.prompts is not None
+    prompts, _ = read_prompts(config.prompts, config.limit, False)
     ids = sampler.encoder.encode_prompts([prompt.read for prompt in prompts])
-    decoding = Decoding(args.max_new_tokens, 1.0)
+    decoding = Decoding(config.max_new_tokens, 1.0)
     few = ids[:: 8 if len(ids) >= 16 else 1]
     sizes = {"dpo-sample": ids, "generate, in batches": ids, "generate, one prompt": few}
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
@@ -94,7 +97,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 tokens[name].append(drawn / elapsed)
     lengths = f"{min(map(len, ids))} to {max(map(len, ids))} tokens"
     machine = f"{sampler.name}, {sampler.dtype.value}, {torch.get_num_threads()} threads"
-    print(f"{len(ids)} prompts of {lengths}, two answers each, at most {args.max_new_tokens} tokens; {machine}")
+    print(f"{len(ids)} prompts of {lengths}, two answers each, at most {config.max_new_tokens} tokens; {machine}")
     print(f"{'':<22}  answers/s  in {args.rounds} rounds      tokens/s  times")
     slowest = statistics.median(seconds["generate, one prompt"])
     for name, each in seconds.items():
