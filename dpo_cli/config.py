@@ -410,29 +410,16 @@ class EvalConfig:
         _require(allowed, "name", self.name, "must be a plain folder name")
 
 
-def _check_drawing(temperature: float, top_p: float, max_new_tokens: int, max_prompt_length: int, seed: int) -> None:
-    """What holds wherever answers are drawn."""
-    _finite("temperature", temperature)
-    _require(temperature > 0, "temperature", temperature, "must be above 0; 1 is the model itself")
-    _require(0 < top_p <= 1, "top_p", top_p, "must be in (0, 1]; 1 leaves nothing out")
-    _at_least("max_new_tokens", max_new_tokens, 1)
-    _at_least("max_prompt_length", max_prompt_length, 1)
-    _require(0 <= seed < 2**63, "seed", seed, "must be a whole number from 0 to 2**63 - 1")
-
-
 @dataclass
-class SampleConfig:
-    """Answers drawn from a model to a file of prompts."""
+class DrawingConfig:
+    """What holds wherever answers are drawn to the prompts of a file."""
 
-    model: ModelConfig = MISSING
-    checkpoint: Optional[str] = MISSING
     prompts: Optional[str] = MISSING
-    n: int = MISSING
+    template: Optional[str] = MISSING
     temperature: float = MISSING
     top_p: float = MISSING
     max_new_tokens: int = MISSING
     max_prompt_length: int = MISSING
-    template: Optional[str] = MISSING
     limit: Optional[int] = MISSING
     on_bad_row: str = MISSING
     seed: int = MISSING
@@ -442,14 +429,31 @@ class SampleConfig:
     output: Optional[str] = MISSING
 
     def __post_init__(self) -> None:
-        _require(bool(self.prompts), "prompts", self.prompts, PROMPTS_NEEDED)
-        _at_least("n", self.n, 1)
-        _check_drawing(self.temperature, self.top_p, self.max_new_tokens, self.max_prompt_length, self.seed)
         if self.template is not None:
             _one_of("template", self.template, TEMPLATES)
+        _finite("temperature", self.temperature)
+        _require(self.temperature > 0, "temperature", self.temperature, "must be above 0; 1 is the model itself")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]; 1 leaves nothing out")
+        _at_least("max_new_tokens", self.max_new_tokens, 1)
+        _at_least("max_prompt_length", self.max_prompt_length, 1)
         _at_least("limit", self.limit, 1)
         _one_of("on_bad_row", self.on_bad_row, ("error", "skip"))
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "must be a whole number from 0 to 2**63 - 1")
         _check_whole_or_auto("batch_size", self.batch_size)
+
+
+@dataclass
+class SampleConfig(DrawingConfig):
+    """Answers drawn from a model to a file of prompts."""
+
+    model: ModelConfig = MISSING
+    checkpoint: Optional[str] = MISSING
+    n: int = MISSING
+
+    def __post_init__(self) -> None:
+        _require(bool(self.prompts), "prompts", self.prompts, PROMPTS_NEEDED)
+        _at_least("n", self.n, 1)
+        super().__post_init__()
 
 
 @dataclass
@@ -495,38 +499,20 @@ class LabelConfig:
 
 
 @dataclass
-class RankConfig:
+class RankConfig(DrawingConfig):
     """Players ranked by who beat whom: from a file of games, or checkpoints that answer prompts before a judge."""
 
     games: Optional[str] = MISSING
     checkpoints: Optional[List[str]] = MISSING
     judge: Optional[str] = MISSING
-    prompts: Optional[str] = MISSING
     prior: float = MISSING
-    template: Optional[str] = MISSING
-    temperature: float = MISSING
-    top_p: float = MISSING
-    max_new_tokens: int = MISSING
-    max_prompt_length: int = MISSING
-    limit: Optional[int] = MISSING
-    on_bad_row: str = MISSING
-    seed: int = MISSING
-    batch_size: Any = MISSING
-    trust_remote_code: bool = MISSING
-    device: str = MISSING
-    output: Optional[str] = MISSING
 
     def __post_init__(self) -> None:
         one = (self.games is None) != (self.checkpoints is None)
         _require(one, "games", self.games, "give games=FILE, or checkpoints=[a,b,c] judge=... prompts=FILE")
         _finite("prior", self.prior)
         _at_least("prior", self.prior, 0)
-        if self.template is not None:
-            _one_of("template", self.template, TEMPLATES)
-        _check_drawing(self.temperature, self.top_p, self.max_new_tokens, self.max_prompt_length, self.seed)
-        _at_least("limit", self.limit, 1)
-        _one_of("on_bad_row", self.on_bad_row, ("error", "skip"))
-        _check_whole_or_auto("batch_size", self.batch_size)
+        super().__post_init__()
         if self.games is not None:
             for key in ("judge", "prompts"):
                 value = getattr(self, key)
