@@ -240,6 +240,10 @@ def load_judge(
     dtype = subject_dtype(subject, where).value
     source = find_model(subject.base, reporter.say)
     if not subject.is_adapter:
+        if batching != "auto":
+            raise ConfigError(
+                f"batching={batching}: a reward model that is no run of this program has one way to be read"
+            )
         return _classifier_judge(subject, source, dtype, where, reporter)
     encoder = subject_encoder(subject)
     _check_tokenizer(subject, encoder)

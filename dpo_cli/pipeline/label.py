@@ -46,7 +46,7 @@ def label(config: LabelConfig, reporter: Reporter) -> Path:
         name = config.rule if config.by == "rule" else config.judge
         assert name is not None
         judge = load_judge(name, config.by, config.batching, config.device, config.trust_remote_code, reporter)
-        _check_template(samples, path, judge)
+        _check_template(path, judge)
         reporter.facts([("samples", f"{len(samples):,} from {safe_text(path)}"), ("output", safe_text(output))])
         job = {
             "samples": fingerprint_of(samples),
@@ -95,7 +95,7 @@ def output_of(config: LabelConfig, samples: Path) -> Path:
     return output
 
 
-def _check_template(samples: list[Sample], path: Path, judge: Judge) -> None:
+def _check_template(path: Path, judge: Judge) -> None:
     """ConfigError where the answers were given to other prompts than the judge would read: plain text is no chat."""
     if not isinstance(judge, ModelJudge):
         return
