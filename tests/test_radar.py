@@ -197,7 +197,10 @@ VERDICTS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
         {"accuracy": 0.51, "margin": 0.001, "chosen": 0.001, "rejected": 0.001},
         {"accuracy": 0.7, "margin": 0.04, "chosen": 0.001, "rejected": 0.001},
     ),
-    "not_separating": ({"accuracy": 0.51, "margin": 0.001, "chosen": -0.2}, {"accuracy": 0.7, "margin": 0.3}),
+    "not_separating": (
+        {"accuracy": 0.51, "margin": 0.001, "chosen": -0.2, "train_accuracy": 0.55},
+        {"accuracy": 0.7, "margin": 0.3},
+    ),
     "overfit": ({"accuracy": 0.6, "train_accuracy": 0.98}, {"accuracy": 0.68, "train_accuracy": 0.75}),
     "separable": (
         {"accuracy": 1.0, "early_accuracy": 0.99, "train_accuracy": 1.0},
@@ -221,6 +224,14 @@ def test_every_verdict_is_given_when_it_should_and_not_otherwise(name: str) -> N
 @pytest.mark.parametrize("changes", [{"loss": 1.2}, {"worst": 2.5}])
 def test_a_loss_that_explodes_reads_as_too_high_a_rate(changes: dict[str, float]) -> None:
     assert [finding.name for finding in judge(history(**changes)).findings] == ["lr_too_high"]  # type: ignore[arg-type]
+
+
+def test_what_was_learned_by_heart_was_learned_and_what_hardly_moved_was_not() -> None:
+    chance = {"accuracy": 0.51, "margin": 0.001, "train_accuracy": 0.98}
+    still = judge(history(**chance, chosen=0.001, rejected=0.001))
+    moved = judge(history(**chance, chosen=-0.2))
+    assert [finding.name for finding in still.findings] == ["not_learning"]
+    assert [finding.name for finding in moved.findings] == ["overfit"]
 
 
 def test_the_loss_is_judged_by_where_it_started_whatever_the_loss() -> None:

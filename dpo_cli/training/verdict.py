@@ -12,6 +12,7 @@ from typing import Any
 from dpo_cli.console.text import significant
 from dpo_cli.theory.statistics import Estimate, proportion_estimate
 
+MOVED = 0.02  # nats a token by which a response must change before a policy reads as moved
 FAR = 0.3  # nats a token by which the chosen response may fall before the model reads as damaged
 
 
@@ -150,7 +151,8 @@ def _not_learning(h: History) -> bool:
 
 
 def _overfit(h: History) -> bool:
-    if not h.evaluated:
+    hardly_moved = h.in_nats and h.moved < MOVED  # has learned nothing by heart
+    if not h.evaluated or hardly_moved:
         return False
     gap = h.late("rewards/accuracies") - h.accuracy.mean
     return gap > 0.15 and h.late("rewards/accuracies") > h.accuracy.high
@@ -204,7 +206,7 @@ RULES = (
     Rule(
         "not_learning",
         "yellow",
-        lambda h: _not_learning(h) and h.moved < 0.02,
+        lambda h: _not_learning(h) and h.moved < MOVED and not _overfit(h),
         lambda h: (
             f"nothing was learned: the margin is {h.margin:.3g}"
             + (
@@ -218,7 +220,7 @@ RULES = (
     Rule(
         "not_separating",
         "yellow",
-        lambda h: _not_learning(h) and h.moved >= 0.02,
+        lambda h: _not_learning(h) and h.moved >= MOVED and not _overfit(h),
         lambda h: (
             f"nothing was learned: responses moved by {h.moved:.2f} nats a token, yet chosen and rejected alike "
             f"(margin {h.margin:.3g}); the labels look random to this model"
