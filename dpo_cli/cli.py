@@ -89,7 +89,7 @@ dpo-sample: draw answers of a model to a file of prompts, to be compared.
     dpo-sample prompts=FILE [model=choice] [key=value ...]
 
   prompts=FILE         .jsonl(.gz), .json, .csv, .parquet: a prompt a row, or pairs, whose prompts are taken;
-                       .txt: a prompt a line
+                       .txt: a prompt a line; sample:train and sample:test are the shipped ones
   model=CHOICE         {model}; or model.name_or_path=X
   checkpoint=PATH      draw from a trained policy instead: a run, checkpoints/step-*, final/ or an adapter
   n=2                  answers to a prompt, all different

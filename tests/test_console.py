@@ -126,3 +126,13 @@ def test_a_stream_that_cannot_encode_or_write_falls_silent(tmp_path: Path) -> No
     reporter.say("still here")
     reporter.close()
     assert (tmp_path / "train.log").read_text() == "still here\n"
+
+
+def test_work_between_two_steps_is_told_of_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, now = io.StringIO(), [0.0]
+    monkeypatch.setattr("dpo_cli.console.reporter.time.monotonic", lambda: now[0])
+    advance = Reporter(stream).working("evaluating pair", 100)
+    for seconds in (20, 20, 20, 20):
+        now[0] += seconds
+        advance(25)
+    assert stream.getvalue() == "evaluating pair 50/100\n"

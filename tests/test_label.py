@@ -411,6 +411,17 @@ def test_what_else_a_prompts_messages_carry_is_not_asked(command: Command, tmp_p
     assert row["prompt"] == [{"role": "user", "content": "Why?"}] and row["chosen"] == "d"
 
 
+def test_a_judge_that_labels_nothing_leaves_room_for_another(command: Command, tmp_path: Path) -> None:
+    samples = samples_of(tmp_path / "s.jsonl", {"Why?": ["a b", "c d"]})
+    tied = command("dpo-label", f"samples={samples}", "by=rule", "rule=shorter")
+    assert (tied.code, tied.err) == (3, f"error: {samples}: no pair could be labelled (1 tie)\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl"]
+    drawn = command("dpo-label", f"samples={samples}", "by=rule", "rule=shorter", "labels=drawn")
+    assert drawn.code == 0, drawn.err
+    again = command("dpo-label", f"samples={samples}", "by=rule", "rule=shorter")
+    assert "(labels was drawn, is best; seed was 0, is not there)" in again.err
+
+
 def test_what_is_no_file_of_samples_is_refused(command: Command, tmp_path: Path) -> None:
     good = {"prompt": "Why?", "responses": ["a", "b"]}
     file = tmp_path / "s.jsonl"

@@ -202,6 +202,7 @@ VERDICTS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
         {"accuracy": 0.7, "margin": 0.3},
     ),
     "overfit": ({"accuracy": 0.6, "train_accuracy": 0.98}, {"accuracy": 0.68, "train_accuracy": 0.75}),
+    "chance": ({"accuracy": 0.5, "held_out": 8}, {"accuracy": 0.7}),
     "separable": (
         {"accuracy": 1.0, "early_accuracy": 0.99, "train_accuracy": 1.0},
         {"accuracy": 0.9, "early_accuracy": 0.99, "train_accuracy": 0.9},
@@ -232,6 +233,13 @@ def test_what_was_learned_by_heart_was_learned_and_what_hardly_moved_was_not() -
     moved = judge(history(**chance, chosen=-0.2))
     assert [finding.name for finding in still.findings] == ["not_learning"]
     assert [finding.name for finding in moved.findings] == ["overfit"]
+
+
+def test_a_handful_of_held_out_pairs_gives_no_green_light() -> None:
+    verdict = judge(history(accuracy=0.0, held_out=1, margin=-0.1, train_accuracy=0.1))
+    assert verdict.color == "yellow" and [finding.name for finding in verdict.findings] == ["chance"]
+    assert verdict.findings[0].reason == "1 held-out pair cannot tell this accuracy from a coin's"
+    assert "(95% interval 0 to 0.79, 1 pair)" in verdict.summary
 
 
 def test_the_loss_is_judged_by_where_it_started_whatever_the_loss() -> None:

@@ -206,6 +206,7 @@ def test_a_match_that_was_cut_off_goes_on_and_one_that_was_played_is_not_played_
     ended = ranked(command, output, prompts, *words, "prior=1")
     assert ended.code == 0, ended.err
     assert sum(calls) == 3 * 6 - 4 * 2  # those of the four batches that were on disk are not drawn again
+    assert "device" in ended.out and f"answers  {tmp_path / 'r.answers.jsonl'}, whole when all is played" in ended.out
     for name in ("json", "answers.jsonl"):
         assert output.with_suffix(f".{name}").read_bytes() == straight.with_suffix(f".{name}").read_bytes()
     # Ranked again, otherwise: by the answers that are there.
@@ -223,7 +224,7 @@ def test_a_match_that_was_cut_off_goes_on_and_one_that_was_played_is_not_played_
         changed = ranked(command, output, prompts, *words)
     finally:
         weights.write_bytes(kept)
-    assert changed.code == 2 and "was begun with other settings (weights was" in changed.err
+    assert changed.code == 2 and f"was begun with other settings (weights.{brief}/final was" in changed.err
     assert output.with_suffix(".answers.jsonl").read_bytes() == before
     output.with_suffix(".answers.jsonl").write_bytes(b'{"id": 1}\n')
     spoilt = ranked(command, output, prompts, *words)
@@ -275,6 +276,7 @@ def test_the_space_behind_the_colon_of_a_conversation_in_plain_text_is_no_part_o
     ended = ranked(command, tmp_path / "r.json", asked, *words)
     assert ended.code == 0, ended.err
     assert [row["responses"] for row in answers(tmp_path / "r.json")] == [["Hi there"] * 2, [" Hi there"] * 2]
+    assert "every prompt came to the same result: the intervals" in " ".join(ended.out.split())
 
 
 def test_a_judge_whose_rewards_are_no_numbers_ranks_nobody(
@@ -331,6 +333,8 @@ def test_what_cannot_play_or_judge_is_refused_before_an_answer_is_drawn(
         ((f"checkpoints=[{BASE},{reward}]", "judge=shorter"), 2,
          f"checkpoints={reward}: is a reward model, which gives no answers; let it judge"),
         ((players,), 2, "judge=null: name a reward model's run, a DPO run, or a rule"),
+        ((players, "judge=short"), 2,
+         "judge=short: no such directory, and no rule; rules are shorter, longer, unrepetitive"),
         ((players, f"judge={gone}"), 4, f"judge={gone}: {nowhere}"),
         ((players, f"judge={BASE}"), 2, f"judge={BASE}: a judge is an adapter on the model it was trained from, or a "
          "sequence-classification model with one label"),

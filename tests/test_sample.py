@@ -476,5 +476,5 @@ def test_a_journal_of_another_job_says_what_differs(tmp_path: Path) -> None:
         opened_journal(tmp_path / "o.jsonl", {"model": "m", "n": 2}, ("rows",), print),
     ):
         pass
-    differs = "(n was None, is 2; seed was 0, is None)"
+    differs = "(n was not there, is 2; seed was 0, is not there)"
     assert f"o.jsonl.part: was begun with other settings {differs}; take the changes back" in str(refused.value)

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -256,6 +257,19 @@ class Reporter:
                 task = self._progress.tasks[0]
                 left = f", about {duration(task.time_remaining)} left" if task.time_remaining else ""
                 self.say(f"{self._unit} {task.completed:.0f}/{self._total}{left}")
+
+    def working(self, what: str, total: int) -> Callable[[int], None]:
+        """Hears how many units more are done of something between two steps; off a terminal it says so now and then."""
+        done, last = 0, time.monotonic()
+
+        def advance(units: int) -> None:
+            nonlocal done, last
+            done += units
+            if self._live is None and done < total and time.monotonic() - last > 30:
+                last = time.monotonic()
+                self.say(f"{what} {done}/{total}")
+
+        return advance
 
     def record(self, record: dict[str, Any]) -> None:
         """Show one line of metrics.jsonl."""

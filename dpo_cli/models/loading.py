@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_cli.console.text import first_line, safe_text
+from dpo_cli.console.text import first_line, plural, safe_text
 from dpo_cli.data.batches import longest_side
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import CheckpointError, ConfigError
@@ -56,7 +56,7 @@ def choose_device(asked: str) -> Decision:
             return Decision(torch.device("cuda"), torch.cuda.get_device_name())
         if torch.backends.mps.is_available():
             return Decision(torch.device("mps"), "no CUDA device; Apple's GPU found")
-        return Decision(torch.device("cpu"), f"no GPU found; {torch.get_num_threads()} threads")
+        return Decision(torch.device("cpu"), f"no GPU found; {plural(torch.get_num_threads(), 'thread')}")
     try:
         device = torch.device(asked)
         torch.empty(0, device=device)

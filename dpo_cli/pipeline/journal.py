@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.config import flat
 from dpo_cli.console.text import safe_text
 from dpo_cli.data.line_log import LineLog, opened_lines
 from dpo_cli.errors import ConfigError, DataError, StorageError
@@ -86,10 +87,11 @@ def _whole_lines(log: LineLog, keys: Collection[str], warn: Callable[[str], None
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """In words, why a journal is another job's."""
+    was, now_is = flat(before), flat(json.loads(json.dumps(now)))
     changed = [
-        f"{key} was {safe_text(before.get(key), 60)}, is {safe_text(now.get(key), 60)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != json.loads(json.dumps(now.get(key)))
+        f"{key} was {safe_text(was.get(key, 'not there'), 60)}, is {safe_text(now_is.get(key, 'not there'), 60)}"
+        for key in sorted(was.keys() | now_is.keys())
+        if was.get(key) != now_is.get(key)
     ]
     return f"was begun with other settings ({'; '.join(changed)}); take the changes back, or name another output"
 

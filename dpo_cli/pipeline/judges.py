@@ -209,6 +209,8 @@ def find_judge(name: str, kind: str | None, trust_remote_code: bool) -> Subject 
         if name not in RULES:
             raise ConfigError(f"rule={safe_text(name)}: choose one of {', '.join(RULES)}")
         return None
+    if kind is None and "/" not in name and not Path(name).exists():
+        raise ConfigError(f"judge={safe_text(name)}: no such directory, and no rule; rules are {', '.join(RULES)}")
     subject = find_subject(Asked(name, None, trust_remote_code, alone=True, key="judge"))
     whole = not subject.is_adapter and is_classifier(find_model(subject.base))
     if kind == "reward" and not subject.is_reward_model and not whole:

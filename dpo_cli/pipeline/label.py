@@ -23,7 +23,7 @@ from dpo_cli.data.samples import Sample, fingerprint_of, read_samples, templates
 from dpo_cli.data.tokens import Truncation
 from dpo_cli.errors import ConfigError, DataError, StoppedError
 from dpo_cli.pipeline.annotate import annotate, write_labels
-from dpo_cli.pipeline.journal import Journal, finish, is_done, opened_journal, output_path
+from dpo_cli.pipeline.journal import Journal, finish, is_done, journal_of, opened_journal, output_path
 from dpo_cli.pipeline.judges import Judge, ModelJudge, load_judge, truncation_in_words
 from dpo_cli.training.signals import StopSignals
 
@@ -68,6 +68,7 @@ def label(config: LabelConfig, reporter: Reporter) -> Path:
             labelling = pairs_of_rewards(samples, rewards, config, judge.name)
             if not labelling.pairs:
                 reasons = ", ".join(f"{number} {reason}" for reason, number in labelling.left_out.items())
+                journal_of(output).unlink(missing_ok=True)  # so that another judge or rule may try
                 raise DataError(f"{safe_text(path)}: no pair could be labelled ({reasons})")
             facts = {"job": job, "pairs": len(labelling.pairs), "left_out": labelling.left_out}
             finish(journal, output, [label_row(pair) for pair in labelling.pairs], facts)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dpo_cli.config import RankConfig
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.console.text import safe_text, significant
+from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.files import read_rows
-from dpo_cli.data.prompts import PromptInFile, read_prompts
+from dpo_cli.data.prompts import PromptInFile, PromptReport, read_prompts
 from dpo_cli.data.samples import Sample, as_stored, sample_id
 from dpo_cli.errors import ConfigError, DataError, StoppedError
 from dpo_cli.evaluation.generate import Text
@@ -68,6 +68,7 @@ def play(config: RankConfig, kept: Path | None, reporter: Reporter) -> Match:
     if kept is not None and is_done(kept, job):
         reporter.say(f"already played: {kept}")
         return read_match(kept)
+    _show_header(reporter, config, report, device, kept)
     with StopSignals(reporter.warn) as signals, opened_journal(kept, job, PARTS, reporter.warn) as journal:
         try:
             answers = _answers(config, subjects, prompts, device, journal, reporter, signals)
@@ -77,8 +78,21 @@ def play(config: RankConfig, kept: Path | None, reporter: Reporter) -> Match:
         if kept is not None:
             rows = match_rows(match)
             finish(journal, kept, rows, {"job": job, "prompts": len(rows), "players": match.players})
-    reporter.facts([("prompts" if place == 0 else "", line) for place, line in enumerate(report.sentences())])
     return match
+
+
+def _show_header(
+    reporter: Reporter, config: RankConfig, report: PromptReport, device: torch.device, kept: Path | None
+) -> None:
+    rows = [("player" if place == 0 else "", safe_text(name)) for place, name in enumerate(config.checkpoints or ())]
+    rows += [("judge", safe_text(config.judge)), ("device", str(device))]
+    how = f"temperature {significant(config.temperature)}, top_p {significant(config.top_p)}"
+    rows.append(("drawing", f"{how}, at most {plural(config.max_new_tokens, 'token')}, seed {config.seed}"))
+    rows += [("prompts" if place == 0 else "", line) for place, line in enumerate(report.sentences())]
+    if kept is not None:
+        rows.append(("answers", f"{safe_text(kept)}, whole when all is played"))
+    reporter.facts(rows)
+    reporter.say()
 
 
 def _check_players(
@@ -206,6 +220,9 @@ def show_match(match: Match, reporter: Reporter) -> None:
         )
     reporter.say()
     reporter.grid(["player", "mean reward (95%)", "more than the first (95%)", "tokens"], rows)
+    cut = sum(not end for sample in match.samples for end in sample.finished)
+    if cut:
+        reporter.say(f"{cut:,} of {sum(map(len, match.tokens)):,} answers were cut at max_new_tokens")
     tied = sum(len(set(rewards)) < len(rewards) for rewards in match.rewards)
     if tied:
         reporter.say(f"on {tied:,} prompts the judge finds some answers equal: a tie, half a win for each")

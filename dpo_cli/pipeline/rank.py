@@ -46,6 +46,10 @@ def rank(config: RankConfig, reporter: Reporter) -> Fit:
     if answers is not None:
         reporter.facts([("answers", str(answers))])
     tables = match.tables
+    if bool((tables == tables[0]).all()):
+        reporter.warn(
+            "every prompt came to the same result: the intervals, which count how prompts differ, are too narrow"
+        )
     fit = fit_players(str(config.prompts), match.players, tables.sum(0), config.prior, tables)
     show_ranking(match.players, tables.sum(0), fit, reporter)
     if output is not None:

@@ -48,9 +48,11 @@ def _objective_in_words(config: RunConfig) -> str:
     return f"{config.loss.name} loss, beta {significant(config.beta)}"
 
 
-def _optimizer_in_words(config: RunConfig) -> str:
+def _optimizer_in_words(config: RunConfig, steps: int) -> str:
     dials = config.optimizer
     warmup = plural(dials.warmup_steps, "warm-up step")
+    if dials.warmup_steps >= steps:
+        warmup += " (as many as the run or more: this rate is never reached)"
     clip = f"max_grad_norm {significant(config.max_grad_norm)}"
     return f"{dials.name}, lr {significant(dials.lr)} {dials.schedule}, {warmup}, {clip}"
 
@@ -69,7 +71,7 @@ def show_header(run: Run, cut: str, reference: str, memory: str) -> None:
         ("memory", memory),
         ("dtype", f"{dtype_name}: {run.dtype.reason}" + ("; adapters float32" if config.lora.enabled else "")),
         ("objective", _objective_in_words(config)),
-        ("optimizer", _optimizer_in_words(config)),
+        ("optimizer", _optimizer_in_words(config, run.total_steps)),
         ("template", f"{encoder.kind}: {encoder.reason}; {safe_text(closing)} closes a response"),
     ]
     for name, report in data.reports():

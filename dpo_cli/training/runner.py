@@ -442,7 +442,8 @@ def log_eval(run: Run) -> dict[str, float] | None:
     """Log the mean over all held-out pairs; None where none are held out."""
     if not run.data.held_out:
         return None
-    scores = score_pairs(run.policy, run.reference, run.data.held_out, run.batching, run.poll)
+    advance = run.reporter.working("evaluating pair", len(run.data.held_out))
+    scores = score_pairs(run.policy, run.reference, run.data.held_out, run.batching, run.poll, advance)
     metrics = MeanOverPairs()
     metrics.add(run.measure(scores.policy, scores.ratios, run.objective(scores.policy, scores.ratios)))
     means = metrics.means()
@@ -538,7 +539,8 @@ def center_rewards(run: Run) -> None:
     if head is None:
         return
     some = run.data.train[:CENTERING]
-    rewards = score_pairs(run.policy, run.reference, some, run.batching, run.poll).policy
+    advance = run.reporter.working("centring rewards: pair", len(some))
+    rewards = score_pairs(run.policy, run.reference, some, run.batching, run.poll, advance).policy
     head.center += torch.cat([rewards.chosen, rewards.rejected]).double().mean().to(head.center)
     run.reporter.say(f"rewards are centred: 0 is the mean of the responses of {plural(len(some), 'training pair')}")
 

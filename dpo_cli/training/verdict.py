@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_cli.console.text import significant
+from dpo_cli.console.text import plural, significant
 from dpo_cli.theory.statistics import Estimate, proportion_estimate
 
 MOVED = 0.02  # nats a token by which a response must change before a policy reads as moved
@@ -238,6 +238,13 @@ RULES = (
         lambda h: "fewer epochs, " + (f"or beta={2 * h.beta:g}, " if h.in_nats else "") + "or more pairs",
     ),
     Rule(
+        "chance",
+        "yellow",
+        lambda h: h.evaluated and h.accuracy.low <= 0.5 <= h.accuracy.high and not _not_learning(h) and not _overfit(h),
+        lambda h: f"{plural(h.held_out_pairs, 'held-out pair')} cannot tell this accuracy from a coin's",
+        lambda h: "more held-out pairs (data.eval, data.eval_fraction), before anything is believed",
+    ),
+    Rule(
         "separable",
         "yellow",
         _separable,
@@ -290,7 +297,7 @@ def judge(history: History) -> Verdict:
         accuracy = history.accuracy
         summary = (
             f"held-out accuracy {accuracy.mean:.3g} (95% interval {accuracy.low:.2g} to {accuracy.high:.2g}, "
-            f"{history.held_out_pairs} pairs), margin {history.margin:.3g}"
+            f"{plural(history.held_out_pairs, 'pair')}), margin {history.margin:.3g}"
         )
     else:
         summary = f"no held-out pairs, so nothing says that it generalises; train margin {history.margin:.3g}"
