@@ -200,6 +200,8 @@ MUTANTS = [
            "return scores[second] < scores[first]", "tests/test_whole_way.py -k rule_labels"),
     Mutant("the end of the other answer", "dpo_cli/pipeline/label.py", "chosen_finished=sample.is_finished(chosen)",
            "chosen_finished=sample.is_finished(rejected)", "tests/test_label.py -k cut"),
+    Mutant("no word of endless answers", "dpo_cli/pipeline/label.py", "chosen - rejected > ENDLESS", "rejected - chosen > "
+           "ENDLESS", "tests/test_label.py -k did_not_end"),
     Mutant("a judge closes what was cut", "dpo_cli/pipeline/judges.py", "chosen_finished=sample.is_finished(first)",
            "chosen_finished=True", "tests/test_label.py -k cut"),
     Mutant("a match stores the space behind the colon", "dpo_cli/pipeline/play.py", "as_stored(prompt.written, answer.text)",

@@ -253,6 +253,19 @@ def test_labels_of_another_head_are_not_taken_for_those_of_this_one(
     assert other.code == 2 and "was begun with other settings (head was" in other.err
 
 
+def test_where_the_better_answers_did_not_end_the_labeller_says_what_that_teaches(
+    command: Command, tmp_path: Path
+) -> None:
+    for rule, warned in (("longer", True), ("shorter", False)):  # the longer answer of each was cut
+        (tmp_path / rule).mkdir()
+        texts = {f"Why {number}?": ["Yes.", "Because of the rain, and"] for number in range(9)}
+        samples = samples_of(tmp_path / rule / "s.jsonl", texts, finished=[True, False])
+        ended = command("dpo-label", f"samples={samples}", "by=rule", f"rule={rule}")
+        assert ended.code == 0, ended.err
+        said = "9 of 9 chosen answers were cut when drawn, and 0 of the rejected: trained on these the policy learns"
+        assert (said in " ".join(ended.out.split())) is warned
+
+
 PROMPTS: dict[str, Any] = {
     "text": "Tell me about tea.",
     "dialogue": "\n\nHuman: Hello\n\nAssistant: Hi.\n\nHuman: Tell me about tea.\n\nAssistant:",

@@ -27,6 +27,7 @@ from dpo_cli.pipeline.journal import Journal, finish, is_done, journal_of, opene
 from dpo_cli.pipeline.judges import Judge, ModelJudge, load_judge, truncation_in_words
 from dpo_cli.training.signals import StopSignals
 
+ENDLESS = 0.1  # of the pairs: by how many more chosen than rejected answers may lack an end before it is said
 AT_ONCE = 32  # samples a line of the journal
 
 # Why two answers make no pair, with its meaning.
@@ -229,7 +230,7 @@ def _tell(
     told += [
         ("", f"left out {plural(number, 'couple')} {REASONS[reason]}") for reason, number in labelling.left_out.items()
     ]
-    cut = sum(not pair.chosen_finished for pair in pairs) + sum(not pair.rejected_finished for pair in pairs)
+    cut = sum(map(sum, map(_cut, pairs)))
     if cut:
         open_ended = isinstance(judge, ModelJudge) and not judge.is_reward_model
         judged = "judged and" if open_ended else "judged as if they ended there, but"
@@ -239,6 +240,21 @@ def _tell(
     told += [("pairs", str(output)), ("next", f"dpo-train data=jsonl {shell_word('data.train', output)}")]
     reporter.say()
     reporter.facts(told)
+    _warn_of_endings(pairs, reporter)
+
+
+def _warn_of_endings(pairs: Sequence[LabelledPair], reporter: Reporter) -> None:
+    """Where the better answers are those that did not end, the only endings in the pairs are those of the worse."""
+    chosen, rejected = (sum(cut) for cut in zip(*map(_cut, pairs), strict=True)) if pairs else (0, 0)
+    if chosen - rejected > ENDLESS * len(pairs):
+        reporter.warn(
+            f"{chosen:,} of {len(pairs):,} chosen answers were cut when drawn, and {rejected:,} of the rejected: "
+            "trained on these the policy learns not to end; sample again with a higher max_new_tokens"
+        )
+
+
+def _cut(pair: LabelledPair) -> tuple[bool, bool]:
+    return not pair.chosen_finished, not pair.rejected_finished
 
 
 def label_by_hand(config: LabelConfig, reporter: Reporter) -> Path:
@@ -263,4 +279,5 @@ def label_by_hand(config: LabelConfig, reporter: Reporter) -> Path:
     if found.pairs:
         told += [("pairs", str(output)), ("next", f"dpo-train data=jsonl {shell_word('data.train', output)}")]
     reporter.facts(told)
+    _warn_of_endings(found.pairs, reporter)
     return output
