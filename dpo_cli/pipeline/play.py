@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_cli.config import RankConfig
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.console.text import plural, safe_text, significant
+from dpo_cli.console.text import safe_text, significant
 from dpo_cli.data.files import read_rows
 from dpo_cli.data.prompts import PromptInFile, PromptReport, read_prompts
 from dpo_cli.data.samples import Sample, as_stored, sample_id
@@ -23,7 +23,7 @@ from dpo_cli.models.loading import choose_device
 from dpo_cli.models.memory import make_room
 from dpo_cli.pipeline.journal import Journal, finish, is_done, opened_journal
 from dpo_cli.pipeline.judges import find_judge, load_judge, truncation_in_words
-from dpo_cli.pipeline.sampler import PARTS, Drawing, answer_all, load_checkpoint_sampler
+from dpo_cli.pipeline.sampler import PARTS, Drawing, answer_all, drawing_in_words, load_checkpoint_sampler
 from dpo_cli.pipeline.subject import Asked, Subject, find_subject, subject_dtype, subject_encoder, weights_digests
 from dpo_cli.theory.statistics import mean_estimate
 from dpo_cli.training.signals import StopSignals
@@ -86,8 +86,7 @@ def _show_header(
 ) -> None:
     rows = [("player" if place == 0 else "", safe_text(name)) for place, name in enumerate(config.checkpoints or ())]
     rows += [("judge", safe_text(config.judge)), ("device", str(device))]
-    how = f"temperature {significant(config.temperature)}, top_p {significant(config.top_p)}"
-    rows.append(("drawing", f"{how}, at most {plural(config.max_new_tokens, 'token')}, seed {config.seed}"))
+    rows.append(("drawing", drawing_in_words(config)))
     rows += [("prompts" if place == 0 else "", line) for place, line in enumerate(report.sentences())]
     if kept is not None:
         rows.append(("answers", f"{safe_text(kept)}, whole when all is played"))

@@ -18,7 +18,7 @@ from dpo_cli.errors import DataError, StoppedError
 from dpo_cli.evaluation.generate import Text
 from dpo_cli.models.decoding import Decoding
 from dpo_cli.pipeline.journal import finish, is_done, journal_of, manifest_of, opened_journal, output_path
-from dpo_cli.pipeline.sampler import PARTS, Drawing, Sampler, answer_all, load_sampler
+from dpo_cli.pipeline.sampler import PARTS, Drawing, Sampler, answer_all, drawing_in_words, load_sampler
 from dpo_cli.training.reproduce import environment
 from dpo_cli.training.signals import StopSignals
 
@@ -150,16 +150,12 @@ def _show_header(
     reporter: Reporter, config: SampleConfig, sampler: Sampler, report: PromptReport, output: Path
 ) -> None:
     dtype = f"{str(sampler.dtype.value).removeprefix('torch.')}: {sampler.dtype.reason}"
-    how = (
-        f"{plural(config.n, 'answer')} a prompt, temperature {significant(config.temperature)}, "
-        f"top_p {significant(config.top_p)}"
-    )
     rows = [
         ("policy", f"{safe_text(sampler.name)} ({sampler.source.origin})"),
         ("device", str(sampler.device)),
         ("dtype", dtype),
         ("template", f"{sampler.encoder.kind}: {sampler.encoder.reason}"),
-        ("drawing", f"{how}, at most {plural(config.max_new_tokens, 'token')}, seed {config.seed}"),
+        ("drawing", f"{plural(config.n, 'answer')} a prompt, {drawing_in_words(config)}"),
     ]
     for place, sentence in enumerate(report.sentences()):
         rows.append(("prompts" if place == 0 else "", sentence))

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from dpo_cli.config import SampleConfig
+from dpo_cli.config import DrawingConfig, SampleConfig
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.console.text import plural, safe_text
+from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.generate import Text, batches_of, distinct_answers
@@ -51,6 +51,12 @@ class Drawing:
     decoding: Decoding
     seed: int
     batch_size: int | None  # answers at once; None: as many as memory allows
+
+
+def drawing_in_words(config: DrawingConfig) -> str:
+    """How answers are drawn, for a header."""
+    how = f"temperature {significant(config.temperature)}, top_p {significant(config.top_p)}"
+    return f"{how}, at most {plural(config.max_new_tokens, 'token')}, seed {config.seed}"
 
 
 def load_sampler(config: SampleConfig, reporter: Reporter) -> Sampler:
