@@ -230,7 +230,7 @@ def _tell(
     told += [
         ("", f"left out {plural(number, 'couple')} {REASONS[reason]}") for reason, number in labelling.left_out.items()
     ]
-    cut = sum(map(sum, map(_cut, pairs)))
+    cut = sum(_cut_answers(pairs))
     if cut:
         open_ended = isinstance(judge, ModelJudge) and not judge.is_reward_model
         judged = "judged and" if open_ended else "judged as if they ended there, but"
@@ -245,7 +245,7 @@ def _tell(
 
 def _warn_of_endings(pairs: Sequence[LabelledPair], reporter: Reporter) -> None:
     """Where the better answers are those that did not end, the only endings in the pairs are those of the worse."""
-    chosen, rejected = (sum(cut) for cut in zip(*map(_cut, pairs), strict=True)) if pairs else (0, 0)
+    chosen, rejected = _cut_answers(pairs)
     if chosen - rejected > ENDLESS * len(pairs):
         reporter.warn(
             f"{chosen:,} of {len(pairs):,} chosen answers were cut when drawn, and {rejected:,} of the rejected: "
@@ -253,8 +253,9 @@ def _warn_of_endings(pairs: Sequence[LabelledPair], reporter: Reporter) -> None:
         )
 
 
-def _cut(pair: LabelledPair) -> tuple[bool, bool]:
-    return not pair.chosen_finished, not pair.rejected_finished
+def _cut_answers(pairs: Sequence[LabelledPair]) -> tuple[int, int]:
+    """How many of the chosen and of the rejected answers were cut when drawn."""
+    return sum(not pair.chosen_finished for pair in pairs), sum(not pair.rejected_finished for pair in pairs)
 
 
 def label_by_hand(config: LabelConfig, reporter: Reporter) -> Path:
