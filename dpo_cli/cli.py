@@ -240,8 +240,8 @@ def _without_flag(words: list[str], *flags: str) -> tuple[list[str], bool]:
 
 
 def _train(words: list[str]) -> int:
-    from dpo_cli.composition import composed_run, parse_overrides, replayed, sweep
-    from dpo_cli.config import run_config
+    from dpo_cli.config.composition import composed_run, parse_overrides, replayed, sweep
+    from dpo_cli.config.schema import run_config
 
     if _wants_help(words):
         print(train_help())
@@ -268,14 +268,14 @@ def _train(words: list[str]) -> int:
         kind = "-reward" if config.objective == "reward" else ""
         name = f"{choice.choices['model']}-{choice.choices['data']}{kind}"
     if show:
-        from dpo_cli.config import config_text
+        from dpo_cli.config.schema import config_text
 
         print(config_text(config), end="")
         return 0
     _check_files_early(config.data.train, config.data.eval)
     quiet_libraries()
+    from dpo_cli.commands.verify_resume import verify_resume
     from dpo_cli.training.runner import train as run_training
-    from dpo_cli.training.verification import verify_resume
 
     if config.verify_resume:
         return _reporting(lambda reporter: verify_resume(config, reporter))
@@ -283,8 +283,8 @@ def _train(words: list[str]) -> int:
 
 
 def _evaluate(words: list[str]) -> int:
-    from dpo_cli.composition import check_overrides, composed, groups, parse_overrides
-    from dpo_cli.config import EvalConfig, EvalSchema, config_of
+    from dpo_cli.config.composition import check_overrides, composed, groups, parse_overrides
+    from dpo_cli.config.schema import EvalConfig, EvalSchema, config_of
 
     if _wants_help(words):
         print(EVAL_HELP.format(data=", ".join(groups()["data"])))
@@ -299,14 +299,14 @@ def _evaluate(words: list[str]) -> int:
     container = {"data": None, **composed("eval", rest, EvalSchema).container}
     config = config_of(container, EvalConfig)
     quiet_libraries()
-    from dpo_cli.pipeline.evaluate import evaluate as run_evaluation
+    from dpo_cli.commands.evaluate import evaluate as run_evaluation
 
     return _reporting(lambda reporter: run_evaluation(config, [(o.key_or_group, o.value()) for o in of_run], reporter))
 
 
 def _sample(words: list[str]) -> int:
-    from dpo_cli.composition import composed, groups, parse_overrides
-    from dpo_cli.config import SampleConfig, config_of
+    from dpo_cli.config.composition import composed, groups, parse_overrides
+    from dpo_cli.config.schema import SampleConfig, config_of
 
     if _wants_help(words):
         print(SAMPLE_HELP.format(model=", ".join(groups()["model"])))
@@ -322,14 +322,14 @@ def _sample(words: list[str]) -> int:
         raise ConfigError("trust_remote_code=true: of a checkpoint; for a model write model.trust_remote_code=true")
     _check_files_early(config.prompts)
     quiet_libraries()
-    from dpo_cli.pipeline.sample import sample as run_sampling
+    from dpo_cli.commands.sample import sample as run_sampling
 
     return _reporting(lambda reporter: run_sampling(config, reporter))
 
 
 def _label(words: list[str]) -> int:
-    from dpo_cli.composition import composed, parse_overrides
-    from dpo_cli.config import LabelConfig, config_of
+    from dpo_cli.config.composition import composed, parse_overrides
+    from dpo_cli.config.schema import LabelConfig, config_of
 
     if _wants_help(words):
         print(LABEL_HELP.format(rules=_rules()))
@@ -345,8 +345,8 @@ def _label(words: list[str]) -> int:
             _refuse_unused(overrides, ("seed",), "of labels=drawn; nothing is drawn with labels=best")
     _check_files_early(config.samples)
     quiet_libraries()
-    from dpo_cli.pipeline.label import label as run_labelling
-    from dpo_cli.pipeline.label import label_by_hand
+    from dpo_cli.commands.label import label as run_labelling
+    from dpo_cli.commands.label import label_by_hand
 
     work = label_by_hand if config.by == "human" else run_labelling
     return _reporting(lambda reporter: work(config, reporter))
@@ -360,8 +360,8 @@ def _refuse_unused(overrides: Sequence["Override"], keys: Collection[str], why: 
 
 
 def _rank(words: list[str]) -> int:
-    from dpo_cli.composition import composed, parse_overrides
-    from dpo_cli.config import RankConfig, config_of, schema_keys
+    from dpo_cli.config.composition import composed, parse_overrides
+    from dpo_cli.config.schema import RankConfig, config_of, schema_keys
 
     if _wants_help(words):
         print(RANK_HELP.format(rules=_rules()))
@@ -374,13 +374,13 @@ def _rank(words: list[str]) -> int:
         _refuse_unused(overrides, unused, "games=FILE holds the results already")
     _check_files_early(config.games, config.prompts)
     quiet_libraries()
-    from dpo_cli.pipeline.rank import rank as run_ranking
+    from dpo_cli.commands.rank import rank as run_ranking
 
     return _reporting(lambda reporter: run_ranking(config, reporter))
 
 
 def _rules() -> str:
-    from dpo_cli.evaluation.rules import RULES
+    from dpo_cli.labelling.rules import RULES
 
     return ", ".join(RULES)
 
@@ -466,7 +466,7 @@ class _memory_errors:  # noqa: N801 - reads as a statement
 
 def train_help() -> str:
     """The page that dpo-train --help prints."""
-    from dpo_cli.composition import conf_dir, groups
+    from dpo_cli.config.composition import conf_dir, groups
 
     defaults = {"model": "smollm2", "data": "sample", "optimizer": "adamw", "loss": "sigmoid", "lora": "all_linear",
                 "reference": "frozen", "engine": "single"}  # fmt: skip

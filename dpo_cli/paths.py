@@ -1,9 +1,10 @@
-"""Paths as users write them: `~` for their home, and one line where the system will not even look."""
+"""Paths: those that users write, and the one folder where caches lie."""
 
+import os
 from pathlib import Path
 
 from dpo_cli.console.text import safe_text
-from dpo_cli.errors import DpoError
+from dpo_cli.errors import DpoError, StorageError
 
 
 def user_path(text: str, error: type[DpoError], key: str = "") -> Path:
@@ -19,3 +20,10 @@ def user_path(text: str, error: type[DpoError], key: str = "") -> Path:
         label = f"{key}={safe_text(text, limit=80)}" if key else safe_text(text, limit=80)
         raise error(f"{label}: cannot be looked at ({safe_text(reason)})") from None
     return path
+
+
+def cache_dir() -> Path:
+    """Where converted models lie: $DPO_CACHE, else dpo-cli in the user's cache folder."""
+    if os.environ.get("DPO_CACHE"):
+        return user_path(os.environ["DPO_CACHE"], StorageError, "DPO_CACHE")
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpo-cli"

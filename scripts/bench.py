@@ -81,11 +81,11 @@ def assembled(folder: Path, words: list[str]) -> Any:
     import io
 
     from dpo_cli.cli import quiet_libraries
-    from dpo_cli.composition import composed, parse_overrides
-    from dpo_cli.config import RunConfig, run_config
+    from dpo_cli.config.composition import composed, parse_overrides
+    from dpo_cli.config.schema import RunConfig, run_config
     from dpo_cli.console.reporter import Reporter
-    from dpo_cli.training.preparation import complete_reference
-    from dpo_cli.training.run_directory import RunDirectory
+    from dpo_cli.runs.run_directory import RunDirectory
+    from dpo_cli.training.build import complete_reference
     from dpo_cli.training.runner import put_together
 
     quiet_libraries()
@@ -103,7 +103,7 @@ def measure_mode(task: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run, reference_seconds = assembled(Path(folder), task["words"])
         if task["adapter"]:  # the start of ours and TRL's, for their losses to be compared
-            from dpo_cli.training.checkpoint import save_policy
+            from dpo_cli.runs.checkpoint import save_policy
 
             save_policy(run.policy, Path(task["adapter"]))
         from dpo_cli.models.reference_cache import CachedReference
@@ -167,13 +167,13 @@ def measure_pairs(task: dict[str, Any]) -> dict[str, Any]:
     """Everything but the model's own work on many generated pairs: reading, tokenizing, order, batches, the cache."""
     import torch
 
-    from dpo_cli.composition import composed, parse_overrides
-    from dpo_cli.config import RunConfig, run_config
-    from dpo_cli.data.batches import Schedule, by_packed_tokens
+    from dpo_cli.config.composition import composed, parse_overrides
+    from dpo_cli.config.schema import RunConfig, run_config
+    from dpo_cli.data.batches import Schedule, Way, by_packed_tokens
     from dpo_cli.data.pairs import load_pairs
     from dpo_cli.data.tokens import PairEncoder
     from dpo_cli.models.loading import find_model, load_tokenizer
-    from dpo_cli.models.logps import Batching, Way
+    from dpo_cli.models.logps import Batching
     from dpo_cli.models.reference_cache import CachedReference, ReferenceCache
 
     with tempfile.TemporaryDirectory() as folder:
@@ -217,8 +217,8 @@ def measure_pairs(task: dict[str, Any]) -> dict[str, Any]:
 
 def measure_watching(task: dict[str, Any]) -> dict[str, Any]:
     """What preflight, rehearsal, radar, guard and saving cost beside the steps they guard, in seconds."""
-    from dpo_cli.training.checkpoint import rng_states
-    from dpo_cli.training.rehearsal import rehearse_longest
+    from dpo_cli.runs.checkpoint import rng_states
+    from dpo_cli.training.memory_probe import rehearse_longest
     from dpo_cli.training.runner import preflight_of, save, train_step
 
     def seconds(work: Callable[[], Any]) -> float:

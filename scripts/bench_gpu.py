@@ -31,10 +31,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import floor_flops
 
-from dpo_cli.data.batches import by_packed_tokens, by_padded_tokens
+from dpo_cli.data.batches import Way, by_packed_tokens, by_padded_tokens
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.models.loading import attach_lora, best_seconds, compile_layers, disable_dropout, wait_for
-from dpo_cli.models.logps import Batching, Way, causal_model, make_batch, pair_logps
+from dpo_cli.models.logps import (
+    Batching,
+    causal_model,
+    make_batch,
+    pair_logps,
+)
 from dpo_cli.models.packing import choose_way
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from dpo_cli.composition import composed, parse_overrides
-from dpo_cli.config import SampleConfig, config_of
+from dpo_cli.config.composition import composed, parse_overrides
+from dpo_cli.config.schema import SampleConfig, config_of
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.data.prompts import read_prompts
-from dpo_cli.evaluation.generate import batches_of
-from dpo_cli.models.decoding import Decoding, Draw, draw_answers, end_tokens
-from dpo_cli.pipeline.sample import Sampler, load_sampler
+from dpo_cli.generation.decoding import Decoding, Draw, draw_answers, end_tokens
+from dpo_cli.generation.generate import batches_of
+from dpo_cli.generation.sampler import Sampler, load_sampler
 
 Way = Callable[[Sampler, list[list[int]], Decoding], int]
 

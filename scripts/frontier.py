@@ -23,7 +23,7 @@ from figures import NO_FIGURE, can_draw, panels
 from dpo_cli.cli import quiet_libraries
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.data.samples import Sample, read_samples
-from dpo_cli.pipeline.judges import load_judge
+from dpo_cli.labelling.judges import load_judge
 from dpo_cli.theory.statistics import Estimate, mean_estimate
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"

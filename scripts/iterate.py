@@ -11,7 +11,7 @@ from pathlib import Path
 
 from frontier import SMOLLM2, run, train
 
-from dpo_cli.evaluation.rules import RULES
+from dpo_cli.labelling.rules import RULES
 from dpo_cli.theory.statistics import mean_estimate
 
 
@@ -81,7 +81,7 @@ def _merge(policy: Path, folder: Path) -> None:
     import torch
 
     from dpo_cli.models.loading import find_model, load_model, load_tokenizer
-    from dpo_cli.pipeline.subject import Asked, find_subject, load_policy
+    from dpo_cli.runs.model_ref import Asked, find_subject, load_policy
 
     subject = find_subject(Asked(str(policy)))
     source = find_model(subject.base)

@@ -22,9 +22,9 @@ LOGPS, HEAD, TOKENS = "dpo_cli/models/logps.py", "dpo_cli/models/head.py", "dpo_
 ATTENTION, CACHE = "dpo_cli/models/attention.py", "dpo_cli/models/reference_cache.py"
 STEP = "dpo_cli/training/step.py"
 RUNNER, SCORES = "dpo_cli/training/runner.py", "dpo_cli/evaluation/scores.py"
-DURABLE, CHECKPOINT = "dpo_cli/training/durable.py", "dpo_cli/training/checkpoint.py"
-DIRECTORY, METRICS_LOG = "dpo_cli/training/run_directory.py", "dpo_cli/training/metrics_log.py"
-DECODING = "dpo_cli/models/decoding.py"
+DURABLE, CHECKPOINT = "dpo_cli/storage/durable.py", "dpo_cli/runs/checkpoint.py"
+DIRECTORY, METRICS_LOG = "dpo_cli/runs/run_directory.py", "dpo_cli/storage/metrics_log.py"
+DECODING = "dpo_cli/generation/decoding.py"
 OF_REWARDS, OF_DECODING = "tests/test_reward.py", "tests/test_decoding.py"
 OF_FAULTS = "-m faults tests/faults/"
 OF_LOSSES = "tests/test_losses.py tests/test_theorem.py"
@@ -117,7 +117,7 @@ MUTANTS = [
            "cut = _shared(chosen, rejected) - len(ASSISTANT)", "tests/test_formats.py"),
     Mutant("reference not frozen", "dpo_cli/models/reference.py", "model.eval().requires_grad_(False)", "model.eval()",
            OF_RUNS),
-    Mutant("the policy is its own reference", "dpo_cli/training/preparation.py", "return FrozenReference(model)",
+    Mutant("the policy is its own reference", "dpo_cli/training/build.py", "return FrozenReference(model)",
            "return FrozenReference(policy)", OF_RUNS),
     Mutant("adapter left on in the reference", "dpo_cli/models/reference.py", "with self.policy.disable_adapter():",
            "with torch.no_grad():", "tests/test_identities.py tests/test_training.py"),
@@ -135,7 +135,7 @@ MUTANTS = [
            "tests/test_pairs.py"),
     Mutant("the split ignores the seed", "dpo_cli/data/pairs.py", 'f"split {seed}"', '"split"', "tests/test_pairs.py"),
     Mutant("dropout in evaluation", SCORES, "    policy.eval()\n", "", "tests/test_evaluate.py"),
-    Mutant("resume forgets the optimizer", "dpo_cli/training/checkpoint.py",
+    Mutant("resume forgets the optimizer", "dpo_cli/runs/checkpoint.py",
            'optimizer.state[parameter][key] = value', 'value = value', "tests/test_training.py"),
     Mutant("resume forgets the generators", RUNNER, "    set_rng_states(rng)\n", "", "tests/test_training.py"),
     Mutant("a stop in an evaluation saves nothing", RUNNER, "    except StoppedError:\n        save(run, rng)\n",
@@ -155,7 +155,7 @@ MUTANTS = [
            OF_FAULTS + "test_storage.py -k damaged_file_is_named"),
     Mutant("the best checkpoint is pruned", CHECKPOINT, " and (best is None or checkpoint != best[0]):", ":",
            "tests/test_reproduce.py"),
-    Mutant("reference values of another run", "dpo_cli/training/preparation.py", "run.resumed and not cache.adopt(own)",
+    Mutant("reference values of another run", "dpo_cli/training/build.py", "run.resumed and not cache.adopt(own)",
            "run.resumed and not own.exists()", OF_FAULTS + "test_storage.py -k another_run_left"),
     Mutant("reference values in other company", CACHE, "in_passes(batching, together, compute)",
            "in_passes(batching, cache.missing(together), compute)", "tests/test_reference_cache.py"),
@@ -175,7 +175,7 @@ MUTANTS = [
            "        set", OF_FAULTS + "test_numbers.py -k memory_that_runs_out"),
     Mutant("random numbers drawn twice after memory ran out", STEP, "        set_rng_states(rng)\n", "",
            OF_FAULTS + "test_numbers.py -k memory_that_runs_out"),
-    Mutant("a file decides that code runs", "dpo_cli/pipeline/subject.py", "    if run.model.trust_remote_code and not asked",
+    Mutant("a file decides that code runs", "dpo_cli/runs/model_ref.py", "    if run.model.trust_remote_code and not asked",
            "    if False and not config", OF_FAULTS + "test_hostile.py -k a_file_cannot_decide"),
     Mutant("secrets are shown", "dpo_cli/console/text.py", "sorted(named, key=len, reverse=True)", "[]",
            OF_FAULTS + "test_hostile.py -k secrets"),
@@ -196,23 +196,23 @@ MUTANTS = [
     Mutant("the nucleus is one token short", DECODING, "before >= top_p", "before + best >= top_p", OF_DECODING),
     Mutant("positions one further at every step", DECODING, "self.slots.lengths[:, None], self.slots.lengths + 1",
            "self.slots.lengths[:, None] + 1, self.slots.lengths + 1", OF_DECODING),
-    Mutant("the worse answer is chosen", "dpo_cli/pipeline/label.py", "return scores[second] > scores[first]",
+    Mutant("the worse answer is chosen", "dpo_cli/commands/label.py", "return scores[second] > scores[first]",
            "return scores[second] < scores[first]", "tests/test_whole_way.py -k rule_labels"),
-    Mutant("the end of the other answer", "dpo_cli/pipeline/label.py", "chosen_finished=sample.is_finished(chosen)",
+    Mutant("the end of the other answer", "dpo_cli/commands/label.py", "chosen_finished=sample.is_finished(chosen)",
            "chosen_finished=sample.is_finished(rejected)", "tests/test_label.py -k cut"),
-    Mutant("no word of endless answers", "dpo_cli/pipeline/label.py", "chosen - rejected > ENDLESS", "rejected - chosen > "
+    Mutant("no word of endless answers", "dpo_cli/commands/label.py", "chosen - rejected > ENDLESS", "rejected - chosen > "
            "ENDLESS", "tests/test_label.py -k did_not_end"),
-    Mutant("a judge closes what was cut", "dpo_cli/pipeline/judges.py", "chosen_finished=sample.is_finished(first)",
+    Mutant("a judge closes what was cut", "dpo_cli/labelling/judges.py", "chosen_finished=sample.is_finished(first)",
            "chosen_finished=True", "tests/test_label.py -k cut"),
-    Mutant("a match stores the space behind the colon", "dpo_cli/pipeline/play.py", "as_stored(prompt.written, answer.text)",
+    Mutant("a match stores the space behind the colon", "dpo_cli/labelling/match.py", "as_stored(prompt.written, answer.text)",
            "answer.text", "tests/test_rank_checkpoints.py -k colon"),
-    Mutant("another player's answers are taken", "dpo_cli/pipeline/sampler.py", 'if part["player"] == player]', "]",
+    Mutant("another player's answers are taken", "dpo_cli/generation/sampler.py", 'if part["player"] == player]', "]",
            "tests/test_rank_checkpoints.py -k played_again"),
-    Mutant("a match of other weights is taken", "dpo_cli/pipeline/subject.py", "        if name and files and", "        if False and",
+    Mutant("a match of other weights is taken", "dpo_cli/runs/model_ref.py", "        if name and files and", "        if False and",
            "tests/test_rank_checkpoints.py -k played_again"),
-    Mutant("a tie is a win for both", "dpo_cli/pipeline/play.py", "higher + 0.5 * same", "higher + same",
+    Mutant("a tie is a win for both", "dpo_cli/labelling/match.py", "higher + 0.5 * same", "higher + same",
            "tests/test_whole_way.py -k tie"),
-    Mutant("the first answer always stands on the left", "dpo_cli/pipeline/annotate.py", ".digest()[0] & 1 else",
+    Mutant("the first answer always stands on the left", "dpo_cli/labelling/annotate.py", ".digest()[0] & 1 else",
            ".digest()[0] & 0 else", "tests/test_annotate.py"),
     Mutant("confidence counted from 0", "dpo_cli/theory/calibration.py", "(confidence - 0.5) * 2 * BINS", "confidence * BINS",
            "tests/test_calibration.py"),

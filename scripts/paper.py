@@ -15,10 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from figures import NO_FIGURE, can_draw, panels
-from torch import Tensor
-
-from dpo_cli.theory import bradley_terry
-from dpo_cli.theory.tabular import (
+from tabular import (
     Position,
     climb,
     climb_sampled,
@@ -32,6 +29,9 @@ from dpo_cli.theory.tabular import (
     preference_probabilities,
     sample_preferences,
 )
+from torch import Tensor
+
+from dpo_cli.theory import bradley_terry
 
 PROMPTS, RESPONSES = 16, 32
 BETAS = (0.1, 0.25, 0.5, 2.0)  # in units of reward, whose standard deviation over responses is about 1

@@ -15,10 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from figures import NO_FIGURE, can_draw, panels
-from torch import Tensor
-
-from dpo_cli.theory.losses import implicit_rewards
-from dpo_cli.theory.tabular import (
+from tabular import (
     every_pair,
     fit_dpo,
     kl_divergence,
@@ -28,6 +25,9 @@ from dpo_cli.theory.tabular import (
     sample_preferences,
     sampling_error,
 )
+from torch import Tensor
+
+from dpo_cli.theory.losses import implicit_rewards
 
 BETAS = (0.1, 0.5, 2.0)
 REWARDS = torch.tensor([-1.0, -0.6, -0.1, 0.3, 0.6, 0.8], dtype=torch.float64)

@@ -118,10 +118,10 @@ def trained(command: Callable[..., Ended], pairs_file: Path, tmp_path: Path) -> 
 @pytest.fixture
 def assembled(pairs_file: Path, tmp_path: Path) -> Callable[..., Any]:
     """A run of the tiny model, put together and not yet begun; its reference is asked in every step."""
-    from dpo_cli.composition import composed, parse_overrides
-    from dpo_cli.config import RunConfig, run_config
+    from dpo_cli.config.composition import composed, parse_overrides
+    from dpo_cli.config.schema import RunConfig, run_config
     from dpo_cli.console.reporter import Reporter
-    from dpo_cli.training.run_directory import RunDirectory
+    from dpo_cli.runs.run_directory import RunDirectory
     from dpo_cli.training.runner import put_together
 
     def run(*words: str) -> Any:
@@ -151,8 +151,8 @@ def tiny_words(pairs: Path, folder: Path) -> list[str]:
 
 def run_of(*words: str) -> Path:
     """A run of dpo-train with these words, in this process; returns its directory."""
-    from dpo_cli.composition import composed_run, parse_overrides
-    from dpo_cli.config import run_config
+    from dpo_cli.config.composition import composed_run, parse_overrides
+    from dpo_cli.config.schema import run_config
     from dpo_cli.console.reporter import Reporter
     from dpo_cli.training.runner import train
 

@@ -31,14 +31,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from dpo_cli.console.compare import Comparison, KeyDecoder, comparison_page, frame, help_page, last_top, wrapped
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.data.formats import Message, pairs_of
-from dpo_cli.data.judgements import Judgement, opened_log
-from dpo_cli.data.labels import LabelledPair, label_row
 from dpo_cli.data.samples import Sample, fingerprint_of, read_samples, sample_id
 from dpo_cli.errors import ConfigError, DataError, StorageError
-from dpo_cli.pipeline.annotate import (
+from dpo_cli.labelling.annotate import (
     Habit,
     Question,
     aggregate,
@@ -51,6 +48,9 @@ from dpo_cli.pipeline.annotate import (
     sides,
     write_labels,
 )
+from dpo_cli.labelling.judgements import Judgement, opened_log
+from dpo_cli.labelling.labels import LabelledPair, label_row
+from dpo_cli.labelling.screen import Comparison, KeyDecoder, comparison_page, frame, help_page, last_top, wrapped
 
 ROOT = Path(__file__).parent.parent
 FILE = Path("answers.jsonl")
@@ -632,7 +632,7 @@ from pathlib import Path
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.data.samples import read_samples
 from dpo_cli.errors import DpoError
-from dpo_cli.pipeline.annotate import annotate, write_labels
+from dpo_cli.labelling.annotate import annotate, write_labels
 
 file, log, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 reporter, code = Reporter(), 0

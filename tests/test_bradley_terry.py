@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_cli.theory.agreement import cohen_kappa
+from dpo_cli.labelling.agreement import cohen_kappa
 from dpo_cli.theory.bradley_terry import Fit, NoMaximumError, fit, win_probability
 
 Z = 1.959964  # the 97.5% quantile of the standard normal, from a table

@@ -10,10 +10,9 @@ import torch
 from conftest import Ended, write_jsonl
 from tiny_models import CPU, SHAPE
 
-from dpo_cli.models import classifier
-from dpo_cli.models.classifier import scores
+from dpo_cli.labelling import classifier, judges
+from dpo_cli.labelling.classifier import scores
 from dpo_cli.models.loading import Decision
-from dpo_cli.pipeline import judges
 
 Command = Callable[..., Ended]
 PROMPT = "Tell me about tea."

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import Ended, records, sample_rows, tiny_words, write_jsonl
 
-from dpo_cli.composition import composed, groups, parse_overrides, sweep
-from dpo_cli.config import RunConfig, run_config
+from dpo_cli.config.composition import composed, groups, parse_overrides, sweep
+from dpo_cli.config.schema import RunConfig, run_config
 from dpo_cli.console.text import shell_word
 
 Command = Callable[..., Ended]
@@ -84,7 +84,7 @@ def test_a_key_in_the_wrong_yaml_file_is_named_with_its_file_and_line(
 ) -> None:
     import shutil
 
-    from dpo_cli import composition
+    from dpo_cli.config import composition
 
     conf = tmp_path / "conf"
     shutil.copytree(composition.conf_dir(), conf)

@@ -9,8 +9,8 @@ import torch
 from tiny_models import CPU, LORA, VOCABULARY, tiny
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.models import decoding
-from dpo_cli.models.decoding import Answer, Decoding, Draw, draw_answers, end_tokens, nucleus, pick
+from dpo_cli.generation import decoding
+from dpo_cli.generation.decoding import Answer, Decoding, Draw, draw_answers, end_tokens, nucleus, pick
 from dpo_cli.models.loading import attach_lora, position_limit
 
 FAMILIES = [

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dpo_cli.config import ModelConfig
+from dpo_cli.config.schema import ModelConfig
 from dpo_cli.data.formats import standard
 from dpo_cli.data.tokens import PairEncoder
-from dpo_cli.evaluation.generate import greedy_answers
+from dpo_cli.generation.generate import greedy_answers
 from dpo_cli.models.builtin import SMOLLM2, embedded_gguf
 from dpo_cli.models.loading import find_model, load_model, load_tokenizer
 

@@ -72,7 +72,7 @@ def test_an_optimizer_that_cannot_leave_weights_alone_is_looked_at_in_every_step
 
 
 def test_a_fused_optimizer_gets_its_step_counts_back_beside_the_weights() -> None:
-    from dpo_cli.training.checkpoint import _restore_optimizer, optimizer_tensors
+    from dpo_cli.runs.checkpoint import _restore_optimizer, optimizer_tensors
 
     model = nn.Linear(2, 2, bias=False)
     fused = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)

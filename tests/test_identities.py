@@ -7,9 +7,10 @@ import torch
 from test_logps import PAIRS, both_sides
 from tiny_models import CPU, LORA, tiny
 
+from dpo_cli.data.batches import Way
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.models.loading import attach_lora
-from dpo_cli.models.logps import Way, make_batch, pair_logps, plain_attention
+from dpo_cli.models.logps import make_batch, pair_logps, plain_attention
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference
 from dpo_cli.theory.losses import LogRatios, gradient_weight, sigmoid
 

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from tiny_models import CPU, LORA, VOCABULARY, pair, tiny
 from torch import Tensor
 
-from dpo_cli.config import LoraConfig
+from dpo_cli.config.schema import LoraConfig
+from dpo_cli.data.batches import Way
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.models.head import head_logits, head_trains, token_logps
 from dpo_cli.models.loading import attach_lora
-from dpo_cli.models.logps import Way, make_batch, pair_logps
+from dpo_cli.models.logps import make_batch, pair_logps
 
 WAYS = [Way.PADDED, Way.SEGMENTS]
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_cli.config import LOSS_DIALS
+from dpo_cli.config.schema import LOSS_DIALS
 from dpo_cli.theory.losses import (
     LOSSES,
     LogRatios,

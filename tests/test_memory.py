@@ -9,12 +9,11 @@ import torch
 from conftest import Ended, records, tiny_words
 from tiny_models import CPU, LORA, pair, tiny
 
-from dpo_cli.data.batches import packed_tokens
+from dpo_cli.data.batches import Way, packed_tokens
 from dpo_cli.models import memory
 from dpo_cli.models.loading import attach_lora
-from dpo_cli.models.logps import Way
 from dpo_cli.models.memory import ENOUGH_TOKENS, SHARE, TRAINING_BYTES, kept_bytes, measure_budget
-from dpo_cli.training.checkpoint import read_state
+from dpo_cli.runs.checkpoint import read_state
 
 Command = Callable[..., Ended]
 MANY = [pair(20, 15, 15, seed) for seed in range(12)]
@@ -92,7 +91,7 @@ def test_a_resumed_run_keeps_the_budget_and_the_way_it_began_with(
 def test_another_device_measures_anew(command: Command, pairs_file: Path, tmp_path: Path) -> None:
     import json
 
-    from dpo_cli.training.checkpoint import MANIFEST, _seal
+    from dpo_cli.runs.checkpoint import MANIFEST, _seal
 
     words = [*tiny_words(pairs_file, tmp_path / "run"), "optimizer.schedule=constant"]
     assert command("dpo-train", *words, "batching=padded").code == 0

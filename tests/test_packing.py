@@ -12,12 +12,18 @@ from hypothesis import strategies as st
 from tiny_models import CPU, LORA, pair, tiny
 from torch import Tensor
 
-from dpo_cli.data.batches import packed_tokens
+from dpo_cli.data.batches import Way, packed_tokens
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import ConfigError
 from dpo_cli.models import attention, packing
 from dpo_cli.models.loading import attach_lora, compile_layers
-from dpo_cli.models.logps import Way, causal_model, make_batch, pair_logps, plain_attention, response_logps
+from dpo_cli.models.logps import (
+    causal_model,
+    make_batch,
+    pair_logps,
+    plain_attention,
+    response_logps,
+)
 from dpo_cli.models.packing import choose_way
 
 # A one-token prompt and one-token responses; prompts longer than both responses; a pair of some thirty tokens.

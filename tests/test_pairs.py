@@ -11,8 +11,8 @@ from conftest import sample_rows, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_cli.composition import composed, parse_overrides
-from dpo_cli.config import DataConfig, RunConfig, run_config
+from dpo_cli.config.composition import composed, parse_overrides
+from dpo_cli.config.schema import DataConfig, RunConfig, run_config
 from dpo_cli.data.batches import (
     Schedule,
     by_packed_tokens,

@@ -12,9 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
-
-from dpo_cli.theory.tabular import (
+from tabular import (
     climb,
     climb_sampled,
     draw_responses,
@@ -31,6 +29,7 @@ from dpo_cli.theory.tabular import (
     sample_preferences,
     sampled_policy_gradient,
 )
+from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 BETAS = [0.1, 0.5, 2.0]

@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import Ended, records, tiny_words
 
+from dpo_cli.data.batches import Way
 from dpo_cli.errors import CheckpointError
-from dpo_cli.models.logps import Batch, Way, make_batch, pair_logps
+from dpo_cli.models.logps import Batch, make_batch, pair_logps
 from dpo_cli.models.reference import FrozenReference
 from dpo_cli.theory.losses import PairLogps
 from dpo_cli.training import preflight as module
@@ -212,10 +213,12 @@ def test_a_dry_run_of_a_resume_leaves_the_run_as_it_was(
 def test_the_radar_stops_a_run_it_is_asked_to_stop(
     command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpo_cli.training import radar
+    from dpo_cli.training import monitor
 
-    monkeypatch.setattr(radar, "ENOUGH", 8)
-    monkeypatch.setattr(radar, "RULES", (radar.Rule("far", lambda d: d.pairs >= 8, lambda d: "too far", ruins=True),))
+    monkeypatch.setattr(monitor, "ENOUGH", 8)
+    monkeypatch.setattr(
+        monitor, "RULES", (monitor.Rule("far", lambda d: d.pairs >= 8, lambda d: "too far", ruins=True),)
+    )
     words = tiny_words(pairs_file, tmp_path / "run")
     ended = command("dpo-train", *words, "radar=stop")
     saved = tmp_path / "run" / "checkpoints" / "step-00000002"

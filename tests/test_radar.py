@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_cli.theory.drift import correlation, kl_per_token, measure_drift
+from dpo_cli.objectives.drift import correlation, kl_per_token, measure_drift
 from dpo_cli.theory.losses import LogRatios
-from dpo_cli.training.radar import ENOUGH, RULES, WINDOW, Radar
+from dpo_cli.training.monitor import ENOUGH, RULES, WINDOW, Radar
 from dpo_cli.training.verdict import RULES as VERDICT_RULES
 from dpo_cli.training.verdict import History, judge
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import write_jsonl
 
+from dpo_cli.commands.rank import fit_players, rank_games, show_ranking, write_ranking
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.data.games import read_games
 from dpo_cli.errors import ConfigError, DataError, StorageError
-from dpo_cli.pipeline.rank import fit_players, rank_games, show_ranking, write_ranking
 from dpo_cli.theory.bradley_terry import fit
 
 WORKED = "winner,loser,count\nA,B,8\nB,A,4\nA,C,3\nC,A,5\n"

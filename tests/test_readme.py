@@ -8,8 +8,8 @@ from pathlib import Path
 
 from conftest import Ended, records, sample_rows, write_jsonl
 
-from dpo_cli.composition import composed, composed_run, parse_overrides, sweep
-from dpo_cli.config import EvalSchema, LabelConfig, RankConfig, SampleConfig, config_of, run_config
+from dpo_cli.config.composition import composed, composed_run, parse_overrides, sweep
+from dpo_cli.config.schema import EvalSchema, LabelConfig, RankConfig, SampleConfig, config_of, run_config
 from dpo_cli.data.formats import FORMATS
 
 ROOT = Path(__file__).parent.parent

@@ -15,12 +15,12 @@ from conftest import Ended, records, tiny_words, write_jsonl
 from test_logps import PAIRS
 from tiny_models import CPU, LORA, pair, tiny
 
-from dpo_cli.data.batches import by_packed_tokens
+from dpo_cli.data.batches import Way, by_packed_tokens
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import StoppedError
 from dpo_cli.models import reference_cache
 from dpo_cli.models.loading import attach_lora, model_digest
-from dpo_cli.models.logps import Batch, Batching, Way, make_batch
+from dpo_cli.models.logps import Batch, Batching, make_batch
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
 from dpo_cli.models.reference_cache import (
     RECORD,
@@ -223,7 +223,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_the_run_goes_on(
     command: Command, pairs_file: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr("dpo_cli.training.preparation.cache_path", lambda key: tmp_path / "file" / key)
+    monkeypatch.setattr("dpo_cli.training.build.cache_path", lambda key: tmp_path / "file" / key)
     ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "run"))
     assert ended.code == 0
     assert "cannot be read (Not a directory); its values stay in memory" in " ".join((ended.out + ended.err).split())

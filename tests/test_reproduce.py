@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import Ended, records, sample_rows, tiny_words, write_jsonl
 
+from dpo_cli.commands import verify_resume
 from dpo_cli.errors import StorageError
-from dpo_cli.training import verification
-from dpo_cli.training.checkpoint import Settled, checkpoints, read_state
-from dpo_cli.training.durable import sweep, write_folder, write_whole
-from dpo_cli.training.metrics_log import MetricsLog
-from dpo_cli.training.reproduce import determinism, differences, settled_in
+from dpo_cli.runs.checkpoint import Settled, checkpoints, read_state
+from dpo_cli.runs.manifest import settled_in
+from dpo_cli.runs.replay import determinism, differences
+from dpo_cli.storage.durable import sweep, write_folder, write_whole
+from dpo_cli.storage.metrics_log import MetricsLog
 
 Command = Callable[..., Ended]
 
@@ -44,7 +45,8 @@ def test_verify_resume_proves_it_and_leaves_nothing(
 def test_verify_resume_notices_what_a_resume_forgets(
     command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    from dpo_cli.training import checkpoint, runner
+    from dpo_cli.runs import checkpoint
+    from dpo_cli.training import runner
 
     monkeypatch.setattr(runner if lost == "set_rng_states" else checkpoint, lost, lambda *_: None)
     ended = command("dpo-train", *words(pairs_file, tmp_path / "run", "verify_resume=true", "lora.dropout=0.1"))
@@ -60,7 +62,7 @@ def test_verify_resume_is_no_resume_and_no_dry_run(command: Command, pairs_file:
 
 
 def test_the_steps_to_verify_hold_an_evaluation_and_half_a_window() -> None:
-    assert verification.STOP < verification.STEPS - 1 < verification.STEPS
+    assert verify_resume.STOP < verify_resume.STEPS - 1 < verify_resume.STEPS
 
 
 # replay

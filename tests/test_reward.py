@@ -17,15 +17,17 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CPU, LORA, VOCABULARY, pair, tiny
 from torch import Tensor
 
+from dpo_cli.data.batches import Way
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import CheckpointError
 from dpo_cli.models.loading import attach_lora
-from dpo_cli.models.logps import Batch, Way, make_batch, plain_attention
-from dpo_cli.models.reward import HEAD_FILE, attach_head, head_of, load_head, pair_rewards, save_head
+from dpo_cli.models.logps import Batch, make_batch, plain_attention
+from dpo_cli.objectives.reward_model import HEAD_FILE, attach_head, head_of, load_head, pair_rewards, save_head
 from dpo_cli.theory.losses import LogRatios, PairLogps, make_objective
 from dpo_cli.training import preflight as preflight_module
 from dpo_cli.training.preflight import check_closing, check_gradients, preflight
-from dpo_cli.training.runner import Run, train_step
+from dpo_cli.training.run import Run
+from dpo_cli.training.runner import train_step
 from dpo_cli.training.verdict import RULES, History
 
 Command = Callable[..., Ended]

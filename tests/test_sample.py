@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 from conftest import Ended, sample_rows, write_jsonl
+from dpo_cli.commands import sample as command_module
+from dpo_cli.generation import sampler as sampling
 
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import ConfigError, DataError
-from dpo_cli.evaluation.generate import REDRAWS, distinct_answers, said_by
-from dpo_cli.models.decoding import Answer, Decoding
-from dpo_cli.pipeline import sample as command_module
-from dpo_cli.pipeline import sampler as sampling
-from dpo_cli.pipeline.journal import journal_of, manifest_of, opened_journal
+from dpo_cli.generation.decoding import Answer, Decoding
+from dpo_cli.generation.generate import REDRAWS, distinct_answers, said_by
+from dpo_cli.storage.job_log import journal_of, manifest_of, opened_journal
 
 Command = Callable[..., Ended]
 Trained = Callable[..., Path]
@@ -140,7 +140,7 @@ def test_an_answer_that_is_there_already_is_redrawn_four_times_and_no_more(
     tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is drawn says the same: 2 answers are asked for at first, then 1 in each of the redraws, 2 to 5."""
-    from dpo_cli.evaluation import generate
+    from dpo_cli.generation import generate
 
     asked: list[list[int]] = []
 

@@ -11,7 +11,7 @@ import torch
 from conftest import Ended, sample_rows, write_jsonl
 
 from dpo_cli.models.loading import find_model, load_model
-from dpo_cli.pipeline.subject import Asked, find_subject, load_policy
+from dpo_cli.runs.model_ref import Asked, find_subject, load_policy
 
 Words = list[tuple[str, ...]]
 

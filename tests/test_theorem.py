@@ -12,10 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
-
-from dpo_cli.theory.losses import implicit_rewards
-from dpo_cli.theory.tabular import (
+from tabular import (
     every_pair,
     expected_loss,
     fit_dpo,
@@ -26,6 +23,9 @@ from dpo_cli.theory.tabular import (
     sample_preferences,
     sampling_error,
 )
+from torch import Tensor
+
+from dpo_cli.theory.losses import implicit_rewards
 
 ROOT = Path(__file__).parent.parent
 BETAS = [0.1, 0.5, 2.0]

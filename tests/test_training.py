@@ -14,8 +14,9 @@ from conftest import Ended, records, sample_rows, tiny_words, write_jsonl
 from safetensors.torch import load_file
 from tiny_models import tiny
 
-from dpo_cli.training.checkpoint import checkpoints, validate
-from dpo_cli.training.runner import Run, train_step
+from dpo_cli.runs.checkpoint import checkpoints, validate
+from dpo_cli.training.run import Run
+from dpo_cli.training.runner import train_step
 
 Command = Callable[..., Ended]
 Trained = Callable[..., Path]
@@ -372,7 +373,8 @@ def test_a_failed_save_leaves_earlier_checkpoints(
     trained: Trained, assembled: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dpo_cli.errors import StorageError
-    from dpo_cli.training import checkpoint, runner
+    from dpo_cli.runs import checkpoint
+    from dpo_cli.training import runner
 
     run = assembled()
     runner.save(run)

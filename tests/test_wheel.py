@@ -30,9 +30,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 COMPOSE = """
-from dpo_cli import composition
-from dpo_cli.composition import composed, conf_dir, groups, parse_overrides
-from dpo_cli.config import EvalSchema, RunConfig, run_config
+from dpo_cli.config import composition
+from dpo_cli.config.composition import composed, conf_dir, groups, parse_overrides
+from dpo_cli.config.schema import EvalSchema, RunConfig, run_config
 number = 0
 for group, choices in groups().items():
     for choice in choices:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import Ended, sample_rows, write_jsonl
 
-from dpo_cli.composition import conf_dir
+from dpo_cli.config.composition import conf_dir
 
 Command = Callable[..., Ended]
 PROMPTS = [
@@ -78,7 +78,9 @@ def test_a_sampling_cut_off_anywhere_goes_on_to_the_same_bytes(
     command: Command, prompts: Path, tmp_path: Path, lost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of one prompt; killed after some of them, the journal's last line cut `lost` bytes before its end."""
-    from dpo_cli.pipeline import journal, sample, sampler
+    from dpo_cli.commands import sample
+    from dpo_cli.generation import sampler
+    from dpo_cli.storage import job_log
 
     words = (*DRAWING, f"prompts={prompts}", "batch_size=2")
     straight, resumed = tmp_path / "straight.jsonl", tmp_path / "resumed.jsonl"
@@ -93,7 +95,7 @@ def test_a_sampling_cut_off_anywhere_goes_on_to_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(sample, "finish", killed)
         assert command("dpo-sample", *words, f"output={resumed}").code == 130
-    part = journal.journal_of(resumed)
+    part = job_log.journal_of(resumed)
     content = part.read_bytes()
     part.write_bytes(content[: len(content) - lost])
     whole = max(0, part.read_bytes().count(b"\n") - 1)  # batches that are on disk
@@ -357,7 +359,7 @@ def test_checkpoints_play_each_other_before_a_judge(command: Command, prompts: P
 
 
 def test_a_tie_is_half_a_win_and_nobody_plays_themselves() -> None:
-    from dpo_cli.pipeline.play import Match
+    from dpo_cli.labelling.match import Match
 
     match = Match(["a", "b", "c"], [], [], [[1.0, 1.0, 0.0], [2.0, 0.0, 3.0]])
     assert match.tables.tolist() == [

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_cli.config import LoraConfig
+from dpo_cli.config.schema import LoraConfig
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.models.loading import disable_dropout
 

@@ -7,6 +7,7 @@ number and nothing else. A resumed run has no state to restore and nothing to sk
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import groupby
 
 import numpy as np
@@ -71,6 +72,14 @@ class Schedule:
                 order = self._order(epoch)
             start = update % self.steps_per_epoch * self.batch_size
             yield order[start : start + self.batch_size]
+
+
+class Way(StrEnum):
+    """How a batch is laid out and attended to; `packing.py` finds out which of them a model can take."""
+
+    SEGMENTS = "segments"  # packed, attention piece by piece
+    MASK = "mask"  # packed, the family's own attention under a dense mask
+    PADDED = "padded"
 
 
 def longest_side(pair: TokenizedPair) -> int:
@@ -161,3 +170,8 @@ def _longest_first(
         filled[least] += item
         sizes[least] += size
     return filled, sizes
+
+
+def cut_by_tokens(tokens: int, way: Way) -> Cut:
+    """Cut a batch by a token budget, counted as the way lays tokens out."""
+    return by_padded_tokens(tokens) if way is Way.PADDED else by_packed_tokens(tokens)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_cli.config import DataConfig
+from dpo_cli.config.schema import DataConfig
 from dpo_cli.console.text import plural, safe_text
 from dpo_cli.data.files import RowInFile, local_path, read_hub, read_rows
 from dpo_cli.data.formats import BadRowError, PreferencePair, pairs_of

@@ -13,7 +13,7 @@ from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.models.logps import Batch, Batching
 from dpo_cli.models.memory import in_passes
 from dpo_cli.models.reference import Reference
-from dpo_cli.models.reward import pair_scores
+from dpo_cli.objectives.reward_model import pair_scores
 from dpo_cli.theory.losses import LogRatios, Objective, PairLogps
 from dpo_cli.theory.metrics import pair_metrics, reward_metrics
 from dpo_cli.theory.statistics import Estimate, mean_estimate, proportion_estimate

@@ -4,7 +4,6 @@ Each is written once as safetensors into the cache folder and loads from there l
 """
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from transformers import (
 
 from dpo_cli.console.text import safe_text
 from dpo_cli.errors import StorageError
-from dpo_cli.paths import user_path
+from dpo_cli.paths import cache_dir
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TINY = "dpo-cli/tiny-random"
@@ -31,13 +30,6 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-
-def cache_dir() -> Path:
-    """Where converted models lie: $DPO_CACHE, else dpo-cli in the user's cache folder."""
-    if os.environ.get("DPO_CACHE"):
-        return user_path(os.environ["DPO_CACHE"], StorageError, "DPO_CACHE")
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpo-cli"
 
 
 def embedded_gguf() -> Path | None:

@@ -30,11 +30,11 @@ from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.models.builtin import resolve_builtin
 from dpo_cli.models.lora_function import fuse_lora
-from dpo_cli.models.notes import note, recall
 from dpo_cli.paths import user_path
+from dpo_cli.storage.measurements import note, recall
 
 if TYPE_CHECKING:  # the schema needs Hydra's OmegaConf, which a machine that only measures has not
-    from dpo_cli.config import LoraConfig, ModelConfig
+    from dpo_cli.config.schema import LoraConfig, ModelConfig
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_KINDS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA")

@@ -14,26 +14,17 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_cli.data.batches import Cut
+from dpo_cli.data.batches import Cut, Way
 from dpo_cli.data.tokens import TokenIds, TokenizedPair
 from dpo_cli.models.attention import KEYWORD, SEGMENTS, Group, PackedRow, masked_by, use_attention
 from dpo_cli.models.head import token_logps
 from dpo_cli.theory.losses import PairLogps
-
-
-class Way(StrEnum):
-    """How a batch is laid out and attended to; `packing.py` finds out which of them a model can take."""
-
-    SEGMENTS = "segments"  # packed, attention piece by piece
-    MASK = "mask"  # packed, the family's own attention under a dense mask
-    PADDED = "padded"
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from dpo_cli.console.text import safe_text
-from dpo_cli.data.batches import longest_side
+from dpo_cli.data.batches import Way, longest_side
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import ConfigError
 from dpo_cli.models.loading import Decision
-from dpo_cli.models.logps import Way, causal_model, make_batch, response_logps
-from dpo_cli.models.notes import note, recall
+from dpo_cli.models.logps import causal_model, make_batch, response_logps
+from dpo_cli.storage.measurements import note, recall
 
 VERSION = 1  # of the check below: another number measures anew
 FLOOR = 2e-5  # nats a token: below this a difference is rounding in any dtype

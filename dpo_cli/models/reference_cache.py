@@ -22,11 +22,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dpo_cli.console.reporter import Reporter
+from dpo_cli.console.text import plural
+from dpo_cli.data.batches import Way
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.models.builtin import cache_dir
-from dpo_cli.models.logps import TOLERANCES, Batch, Batching, Way
+from dpo_cli.models.logps import TOLERANCES, Batch, Batching
 from dpo_cli.models.memory import in_passes
 from dpo_cli.models.reference import Reference
+from dpo_cli.paths import cache_dir
 from dpo_cli.theory.losses import PairLogps
 
 RECORD = np.dtype([("key", "<u8", 2), ("logps", "<f4", 2), ("check", "<u8")])  # 32 bytes: key, chosen and rejected
@@ -256,3 +259,25 @@ def _disagreement(
             if not off <= TOLERANCES[dtype].of(max(len(pair.chosen), len(pair.rejected))):
                 return f"row {pair.index} is off this model's log-prob by {off:.2g} nats"
     return None
+
+
+def complete_cache(
+    cache: ReferenceCache,
+    needed: list[list[TokenizedPair]],
+    batching: Batching,
+    dtype: torch.dtype,
+    load: Callable[[], Reference],
+    at_hand: Reference | None,
+    reporter: Reporter,
+    poll: Callable[[], None],
+) -> int:
+    """`complete` with its progress on the console; what is wrong with the file is said. Returns the pairs computed."""
+    if cache.damaged:
+        reporter.warn(f"{cache.path}: {plural(cache.damaged, 'record')} torn or damaged, computed anew")
+    progress = Progress(lambda pairs: reporter.start("reference", pairs), reporter.advance, reporter.warn, poll)
+    computed = complete(cache, needed, batching, dtype, load, at_hand, progress)
+    if computed:
+        reporter.stop()
+    if cache.trouble:
+        reporter.warn(cache.trouble)
+    return computed

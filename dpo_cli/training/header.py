@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from dpo_cli.config import RunConfig
+from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.text import plural, safe_text, significant
+from dpo_cli.data.batches import Way
 from dpo_cli.models.loading import parameter_counts
-from dpo_cli.models.logps import Way
 from dpo_cli.training.run import Run
 
 SHOWN_TOKENS = 160  # of a long prompt, its end is what matters

@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 
 from dpo_cli.console.text import safe_text
-from dpo_cli.data.batches import longest_side
+from dpo_cli.data.batches import Way, longest_side
 from dpo_cli.data.pairs import TextPair
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.errors import CheckpointError
 from dpo_cli.models.loading import undisturbed
-from dpo_cli.models.logps import TOLERANCES, Batch, Way, causal_model, make_batch, plain_attention
+from dpo_cli.models.logps import (
+    TOLERANCES,
+    Batch,
+    causal_model,
+    make_batch,
+    plain_attention,
+)
 from dpo_cli.models.reference import FrozenReference, Reference
-from dpo_cli.models.reward import HEAD_NAME, head_of, pair_scores, probing
+from dpo_cli.objectives.reward_model import HEAD_NAME, head_of, pair_scores, probing
 from dpo_cli.theory.losses import LogRatios, Objective, PairLogps
 
 PAIRS_A_BATCH = 4

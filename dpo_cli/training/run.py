@@ -1,8 +1,5 @@
 """The parts of a run, put together: what the runner, the header and the rehearsal hand to each other."""
 
-import ctypes
-import resource
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_cli.config import RunConfig
+from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.data.batches import Schedule
 from dpo_cli.data.pairs import PairData
@@ -18,12 +15,12 @@ from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.models.loading import Decision, ModelSource
 from dpo_cli.models.logps import Batching
 from dpo_cli.models.reference import Reference
+from dpo_cli.runs.checkpoint import Settled
+from dpo_cli.runs.run_directory import RunDirectory
 from dpo_cli.theory.losses import LogRatios, Objective, PairLogps
 from dpo_cli.theory.metrics import MeanOverPairs, pair_metrics, reward_metrics
-from dpo_cli.training.checkpoint import Settled
 from dpo_cli.training.guard import NonFiniteGuard
-from dpo_cli.training.radar import Radar
-from dpo_cli.training.run_directory import RunDirectory
+from dpo_cli.training.monitor import Radar
 
 
 @dataclass
@@ -92,22 +89,3 @@ class Run:
     def trainable(self) -> list[nn.Parameter]:
         """The weights that the optimizer moves."""
         return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-
-
-def give_memory_back(device: torch.device) -> None:
-    """Hand memory that is free inside the process back to the system: after a model has gone, say.
-
-    Not in every step: asking for fresh pages again costs a tenth of it.
-    """
-    if device.type == "cpu" and sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory used so far: the allocator's on CUDA, else this process's resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -23,10 +23,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dpo_cli.config import OptimizerConfig, RunConfig, read_config
+from dpo_cli.config.schema import OptimizerConfig, RunConfig, read_config
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural, safe_text, shell_word, significant
-from dpo_cli.data.batches import Schedule
+from dpo_cli.data.batches import Schedule, Way
 from dpo_cli.data.pairs import check_sources, load_pairs
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.errors import CheckpointError, ConfigError, DivergedError, StoppedError, StorageError
@@ -46,15 +46,12 @@ from dpo_cli.models.loading import (
     same_weights,
     wait_for,
 )
-from dpo_cli.models.logps import Batching, Way, causal_model
-from dpo_cli.models.memory import plan_memory
+from dpo_cli.models.logps import Batching, causal_model
+from dpo_cli.models.memory import peak_memory_gib, plan_memory
 from dpo_cli.models.packing import remembered_way
-from dpo_cli.models.reward import attach_head, head_of
+from dpo_cli.objectives.reward_model import attach_head, head_of
 from dpo_cli.paths import user_path
-from dpo_cli.theory.losses import make_objective
-from dpo_cli.theory.metrics import MeanOverPairs
-from dpo_cli.theory.schedules import lr_factor
-from dpo_cli.training.checkpoint import (
+from dpo_cli.runs.checkpoint import (
     Settled,
     TrainingState,
     best_checkpoint,
@@ -66,25 +63,16 @@ from dpo_cli.training.checkpoint import (
     set_aside_newer,
     set_rng_states,
 )
-from dpo_cli.training.durable import write_folder
-from dpo_cli.training.guard import NonFiniteGuard, require_finite
-from dpo_cli.training.header import show_header
-from dpo_cli.training.model_card import model_card
-from dpo_cli.training.preflight import PreflightSubject, choose_pairs, preflight
-from dpo_cli.training.preparation import choose_cut, complete_reference, make_reference, reference_of
-from dpo_cli.training.radar import Radar
-from dpo_cli.training.rehearsal import rehearse, rehearse_longest
-from dpo_cli.training.reproduce import (
+from dpo_cli.runs.manifest import settled_in, weights_digest
+from dpo_cli.runs.model_card import model_card
+from dpo_cli.runs.replay import (
     determinism,
     earlier_manifest,
     manifest_of,
     replay_in_words,
     say_what_differs,
-    settled_in,
-    weights_digest,
 )
-from dpo_cli.training.run import Run, Window, peak_memory_gib
-from dpo_cli.training.run_directory import (
+from dpo_cli.runs.run_directory import (
     RunDirectory,
     claim_directory,
     config_changes,
@@ -92,7 +80,18 @@ from dpo_cli.training.run_directory import (
     find_checkpoint,
     resumed_directory,
 )
-from dpo_cli.training.signals import StopSignals
+from dpo_cli.signals import StopSignals
+from dpo_cli.storage.durable import write_folder
+from dpo_cli.theory.losses import make_objective
+from dpo_cli.theory.metrics import MeanOverPairs
+from dpo_cli.theory.schedules import lr_factor
+from dpo_cli.training.build import choose_cut, complete_reference, make_reference, reference_of
+from dpo_cli.training.guard import NonFiniteGuard, require_finite
+from dpo_cli.training.header import show_header
+from dpo_cli.training.memory_probe import rehearse, rehearse_longest
+from dpo_cli.training.monitor import Radar
+from dpo_cli.training.preflight import PreflightSubject, choose_pairs, preflight
+from dpo_cli.training.run import Run, Window
 from dpo_cli.training.step import cut_until_it_fits, forward_backward
 from dpo_cli.training.verdict import History, Verdict, judge
 

@@ -10,15 +10,13 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from dpo_cli.data.batches import by_size, packed_tokens, padded_tokens
+from dpo_cli.data.batches import Way, by_size, cut_by_tokens, packed_tokens, padded_tokens
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.models.logps import Way
 from dpo_cli.models.memory import DoesNotFitError, alone_too_large, make_room, one_pass
-from dpo_cli.models.reward import pair_scores
+from dpo_cli.objectives.reward_model import pair_scores
+from dpo_cli.runs.checkpoint import rng_states, set_rng_states
 from dpo_cli.theory.losses import LogRatios
 from dpo_cli.theory.metrics import MeanOverPairs
-from dpo_cli.training.checkpoint import rng_states, set_rng_states
-from dpo_cli.training.preparation import cut_by_tokens
 from dpo_cli.training.run import Run
 
 T = TypeVar("T")

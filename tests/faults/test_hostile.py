@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_cli.console.text import redacted, safe_text
 from dpo_cli.errors import CheckpointError
-from dpo_cli.training.checkpoint import MANIFEST, checkpoints, read_state, sha256_of, validate
+from dpo_cli.runs.checkpoint import MANIFEST, checkpoints, read_state, sha256_of, validate
 
 pytestmark = pytest.mark.faults
 Command = Callable[..., Ended]
@@ -316,7 +316,7 @@ FORBIDDEN = re.compile(
 def test_hostile_text_in_pairs_names_and_answers_is_shown_escaped_everywhere(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    from dpo_cli.pipeline import evaluate
+    from dpo_cli.commands import evaluate
 
     row = text.encode("utf-8", "ignore").decode()
     rows = [{"prompt": f"{row} {n}", "chosen": f"yes {row} {n}", "rejected": f"no {n} {row}"} for n in range(20)]

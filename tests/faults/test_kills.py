@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from harness import LEDGER, fault, run_words, same_content, start, straight  # noqa: F401
 
-from dpo_cli.training.checkpoint import checkpoints, validate
+from dpo_cli.runs.checkpoint import checkpoints, validate
 
 pytestmark = pytest.mark.faults
 Straight = Callable[..., dict[str, bytes]]

@@ -11,8 +11,8 @@ from conftest import Ended, records, tiny_words
 from harness import LEDGER, fault, run_words, same_content, start, straight  # noqa: F401
 from safetensors.torch import load_file
 
+from dpo_cli.runs.checkpoint import checkpoints, read_state, validate
 from dpo_cli.training import runner, step
-from dpo_cli.training.checkpoint import checkpoints, read_state, validate
 
 pytestmark = pytest.mark.faults
 Command = Callable[..., Ended]

@@ -12,15 +12,15 @@ from harness import fault
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from dpo_cli.composition import composed, parse_overrides
-from dpo_cli.config import RunConfig, read_config, run_config, schema_keys, to_container
+from dpo_cli.config.composition import composed, parse_overrides
+from dpo_cli.config.schema import RunConfig, read_config, run_config, schema_keys, to_container
 from dpo_cli.console.text import redacted, safe_text
 from dpo_cli.data.files import read_rows
 from dpo_cli.data.formats import BadRowError, pairs_of
 from dpo_cli.data.pairs import load_pairs
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import CheckpointError, ConfigError, DataError, DpoError
-from dpo_cli.training.checkpoint import MANIFEST, read_state, validate
+from dpo_cli.runs.checkpoint import MANIFEST, read_state, validate
 
 pytestmark = pytest.mark.faults
 MANY = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

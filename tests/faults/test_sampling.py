@@ -54,7 +54,7 @@ def at_batch(number: int, act: Callable[[], None]) -> Callable[[], None]:
     """In a child: `act` before the batch of that number, from 1, is drawn."""
 
     def prepare() -> None:
-        from dpo_cli.pipeline import sampler
+        from dpo_cli.generation import sampler
 
         original, count = sampler.distinct_answers, [0]
 
@@ -119,7 +119,7 @@ def test_a_job_killed_between_batches_draws_none_of_them_twice(tmp_path: Path, s
         assert before.count(b"\n") == 1 + batch - 1
 
         def keeps_what_is_there() -> None:
-            from dpo_cli.pipeline import sample
+            from dpo_cli.commands import sample
 
             finish = sample.finish
 
@@ -225,7 +225,7 @@ def test_an_end_without_room_keeps_the_journal(tmp_path: Path, straight: bytes) 
     """All is drawn, and manifest and output are larger than what the disk takes."""
 
     def prepare() -> None:
-        from dpo_cli.pipeline import sample
+        from dpo_cli.commands import sample
 
         finish = sample.finish
 

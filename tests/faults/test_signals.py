@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from harness import LEDGER, Child, fault, run_words, same_content, start, straight  # noqa: F401
 
-from dpo_cli.training.checkpoint import checkpoints, validate
+from dpo_cli.runs.checkpoint import checkpoints, validate
 
 pytestmark = pytest.mark.faults
 Straight = Callable[..., dict[str, bytes]]
@@ -78,7 +78,7 @@ def test_a_signal_while_answers_are_generated_is_answered(tmp_path: Path, straig
     assert start(run, run_words(run)).wait().code == 0
 
     def generate_slowly() -> None:
-        from dpo_cli.evaluation import generate
+        from dpo_cli.generation import generate
 
         original = generate.draw_answers
 

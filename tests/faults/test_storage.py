@@ -17,7 +17,7 @@ from harness import LEDGER, content, fault, run_words, same_content, start, stra
 
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.models.reference_cache import RECORD, _checks
-from dpo_cli.training.checkpoint import MANIFEST, checkpoints, newest_valid, validate
+from dpo_cli.runs.checkpoint import MANIFEST, checkpoints, newest_valid, validate
 
 pytestmark = pytest.mark.faults
 Straight = Callable[..., dict[str, bytes]]
@@ -81,7 +81,8 @@ def test_a_checkpoint_counts_no_line_of_metrics_that_is_not_on_disk(tmp_path: Pa
     more = ("save_every=1", "log_every=1", "keep_checkpoints=9")
 
     def metrics_full_then_killed() -> None:
-        from dpo_cli.training import metrics_log, runner
+        from dpo_cli.storage import metrics_log
+        from dpo_cli.training import runner
 
         original, write = runner.train_step, metrics_log.MetricsLog._write
 
@@ -357,7 +358,7 @@ def test_a_run_with_a_damaged_file_says_so_and_comes_to_the_same_bytes(
 
 
 def test_metrics_shorter_than_their_checkpoint_are_refused(tmp_path: Path, finished: Path) -> None:
-    from dpo_cli.training.metrics_log import MetricsLog
+    from dpo_cli.storage.metrics_log import MetricsLog
 
     with fault(7):
         lines = (finished / "metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -370,7 +371,7 @@ def test_metrics_shorter_than_their_checkpoint_are_refused(tmp_path: Path, finis
 def test_metrics_with_a_line_that_is_not_the_runs_own_are_refused_by_its_number(
     tmp_path: Path, finished: Path, line: bytes
 ) -> None:
-    from dpo_cli.training.metrics_log import MetricsLog
+    from dpo_cli.storage.metrics_log import MetricsLog
 
     with fault(7):
         lines = (finished / "metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -481,7 +482,7 @@ def test_a_clock_that_jumps_back_an_hour_moves_no_duration(tmp_path: Path, strai
 
 def test_a_place_for_runs_that_leads_nowhere_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dpo_cli.errors import StorageError
-    from dpo_cli.training.run_directory import claim_directory
+    from dpo_cli.runs.run_directory import claim_directory
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").symlink_to("/a/disk/that/is/not/mounted")
@@ -494,7 +495,7 @@ def test_runs_that_begin_in_the_same_second_get_directories_of_their_own(
 ) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    from dpo_cli.training.run_directory import claim_directory
+    from dpo_cli.runs.run_directory import claim_directory
 
     monkeypatch.chdir(tmp_path)
     with fault(24, tries=32), ThreadPoolExecutor(32) as pool:
@@ -504,7 +505,7 @@ def test_runs_that_begin_in_the_same_second_get_directories_of_their_own(
 
 
 def test_the_lock_names_its_owner_and_is_let_go(tmp_path: Path) -> None:
-    from dpo_cli.training.run_directory import RunDirectory
+    from dpo_cli.runs.run_directory import RunDirectory
 
     owner = f"in use by process {os.getpid()} on .* since "
     with fault(18), RunDirectory(tmp_path).owned(), pytest.raises(ConfigError, match=owner):

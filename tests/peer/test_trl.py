@@ -28,11 +28,12 @@ import torch
 from dialogues import pairs_to_compare
 from torch import Tensor
 
-from dpo_cli.config import LoraConfig
+from dpo_cli.config.schema import LoraConfig
+from dpo_cli.data.batches import Way
 from dpo_cli.data.formats import PreferencePair
 from dpo_cli.data.tokens import Encoded, PairEncoder, TokenizedPair, token_ids
 from dpo_cli.models.loading import attach_lora
-from dpo_cli.models.logps import Way, make_batch, pair_logps
+from dpo_cli.models.logps import make_batch, pair_logps
 from dpo_cli.models.reference import AdapterOffReference
 from dpo_cli.theory.losses import LOSSES, LogRatios, PairLogps, loss_dials, sft_loss
 

@@ -1,36 +1,33 @@
 """What a run settles before its first step: how batches are cut, and where the reference's log-probs come from."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from dpo_cli.config import RunConfig
+from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural
-from dpo_cli.data.batches import Cut, by_packed_tokens, by_padded_tokens, by_size
+from dpo_cli.data.batches import Cut, Way, by_size, cut_by_tokens
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import CheckpointError, StorageError
 from dpo_cli.evaluation.scores import windows
 from dpo_cli.models.loading import ModelSource, compile_layers, load_model, undisturbed
-from dpo_cli.models.logps import Batching, Way
-from dpo_cli.models.memory import Budget, measure_budget
+from dpo_cli.models.memory import Budget, give_memory_back, measure_budget
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, NoReference, Reference, UnmovedPolicy
 from dpo_cli.models.reference_cache import (
     CachedReference,
-    Progress,
     ReferenceCache,
     cache_path,
-    complete,
+    complete_cache,
     values_key,
 )
 from dpo_cli.paths import user_path
-from dpo_cli.training.checkpoint import Settled
-from dpo_cli.training.durable import write_whole
+from dpo_cli.runs.checkpoint import Settled
+from dpo_cli.runs.run_directory import RunDirectory
+from dpo_cli.storage.durable import write_whole
 from dpo_cli.training.preflight import check_distinct, choose_pairs
-from dpo_cli.training.run import Run, give_memory_back
-from dpo_cli.training.run_directory import RunDirectory
+from dpo_cli.training.run import Run
 
 
 def choose_cut(
@@ -57,11 +54,6 @@ def choose_cut(
         tokens, words = budget.tokens, str(budget)
         _warn_of_long_pairs(pairs, budget, reporter)
     return cut_by_tokens(tokens, way), tokens, words
-
-
-def cut_by_tokens(tokens: int, way: Way) -> Cut:
-    """Cut a batch by a token budget, counted as the way lays tokens out."""
-    return by_padded_tokens(tokens) if way is Way.PADDED else by_packed_tokens(tokens)
 
 
 def _warn_of_long_pairs(pairs: list[TokenizedPair], budget: Budget, reporter: Reporter) -> None:
@@ -125,28 +117,6 @@ def reference_of(run: Run) -> str:
         return "its log-probs are computed once, for this run alone"
     there = f"{len(needed) - lacking:,} of {len(needed):,} log-probs are in {cache.path} ({cache.size_in_words})"
     return f"not loaded: {there}" if lacking == 0 else there
-
-
-def complete_cache(
-    cache: ReferenceCache,
-    needed: list[list[TokenizedPair]],
-    batching: Batching,
-    dtype: torch.dtype,
-    load: Callable[[], Reference],
-    at_hand: Reference | None,
-    reporter: Reporter,
-    poll: Callable[[], None],
-) -> int:
-    """`complete` with its progress on the console; what is wrong with the file is said. Returns the pairs computed."""
-    if cache.damaged:
-        reporter.warn(f"{cache.path}: {plural(cache.damaged, 'record')} torn or damaged, computed anew")
-    progress = Progress(lambda pairs: reporter.start("reference", pairs), reporter.advance, reporter.warn, poll)
-    computed = complete(cache, needed, batching, dtype, load, at_hand, progress)
-    if computed:
-        reporter.stop()
-    if cache.trouble:
-        reporter.warn(cache.trouble)
-    return computed
 
 
 def complete_reference(run: Run) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from dpo_cli.data.formats import PreferencePair, Prompt
 from dpo_cli.data.tokens import PairEncoder
-from dpo_cli.models.decoding import Answer, Decoding, Draw, draw_answers, end_tokens, rows_at_once
+from dpo_cli.generation.decoding import Answer, Decoding, Draw, draw_answers, end_tokens, rows_at_once
 
 PROMPTS_AT_ONCE = 16
 REDRAWS = 4  # of an answer that is there already

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dpo_cli.config import ModelConfig, RunConfig, read_config
+from dpo_cli.config.schema import ModelConfig, RunConfig, read_config
 from dpo_cli.console.text import safe_text
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import CheckpointError, ConfigError
@@ -21,11 +21,11 @@ from dpo_cli.models.loading import (
     load_model,
     load_tokenizer,
 )
-from dpo_cli.models.reward import has_head, load_head
+from dpo_cli.objectives.reward_model import has_head, load_head
 from dpo_cli.paths import user_path
-from dpo_cli.training.checkpoint import newest_valid, read_json, sha256_of, validate
-from dpo_cli.training.reproduce import settled_in
-from dpo_cli.training.run_directory import RunDirectory
+from dpo_cli.runs.checkpoint import newest_valid, read_json, sha256_of, validate
+from dpo_cli.runs.manifest import settled_in
+from dpo_cli.runs.run_directory import RunDirectory
 
 DEFAULT_BETA = 0.1  # where the checkpoint does not say
 

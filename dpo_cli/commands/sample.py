@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config import SampleConfig
+from dpo_cli.config.schema import SampleConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural, safe_text, shell_word, significant
 from dpo_cli.data.prompts import PromptInFile, PromptReport, read_prompts
 from dpo_cli.data.samples import as_stored, sample_id
 from dpo_cli.errors import DataError, StoppedError
-from dpo_cli.evaluation.generate import Text
-from dpo_cli.models.decoding import Decoding
-from dpo_cli.pipeline.journal import finish, is_done, journal_of, manifest_of, opened_journal, output_path
-from dpo_cli.pipeline.sampler import PARTS, Drawing, Sampler, answer_all, drawing_in_words, load_sampler
-from dpo_cli.training.reproduce import environment
-from dpo_cli.training.signals import StopSignals
+from dpo_cli.generation.decoding import Decoding
+from dpo_cli.generation.generate import Text
+from dpo_cli.generation.sampler import PARTS, Drawing, Sampler, answer_all, drawing_in_words, load_sampler
+from dpo_cli.runs.manifest import environment
+from dpo_cli.signals import StopSignals
+from dpo_cli.storage.job_log import finish, is_done, journal_of, manifest_of, opened_journal, output_path
 
 
 def sample(config: SampleConfig, reporter: Reporter) -> Path:

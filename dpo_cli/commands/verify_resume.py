@@ -15,12 +15,12 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from dpo_cli.config import RunConfig
+from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural, safe_text
 from dpo_cli.errors import CheckpointError, StoppedError
-from dpo_cli.models.reward import HEAD_FILE
-from dpo_cli.training.checkpoint import ADAPTER, MODEL, OPTIMIZER, RNG, WINDOW, checkpoint_name
+from dpo_cli.objectives.reward_model import HEAD_FILE
+from dpo_cli.runs.checkpoint import ADAPTER, MODEL, OPTIMIZER, RNG, WINDOW, checkpoint_name
 from dpo_cli.training.runner import train
 
 STEPS, STOP = 4, 2

@@ -1,64 +1,25 @@
 """What a run's numbers depend on, and running it again: versions, device, data and weights, compared by name."""
 
-import importlib.metadata
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpo_cli import __version__
-from dpo_cli.config import RunConfig, flat, read_config
+from dpo_cli.config.schema import RunConfig, flat, read_config
 from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.errors import CheckpointError, ConfigError
-from dpo_cli.models.reward import HEAD_FILE
 from dpo_cli.paths import user_path
-from dpo_cli.training.checkpoint import ADAPTER, MODEL, Settled, sha256_of
+from dpo_cli.runs.manifest import environment, weights_digest
+from dpo_cli.runs.run_directory import RunDirectory, config_changes
 from dpo_cli.training.run import Run
-from dpo_cli.training.run_directory import RunDirectory, config_changes
 
-PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "hydra-core", "numpy")
 # What must be the same for the same bytes to come out, besides config and settled choices: keys of the manifest.
 DECIDING = ("dpo_cli", "git_revision", "python", "platform", "packages", "hardware", "data_fingerprint", "model")
 # Of those, what says where something lies and not what it is.
 PASSING = ("model.path", "model.origin", "hardware.device")
-
-
-@cache
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and machine: what a number may depend on."""
-    return {
-        "dpo_cli": __version__,
-        "git_revision": _git_revision(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "hardware": {
-            "device": str(device),
-            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "cuda": torch.version.cuda,
-        },
-    }
-
-
-def _git_revision() -> str | None:
-    """The revision of the checkout this program runs from; None for an installed package."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def manifest_of(run: Run) -> dict[str, Any]:
@@ -83,20 +44,6 @@ def manifest_of(run: Run) -> dict[str, Any]:
         "data": {name.replace(" ", "_"): report.as_dict() for name, report in run.data.reports()},
         "total_steps": run.total_steps,
     }
-
-
-def settled_in(manifest: dict[str, Any]) -> Settled | None:
-    """What was settled when the run of a manifest began; None where the manifest does not say."""
-    batches, device = manifest.get("batches"), str(manifest.get("device")).split(":")[0]
-    if not isinstance(batches, dict):
-        return None
-    budget = batches.get("token_budget")
-    try:
-        if budget is not None and type(budget) is not int:
-            return None
-        return Settled(device, str(manifest.get("dtype")), str(batches.get("way")), budget)
-    except ValueError:
-        return None
 
 
 def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -143,12 +90,6 @@ def replay_in_words(run: Run, weights: str | None) -> list[tuple[str, str]]:
         return [("replay", f"{safe_text(replayed.path)} has not come to its end: there is nothing to compare with")]
     same = "the same weights as" if before == weights else "other weights than"
     return [("replay", f"{same} {safe_text(replayed.path)} (sha256 {safe_text(before, 16)} and {weights!s:.13}...)")]
-
-
-def weights_digest(folder: Path) -> str | None:
-    """The sha256 of the weights' file in a `final/` or a checkpoint; of a reward model the adapter's and the head's."""
-    found = [sha256_of(folder / name) for name in (ADAPTER, MODEL, HEAD_FILE) if (folder / name).is_file()]
-    return "+".join(found) or None
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from dpo_cli.console.text import duration, plural, significant
 from dpo_cli.data.batches import longest_side
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.models.loading import wait_for
-from dpo_cli.training.checkpoint import rng_states, set_rng_states
-from dpo_cli.training.preparation import trained_batches
-from dpo_cli.training.run import Run, peak_memory_gib
+from dpo_cli.models.memory import peak_memory_gib
+from dpo_cli.runs.checkpoint import rng_states, set_rng_states
+from dpo_cli.training.build import trained_batches
+from dpo_cli.training.run import Run
 from dpo_cli.training.step import cut_until_it_fits, forward_backward
 
 

@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_cli.config import RankConfig
+from dpo_cli.config.schema import RankConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import safe_text, significant
 from dpo_cli.data.files import read_rows
 from dpo_cli.data.prompts import PromptInFile, PromptReport, read_prompts
 from dpo_cli.data.samples import Sample, as_stored, sample_id
 from dpo_cli.errors import ConfigError, DataError, StoppedError
-from dpo_cli.evaluation.generate import Text
-from dpo_cli.models.decoding import Decoding
+from dpo_cli.generation.decoding import Decoding
+from dpo_cli.generation.generate import Text
+from dpo_cli.generation.sampler import PARTS, Drawing, answer_all, drawing_in_words, load_checkpoint_sampler
+from dpo_cli.labelling.judges import find_judge, load_judge, truncation_in_words
 from dpo_cli.models.loading import choose_device
 from dpo_cli.models.memory import make_room
-from dpo_cli.pipeline.journal import Journal, finish, is_done, opened_journal
-from dpo_cli.pipeline.judges import find_judge, load_judge, truncation_in_words
-from dpo_cli.pipeline.sampler import PARTS, Drawing, answer_all, drawing_in_words, load_checkpoint_sampler
-from dpo_cli.pipeline.subject import Asked, Subject, find_subject, subject_dtype, subject_encoder, weights_digests
+from dpo_cli.runs.model_ref import Asked, Subject, find_subject, subject_dtype, subject_encoder, weights_digests
+from dpo_cli.signals import StopSignals
+from dpo_cli.storage.job_log import Journal, finish, is_done, opened_journal
 from dpo_cli.theory.statistics import mean_estimate
-from dpo_cli.training.signals import StopSignals
 
 
 @dataclass(frozen=True)

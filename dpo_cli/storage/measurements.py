@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.models.builtin import cache_dir
+from dpo_cli.paths import cache_dir
 
 
 def recall(kind: str, how: list[Any]) -> dict[str, Any] | None:

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpo_cli.console.text import first_line, safe_text
+from dpo_cli.data.batches import Way
 from dpo_cli.errors import CheckpointError, StorageError
-from dpo_cli.models.logps import Way
-from dpo_cli.models.reward import head_of, load_head, save_head
-from dpo_cli.training.durable import remove_folder, sync, write_folder
+from dpo_cli.objectives.reward_model import head_of, load_head, save_head
+from dpo_cli.storage.durable import remove_folder, sync, write_folder
 
 MANIFEST = "MANIFEST.json"
 OPTIMIZER, RNG, WINDOW, STATE = "optimizer.safetensors", "rng.safetensors", "window.safetensors", "state.json"

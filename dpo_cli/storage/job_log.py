@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config import flat
+from dpo_cli.config.schema import flat
 from dpo_cli.console.text import safe_text
-from dpo_cli.data.line_log import LineLog, opened_lines
 from dpo_cli.errors import ConfigError, DataError, StorageError
 from dpo_cli.paths import user_path
-from dpo_cli.training.durable import write_whole
+from dpo_cli.storage.durable import write_whole
+from dpo_cli.storage.line_log import LineLog, opened_lines
 
 VERSION = 1
 

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_cli.config import RankConfig
+from dpo_cli.config.schema import RankConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.files import local_path
 from dpo_cli.data.games import GREATEST_COUNT, LEAST_COUNT, Games, read_games
 from dpo_cli.errors import ConfigError, DataError, StorageError
-from dpo_cli.pipeline.journal import output_path
-from dpo_cli.pipeline.play import play, show_match
+from dpo_cli.labelling.match import play, show_match
+from dpo_cli.storage.durable import write_whole
+from dpo_cli.storage.job_log import output_path
 from dpo_cli.theory import bradley_terry
 from dpo_cli.theory.bradley_terry import Fit, Groups, NoMaximumError
-from dpo_cli.training.durable import write_whole
 
 REMEDY = "prior=1 lets every player draw one game with an average one"
 LONGEST_NAME = 14  # characters of a name in the tables, so that these fit 80 columns

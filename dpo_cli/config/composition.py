@@ -18,7 +18,7 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dpo_cli.config import (
+from dpo_cli.config.schema import (
     FREE_KEYS,
     RunConfig,
     did_you_mean,
@@ -36,7 +36,7 @@ from dpo_cli.paths import user_path
 
 def conf_dir() -> Path:
     """The folder of YAML files: the packaged copy if there is one, else the checkout's."""
-    packaged = Path(__file__).resolve().parent / "conf"
+    packaged = Path(__file__).resolve().parent.parent / "conf"
     return packaged if packaged.is_dir() else packaged.parent.parent / "conf"
 
 

@@ -19,17 +19,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpo_cli.console.compare import CompareScreen, Comparison, require_terminal
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
-from dpo_cli.data.judgements import Judgement, JudgementLog, opened_log
-from dpo_cli.data.labels import LabelledPair, label_row
 from dpo_cli.data.samples import Sample
 from dpo_cli.errors import ConfigError, StoppedError, StorageError
-from dpo_cli.theory.agreement import cohen_kappa
+from dpo_cli.labelling.agreement import cohen_kappa
+from dpo_cli.labelling.judgements import Judgement, JudgementLog, opened_log
+from dpo_cli.labelling.labels import LabelledPair, label_row
+from dpo_cli.labelling.screen import CompareScreen, Comparison, require_terminal
+from dpo_cli.storage.durable import write_whole
 from dpo_cli.theory.bradley_terry import fit
 from dpo_cli.theory.statistics import Estimate
-from dpo_cli.training.durable import write_whole
 
 BIAS_FROM = 20  # judgements for one side or the other; fewer can hardly show a bias
 BIAS_LEVEL = 0.01

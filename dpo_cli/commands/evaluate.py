@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from dpo_cli.config import EvalConfig, data_config, to_container
+from dpo_cli.config.schema import EvalConfig, data_config, to_container
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
-from dpo_cli.data.batches import Cut, by_size
+from dpo_cli.data.batches import Cut, Way, by_size, cut_by_tokens
 from dpo_cli.data.pairs import PairData, check_sources, load_pairs
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
-from dpo_cli.evaluation.generate import greedy_answers
 from dpo_cli.evaluation.page import page
 from dpo_cli.evaluation.report import calibration_facts, write_page, write_report
 from dpo_cli.evaluation.scores import score_pairs, summarize, windows
+from dpo_cli.generation.generate import greedy_answers
 from dpo_cli.models.loading import (
     Decision,
     ModelSource,
@@ -29,7 +29,7 @@ from dpo_cli.models.loading import (
     model_digest,
     same_weights,
 )
-from dpo_cli.models.logps import Batching, Way
+from dpo_cli.models.logps import Batching
 from dpo_cli.models.memory import ENOUGH_TOKENS, OTHERWISE
 from dpo_cli.models.packing import remembered_way
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, NoReference, Reference
@@ -37,16 +37,16 @@ from dpo_cli.models.reference_cache import (
     CachedReference,
     ReferenceCache,
     cache_path,
+    complete_cache,
     values_key,
 )
 from dpo_cli.paths import user_path
-from dpo_cli.pipeline.subject import Asked, Subject, find_subject, load_policy, subject_dtype
+from dpo_cli.runs.manifest import settled_in
+from dpo_cli.runs.model_ref import Asked, Subject, find_subject, load_policy, subject_dtype
+from dpo_cli.signals import StopSignals
 from dpo_cli.theory.calibration import Bin, calibration_error, reliability
 from dpo_cli.theory.losses import Objective, make_objective
 from dpo_cli.theory.statistics import Estimate
-from dpo_cli.training.preparation import complete_cache, cut_by_tokens
-from dpo_cli.training.reproduce import settled_in
-from dpo_cli.training.signals import StopSignals
 
 REPORTS = (("report", "report.json"), ("pairs", "pairs.jsonl"), ("page", "report.html"))
 

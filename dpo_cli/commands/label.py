@@ -14,18 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_cli.config import LabelConfig
+from dpo_cli.config.schema import LabelConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural, safe_text, shell_word, significant
 from dpo_cli.data.files import local_path
-from dpo_cli.data.labels import LabelledPair, label_row
 from dpo_cli.data.samples import Sample, fingerprint_of, read_samples, templates_of
 from dpo_cli.data.tokens import Truncation
 from dpo_cli.errors import ConfigError, DataError, StoppedError
-from dpo_cli.pipeline.annotate import annotate, write_labels
-from dpo_cli.pipeline.journal import Journal, finish, is_done, journal_of, opened_journal, output_path
-from dpo_cli.pipeline.judges import Judge, ModelJudge, load_judge, truncation_in_words
-from dpo_cli.training.signals import StopSignals
+from dpo_cli.labelling.annotate import annotate, write_labels
+from dpo_cli.labelling.judges import Judge, ModelJudge, load_judge, truncation_in_words
+from dpo_cli.labelling.labels import LabelledPair, label_row
+from dpo_cli.signals import StopSignals
+from dpo_cli.storage.job_log import Journal, finish, is_done, journal_of, opened_journal, output_path
 
 ENDLESS = 0.1  # of the pairs: by how many more chosen than rejected answers may lack an end before it is said
 AT_ONCE = 32  # samples a line of the journal

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from dpo_cli.config import DrawingConfig, SampleConfig
+from dpo_cli.config.schema import DrawingConfig, SampleConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import ConfigError
-from dpo_cli.evaluation.generate import Text, batches_of, distinct_answers
-from dpo_cli.models.decoding import Decoding
+from dpo_cli.generation.decoding import Decoding
+from dpo_cli.generation.generate import Text, batches_of, distinct_answers
 from dpo_cli.models.loading import (
     Decision,
     ModelSource,
@@ -24,8 +24,8 @@ from dpo_cli.models.loading import (
     load_tokenizer,
     model_digest,
 )
-from dpo_cli.pipeline.journal import Journal
-from dpo_cli.pipeline.subject import Asked, Subject, find_subject, load_policy, subject_dtype, subject_encoder
+from dpo_cli.runs.model_ref import Asked, Subject, find_subject, load_policy, subject_dtype, subject_encoder
+from dpo_cli.storage.job_log import Journal
 
 PARTS = ("player", "together", "seconds", "answers")  # what a line of the journal holds
 

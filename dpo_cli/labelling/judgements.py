@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.console.text import safe_text
-from dpo_cli.data.line_log import LineLog, opened_lines
 from dpo_cli.data.samples import Sample, fingerprint_of
 from dpo_cli.errors import DataError
+from dpo_cli.storage.line_log import LineLog, opened_lines
 
 VERSION = 1
 VERDICTS = ("left", "right", "tie", "skip")

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config import FREE_KEYS, LOUD_KEYS, RunConfig, config_text, flat, public_container
+from dpo_cli.config.schema import FREE_KEYS, LOUD_KEYS, RunConfig, config_text, flat, public_container
 from dpo_cli.console.text import safe_text, without_secrets
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
 from dpo_cli.paths import user_path
-from dpo_cli.training.checkpoint import newest_valid, read_json, validate
-from dpo_cli.training.durable import sweep, write_whole
-from dpo_cli.training.metrics_log import MetricsLog
+from dpo_cli.runs.checkpoint import newest_valid, read_json, validate
+from dpo_cli.storage.durable import sweep, write_whole
+from dpo_cli.storage.metrics_log import MetricsLog
 
 
 def default_directory(job: str, now: float) -> Path:

@@ -1,6 +1,6 @@
 """The model card of a finished run: final/README.md, with how to load what was trained."""
 
-from dpo_cli.config import RunConfig
+from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.text import safe_text, significant
 from dpo_cli.models.loading import ModelSource
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_cli.theory.drift import Drift, measure_drift
+from dpo_cli.objectives.drift import Drift, measure_drift
 from dpo_cli.theory.losses import LogRatios
 
 WINDOW = 256  # pairs

@@ -13,13 +13,14 @@ import torch
 
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
+from dpo_cli.data.batches import cut_by_tokens
 from dpo_cli.data.formats import PreferencePair
 from dpo_cli.data.samples import Sample, as_drawn
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_ids, truncate
 from dpo_cli.errors import CheckpointError, ConfigError
-from dpo_cli.evaluation.rules import RULES
 from dpo_cli.evaluation.scores import score_pairs
-from dpo_cli.models.classifier import conversation_ids, is_classifier, load_classifier, scores
+from dpo_cli.labelling.classifier import conversation_ids, is_classifier, load_classifier, scores
+from dpo_cli.labelling.rules import RULES
 from dpo_cli.models.loading import (
     ModelSource,
     choose_device,
@@ -33,10 +34,9 @@ from dpo_cli.models.logps import Batching
 from dpo_cli.models.memory import ENOUGH_TOKENS, OTHERWISE
 from dpo_cli.models.packing import remembered_way
 from dpo_cli.models.reference import AdapterOffReference, NoReference
-from dpo_cli.models.reward import HEAD_FILE
-from dpo_cli.pipeline.subject import Asked, Subject, find_subject, load_policy, subject_dtype, subject_encoder
-from dpo_cli.training.checkpoint import sha256_of
-from dpo_cli.training.preparation import cut_by_tokens
+from dpo_cli.objectives.reward_model import HEAD_FILE
+from dpo_cli.runs.checkpoint import sha256_of
+from dpo_cli.runs.model_ref import Asked, Subject, find_subject, load_policy, subject_dtype, subject_encoder
 
 DEFAULT_LENGTH = 2048  # tokens, prompt + response, where the judge's run does not say
 

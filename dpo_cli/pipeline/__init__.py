@@ -1,1 +1,0 @@
-"""Commands on files besides training: each opens its config and hands every part what it needs."""

@@ -1,0 +1,67 @@
+"""What manifest.json says of a run: versions and machine, what was decided when it began, and its weights."""
+
+import importlib.metadata
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_cli import __version__
+from dpo_cli.objectives.reward_model import HEAD_FILE
+from dpo_cli.runs.checkpoint import ADAPTER, MODEL, Settled, sha256_of
+
+PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "hydra-core", "numpy")
+
+
+@cache
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and machine: what a number may depend on."""
+    return {
+        "dpo_cli": __version__,
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "hardware": {
+            "device": str(device),
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "cuda": torch.version.cuda,
+        },
+    }
+
+
+def _git_revision() -> str | None:
+    """The revision of the checkout this program runs from; None for an installed package."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def settled_in(manifest: dict[str, Any]) -> Settled | None:
+    """What was settled when the run of a manifest began; None where the manifest does not say."""
+    batches, device = manifest.get("batches"), str(manifest.get("device")).split(":")[0]
+    if not isinstance(batches, dict):
+        return None
+    budget = batches.get("token_budget")
+    try:
+        if budget is not None and type(budget) is not int:
+            return None
+        return Settled(device, str(manifest.get("dtype")), str(batches.get("way")), budget)
+    except ValueError:
+        return None
+
+
+def weights_digest(folder: Path) -> str | None:
+    """The sha256 of the weights' file in a `final/` or a checkpoint; of a reward model the adapter's and the head's."""
+    found = [sha256_of(folder / name) for name in (ADAPTER, MODEL, HEAD_FILE) if (folder / name).is_file()]
+    return "+".join(found) or None

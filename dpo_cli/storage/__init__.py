@@ -1,0 +1,1 @@
+"""How things get onto a disk, once: whole files, logs of lines, locks."""
