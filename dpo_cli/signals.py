@@ -14,8 +14,9 @@ class StopSignals:
 
     WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], agree: Callable[[int], int] = lambda number: number) -> None:
         self._say = say
+        self._agree = agree  # the largest of what all ranks received: they stop at the same step, or wait for ever
         self._received: int | None = None
         self._told = False
         self._interrupts = 0
@@ -43,7 +44,8 @@ class StopSignals:
         _write(2, f"{signal.Signals(number).name} received: stopping at the next safe place\n")
 
     def poll(self) -> None:
-        """StoppedError (75) or InterruptedByUserError (130) if a signal has come."""
+        """StoppedError (75) or InterruptedByUserError (130) if a signal has come, to any rank."""
+        self._received = self._agree(self._received or 0) or None
         if self._received is not None and not self._told:
             self._told = True
             self._say(f"stopping for {signal.Signals(self._received).name}")

@@ -29,6 +29,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.data.batches import SplitByTokens
+
 SAMPLE = Path(__file__).resolve().parents[1] / "dpo_cli" / "assets" / "sample" / "train.jsonl"
 BATCH, WARMUP, TIMED = 8, 1, 3  # pairs a step; steps
 WORDS = [
@@ -54,7 +56,7 @@ def matmul_rate(dtype: Any) -> float:
     """The best rate of matrix products of a layer's shape, in FLOP/s."""
     import torch
 
-    from dpo_cli.models.loading import best_seconds
+    from dpo_cli.models.dtype import best_seconds
 
     left, right = torch.ones(1024, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
     return 2 * 1024 * 576 * 1536 / best_seconds(left, right, times=30)
@@ -169,11 +171,11 @@ def measure_pairs(task: dict[str, Any]) -> dict[str, Any]:
 
     from dpo_cli.config.composition import composed, parse_overrides
     from dpo_cli.config.schema import RunConfig, run_config
-    from dpo_cli.data.batches import Schedule, Way, by_packed_tokens
+    from dpo_cli.data.batches import Layout, Schedule
     from dpo_cli.data.pairs import load_pairs
     from dpo_cli.data.tokens import PairEncoder
     from dpo_cli.models.loading import find_model, load_tokenizer
-    from dpo_cli.models.logps import Batching
+    from dpo_cli.models.logps import MicroBatcher
     from dpo_cli.models.reference_cache import CachedReference, ReferenceCache
 
     with tempfile.TemporaryDirectory() as folder:
@@ -199,7 +201,9 @@ def measure_pairs(task: dict[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
         reference = CachedReference(ReferenceCache(Path(folder) / "values.logps"))
         reading = time.perf_counter() - began
-        batching = Batching(torch.device("cpu"), Way.SEGMENTS, by_packed_tokens(1024))
+        batching = MicroBatcher(
+            torch.device("cpu"), Layout.PACKED_SEGMENTS, SplitByTokens(1024, Layout.PACKED_SEGMENTS)
+        )
         schedule = Schedule(number, BATCH, 0, True)
         steps = min(200, schedule.steps_per_epoch)
         began = time.perf_counter()

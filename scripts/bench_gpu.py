@@ -31,16 +31,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import floor_flops
 
-from dpo_cli.data.batches import Way, by_packed_tokens, by_padded_tokens
+from dpo_cli.data.batches import Layout, SplitByTokens
 from dpo_cli.data.tokens import TokenizedPair, token_ids
-from dpo_cli.models.loading import attach_lora, best_seconds, compile_layers, disable_dropout, wait_for
+from dpo_cli.models.adapters import attach_lora
+from dpo_cli.models.dtype import best_seconds, wait_for
+from dpo_cli.models.loading import compile_layers, disable_dropout
 from dpo_cli.models.logps import (
-    Batching,
+    MicroBatcher,
     causal_model,
-    make_batch,
+    make_micro_batch,
     pair_logps,
 )
-from dpo_cli.models.packing import choose_way
+from dpo_cli.models.packing import choose_layout
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -109,15 +111,15 @@ def check(device: torch.device) -> list[dict[str, Any]]:
                 weight.copy_(0.05 * torch.randn(weight.shape, generator=generator))
         pairs = dialogue_lengths(6, 1000)
         outcomes = {}
-        for way in Way:
+        for way in Layout:
             try:
-                logps = pair_logps(policy, make_batch(pairs, device, way))
+                logps = pair_logps(policy, make_micro_batch(pairs, device, way))
                 gradients = torch.autograd.grad((logps.chosen - logps.rejected).sum(), weights)
                 outcomes[way] = (torch.cat([logps.chosen, logps.rejected]).detach(),
                                  torch.cat([one.flatten() for one in gradients]))  # fmt: skip
             except Exception as error:  # a way that this device cannot go is told, and the others are checked
                 lines.append({"dtype": str(dtype), "way": way.value, "fails": str(error).splitlines()[0][:200]})
-        plain, slopes = outcomes[Way.PADDED]
+        plain, slopes = outcomes[Layout.PADDED]
         for way, (values, gradients_of_way) in outcomes.items():
             off = float((values - plain).abs().max())
             slope = float((gradients_of_way - slopes).norm() / slopes.norm())
@@ -128,7 +130,7 @@ def check(device: torch.device) -> list[dict[str, Any]]:
 
 
 def time_steps(
-    policy: Any, reference: Any | None, batching: Batching, batches: list[list[TokenizedPair]]
+    policy: Any, reference: Any | None, batching: MicroBatcher, batches: list[list[TokenizedPair]]
 ) -> dict[str, Any]:
     """Seconds of each step, the first left out, and the most memory it took."""
     device = batching.device
@@ -169,7 +171,7 @@ def measure(shape: str, device: torch.device, compiled: bool) -> dict[str, Any]:
         compile_layers(reference)
     pairs = dialogue_lengths(BATCH * 6, SHAPES[shape]["vocab_size"])
     batches = [pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH)]
-    chosen = choose_way("auto", policy.get_base_model(), pairs[:64], device)
+    chosen = choose_layout("auto", policy.get_base_model(), pairs[:64], device)
     rate = matmul_rate(SHAPES[shape]["hidden_size"], device, dtype)
     print(f"\n{shape}: {chosen.value} ({chosen.reason}); matmul {rate / 1e12:.1f} TFLOP/s", flush=True)
     print("| | pairs/s | tokens/s | of the matmul rate | peak GiB |\n|---|---|---|---|---|")
@@ -179,15 +181,19 @@ def measure(shape: str, device: torch.device, compiled: bool) -> dict[str, Any]:
         "packed, cached reference": (chosen.value, None, False),
         "packed, reference in the loop": (chosen.value, reference, False),
         "packed, cached, checkpointed": (chosen.value, None, True),
-        "padded, cached reference": (Way.PADDED, None, False),
-        "padded, reference in the loop": (Way.PADDED, reference, False),
+        "padded, cached reference": (Layout.PADDED, None, False),
+        "padded, reference in the loop": (Layout.PADDED, reference, False),
     }
     for name, (way, asked, checkpointed) in modes.items():
-        cut = by_padded_tokens(budget) if way is Way.PADDED else by_packed_tokens(budget)
+        cut = (
+            SplitByTokens(budget, Layout.PADDED)
+            if way is Layout.PADDED
+            else SplitByTokens(budget, Layout.PACKED_SEGMENTS)
+        )
         if checkpointed:
             policy.activation_checkpointing_enable()
         try:
-            result = time_steps(policy, asked, Batching(device, way, cut), batches)
+            result = time_steps(policy, asked, MicroBatcher(device, way, cut), batches)
         except torch.OutOfMemoryError:
             print(f"| {name} | out of memory |", flush=True)
             continue

@@ -21,7 +21,7 @@ from dpo_cli.generation.decoding import Decoding, Draw, draw_answers, end_tokens
 from dpo_cli.generation.generate import batches_of
 from dpo_cli.generation.sampler import Sampler, load_sampler
 
-Way = Callable[[Sampler, list[list[int]], Decoding], int]
+Layout = Callable[[Sampler, list[list[int]], Decoding], int]
 
 
 def ours(sampler: Sampler, prompts: list[list[int]], decoding: Decoding) -> int:
@@ -61,7 +61,11 @@ def _generate(sampler: Sampler, prompts: list[list[int]], decoding: Decoding) ->
 
 
 KEYS = ("model", "checkpoint", "prompts", "limit", "max_new_tokens", "template", "device", "trust_remote_code")
-WAYS: dict[str, Way] = {"dpo-sample": ours, "generate, in batches": in_batches, "generate, one prompt": one_at_a_time}
+WAYS: dict[str, Layout] = {
+    "dpo-sample": ours,
+    "generate, in batches": in_batches,
+    "generate, one prompt": one_at_a_time,
+}
 
 
 def main(words: Sequence[str] | None = None) -> None:

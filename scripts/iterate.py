@@ -81,9 +81,9 @@ def _merge(policy: Path, folder: Path) -> None:
     import torch
 
     from dpo_cli.models.loading import find_model, load_model, load_tokenizer
-    from dpo_cli.runs.model_ref import Asked, find_subject, load_policy
+    from dpo_cli.runs.model_ref import ModelName, find_model_ref, load_policy
 
-    subject = find_subject(Asked(str(policy)))
+    subject = find_model_ref(ModelName(str(policy)))
     source = find_model(subject.base)
     base = load_model(source, torch.float32, torch.device("cpu"))  # a merge in bfloat16 would round small changes away
     merged = load_policy(subject, base, torch.float32, torch.device("cpu")).merge_and_unload()

@@ -115,23 +115,54 @@ def trained(command: Callable[..., Ended], pairs_file: Path, tmp_path: Path) -> 
     return run
 
 
-@pytest.fixture
-def assembled(pairs_file: Path, tmp_path: Path) -> Callable[..., Any]:
-    """A run of the tiny model, put together and not yet begun; its reference is asked in every step."""
-    from dpo_cli.config.composition import composed, parse_overrides
-    from dpo_cli.config.schema import RunConfig, run_config
-    from dpo_cli.console.reporter import Reporter
-    from dpo_cli.runs.run_directory import RunDirectory
-    from dpo_cli.training.runner import put_together
+@dataclass
+class Assembled:
+    """A run of the tiny model, put together and not yet started."""
 
-    def run(*words: str) -> Any:
-        everything = [*tiny_words(pairs_file, tmp_path / "assembled"), "reference.cache=off", *words]
-        config = run_config(composed("train", parse_overrides(everything), RunConfig).container)
-        directory = RunDirectory(tmp_path / "assembled")
-        directory.create()
-        return put_together(config, directory, Reporter(), lambda: None, None)
+    context: Any
+    learner: Any
+    material: Any
+    choices: Any
+    progress: Any
+    recorder: Any
+
+    def step(self, batch: Any) -> None:
+        """One optimizer step."""
+        from dpo_cli.training.runner import train_step
+
+        train_step(self.context, self.learner, self.progress, batch, self.recorder)
+
+
+@pytest.fixture
+def assembled(pairs_file: Path, tmp_path: Path) -> Callable[..., Assembled]:
+    """Puts a run of the tiny model together; its reference is asked in every step."""
+
+    def run(*words: str) -> Assembled:
+        return assemble(*tiny_words(pairs_file, tmp_path / "assembled"), "reference.cache=off", *words)
 
     return run
+
+
+def assemble(*words: str) -> Assembled:
+    """The parts of a run with these words, in its output_dir."""
+    from dpo_cli.config.composition import composed_run, parse_overrides
+    from dpo_cli.config.schema import run_config
+    from dpo_cli.console.reporter import Reporter
+    from dpo_cli.engine.engine import SINGLE
+    from dpo_cli.runs.run_directory import RunDirectory
+    from dpo_cli.training.build import build
+    from dpo_cli.training.parts import Context, Progress
+    from dpo_cli.training.records import Recorder
+
+    config = run_config(composed_run(parse_overrides(list(words))).container)
+    directory = RunDirectory(Path(config.output_dir))
+    directory.create()
+    context = Context(config, directory, Reporter(), SINGLE, lambda: None)
+    learner, material, choices = build(context, None, None)
+    progress = Progress()
+    return Assembled(
+        context, learner, material, choices, progress, Recorder(context, learner, material, progress)
+    )
 
 
 def tiny_words(pairs: Path, folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ from tiny_models import CPU, SHAPE
 
 from dpo_cli.labelling import classifier, judges
 from dpo_cli.labelling.classifier import scores
-from dpo_cli.models.loading import Decision
+from dpo_cli.models.dtype import Decision
 
 Command = Callable[..., Ended]
 PROMPT = "Tell me about tea."
@@ -23,7 +23,7 @@ ANSWERS = ["A leaf in water.", "No.", "I would rather not say, you see."]
 @pytest.fixture(autouse=True)
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16, which a CPU may choose, roundings would hide what is compared."""
-    monkeypatch.setattr(judges, "subject_dtype", lambda *_: Decision(torch.float32, "for the test"))
+    monkeypatch.setattr(judges, "ref_dtype", lambda *_: Decision(torch.float32, "for the test"))
 
 
 def saved(folder: Path, tokenizer: Any, family: str, labels: int = 1, **changes: Any) -> Any:

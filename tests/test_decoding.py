@@ -11,7 +11,8 @@ from tiny_models import CPU, LORA, VOCABULARY, tiny
 from dpo_cli.errors import ConfigError
 from dpo_cli.generation import decoding
 from dpo_cli.generation.decoding import Answer, Decoding, Draw, draw_answers, end_tokens, nucleus, pick
-from dpo_cli.models.loading import attach_lora, position_limit
+from dpo_cli.models.adapters import attach_lora
+from dpo_cli.models.loading import position_limit
 
 FAMILIES = [
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "cohere", "gpt_neox",

@@ -7,10 +7,10 @@ import torch
 from test_logps import PAIRS, both_sides
 from tiny_models import CPU, LORA, tiny
 
-from dpo_cli.data.batches import Way
+from dpo_cli.data.batches import Layout
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.models.loading import attach_lora
-from dpo_cli.models.logps import make_batch, pair_logps, plain_attention
+from dpo_cli.models.adapters import attach_lora
+from dpo_cli.models.logps import make_micro_batch, pair_logps, plain_attention
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference
 from dpo_cli.theory.losses import LogRatios, gradient_weight, sigmoid
 
@@ -37,14 +37,14 @@ def test_the_gradient_is_the_formula_of_the_paper() -> None:
     # grad L = -b sigmoid(-b d) (grad log pi+ - grad log pi-), summed over pairs, on every adapter weight
     policy, reference = moved_policy(), FrozenReference(tiny())
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    batch = make_batch(PAIRS, CPU, Way.SEGMENTS)
+    batch = make_micro_batch(PAIRS, CPU, Layout.PACKED_SEGMENTS)
     ratios = LogRatios.between(pair_logps(policy, batch), reference.logps(batch))
     got = torch.autograd.grad(sigmoid(ratios, BETA).sum(), weights)
     expected = [torch.zeros_like(weight) for weight in weights]
     pull = gradient_weight(ratios, BETA).detach()
     assert float((pull - 0.5).abs().max()) > 1e-3  # the policy has moved
     for place, pair in enumerate(PAIRS):
-        logps = pair_logps(policy, make_batch([pair], CPU, Way.SEGMENTS))
+        logps = pair_logps(policy, make_micro_batch([pair], CPU, Layout.PACKED_SEGMENTS))
         direction = torch.autograd.grad(logps.chosen[0] - logps.rejected[0], weights)
         for total, part in zip(expected, direction, strict=True):
             total.sub_(BETA * pull[place] * part)
@@ -55,7 +55,7 @@ def test_the_gradient_is_the_formula_of_the_paper() -> None:
 def test_autograd_agrees_with_finite_differences_in_float64() -> None:
     policy = moved_policy("gpt_neox").double()  # its norms compute in float64; Llama's in float32 whatever comes in
     weight = next(weight for name, weight in policy.named_parameters() if "lora_B" in name)
-    batch = make_batch(PAIRS, CPU, Way.SEGMENTS)
+    batch = make_micro_batch(PAIRS, CPU, Layout.PACKED_SEGMENTS)
     # log-probs are summed in float32 on purpose; here the definition is written out in float64.
 
     def margin() -> torch.Tensor:
@@ -89,7 +89,7 @@ def test_swapping_chosen_and_rejected_turns_every_margin_around() -> None:
     swapped = [TokenizedPair(pair.prompt, pair.rejected, pair.chosen, pair.index, pair.key) for pair in PAIRS]
     margins = []
     for pairs in (PAIRS, swapped):
-        batch = make_batch(pairs, CPU, Way.SEGMENTS)
+        batch = make_micro_batch(pairs, CPU, Layout.PACKED_SEGMENTS)
         with torch.no_grad():
             margins.append(LogRatios.between(pair_logps(policy, batch), reference.logps(batch)).margin)
     assert torch.allclose(margins[0], -margins[1], atol=1e-4)
@@ -99,7 +99,7 @@ def test_swapping_chosen_and_rejected_turns_every_margin_around() -> None:
 
 def test_the_second_model_equals_the_adapter_switched_off() -> None:
     policy = moved_policy()
-    batch = make_batch(PAIRS, CPU, Way.SEGMENTS)
+    batch = make_micro_batch(PAIRS, CPU, Layout.PACKED_SEGMENTS)
     frozen, off = FrozenReference(tiny()).logps(batch), AdapterOffReference(policy).logps(batch)
     assert torch.allclose(frozen.chosen, off.chosen, atol=1e-6)
     assert torch.allclose(frozen.rejected, off.rejected, atol=1e-6)
@@ -113,7 +113,7 @@ def test_the_adapter_off_reference_runs_without_dropout_and_gives_the_mode_back(
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.9
     policy.train()
-    batch = make_batch(PAIRS, CPU, Way.SEGMENTS)
+    batch = make_micro_batch(PAIRS, CPU, Layout.PACKED_SEGMENTS)
     assert torch.equal(AdapterOffReference(policy).logps(batch).chosen, FrozenReference(tiny()).logps(batch).chosen)
     assert policy.training
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from conftest import Ended, run_of, sample_rows, tiny_words, write_jsonl
-from dpo_cli.commands import label as module
 from safetensors.torch import load_file, save_file
 
+from dpo_cli.commands import label as module
 from dpo_cli.commands.label import pairs_of_rewards
 from dpo_cli.config.composition import composed, parse_overrides
 from dpo_cli.config.schema import LabelConfig, config_of
@@ -22,7 +22,7 @@ from dpo_cli.data.samples import Sample
 from dpo_cli.labelling.judges import ModelJudge, RuleJudge
 from dpo_cli.labelling.labels import LabelledPair
 from dpo_cli.labelling.rules import RULES
-from dpo_cli.objectives.reward_model import HEAD_FILE
+from dpo_cli.objectives.reward import HEAD_FILE
 
 Command = Callable[..., Ended]
 

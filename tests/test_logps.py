@@ -12,13 +12,13 @@ from tiny_models import CPU, LORA, VOCABULARY, pair, tiny
 from torch import Tensor
 
 from dpo_cli.config.schema import LoraConfig
-from dpo_cli.data.batches import Way
+from dpo_cli.data.batches import Layout
 from dpo_cli.data.tokens import TokenizedPair, token_ids
+from dpo_cli.models.adapters import attach_lora
 from dpo_cli.models.head import head_logits, head_trains, token_logps
-from dpo_cli.models.loading import attach_lora
-from dpo_cli.models.logps import make_batch, pair_logps
+from dpo_cli.models.logps import make_micro_batch, pair_logps
 
-WAYS = [Way.PADDED, Way.SEGMENTS]
+WAYS = [Layout.PADDED, Layout.PACKED_SEGMENTS]
 
 PAIRS = [pair(5, 3, 7, 1), pair(1, 1, 1, 2), pair(9, 2, 1, 3), pair(3, 8, 8, 4)]
 
@@ -33,9 +33,9 @@ def naive(model: Any, prompt: Any, response: Any) -> Tensor:
     return total
 
 
-def both_sides(model: Any, pairs: list[TokenizedPair], way: Way = Way.SEGMENTS) -> Tensor:
+def both_sides(model: Any, pairs: list[TokenizedPair], way: Layout = Layout.PACKED_SEGMENTS) -> Tensor:
     """(2, B): chosen and rejected."""
-    logps = pair_logps(model, make_batch(pairs, CPU, way))
+    logps = pair_logps(model, make_micro_batch(pairs, CPU, way))
     return torch.stack([logps.chosen, logps.rejected])
 
 
@@ -50,7 +50,7 @@ def test_logps_equal_the_naive_forward(family: str) -> None:
         for name in ("chosen", "rejected")
     ]
     with torch.no_grad():
-        got = both_sides(model, PAIRS, Way.PADDED)
+        got = both_sides(model, PAIRS, Layout.PADDED)
     assert got.tolist() == [pytest.approx(row, abs=1e-4) for row in expected]
 
 
@@ -64,7 +64,7 @@ def test_adapter_gradients_in_padded_rows_equal_those_of_the_naive_forward(famil
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     margin = sum((naive(model, one.prompt, one.chosen) - naive(model, one.prompt, one.rejected)) for one in PAIRS)
     expected = torch.autograd.grad(margin, weights)  # type: ignore[arg-type]
-    logps = pair_logps(model, make_batch(PAIRS, CPU, Way.PADDED))
+    logps = pair_logps(model, make_micro_batch(PAIRS, CPU, Layout.PADDED))
     got = torch.autograd.grad((logps.chosen - logps.rejected).sum(), weights)
     for one, other in zip(got, expected, strict=True):
         assert (one - other).norm() <= 1e-4 * other.norm() + 1e-6
@@ -72,7 +72,7 @@ def test_adapter_gradients_in_padded_rows_equal_those_of_the_naive_forward(famil
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(*[st.integers(1, 12)] * 3), min_size=1, max_size=5), st.sampled_from(WAYS))
-def test_company_in_the_batch_changes_nothing(lengths: list[tuple[int, int, int]], way: Way) -> None:
+def test_company_in_the_batch_changes_nothing(lengths: list[tuple[int, int, int]], way: Layout) -> None:
     model = tiny()
     pairs = [pair(*some, seed=seed) for seed, some in enumerate(lengths)]
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_company_in_the_batch_changes_nothing(lengths: list[tuple[int, int, int]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_probabilities_of_all_one_token_responses_sum_to_one(way: Way) -> None:
+def test_probabilities_of_all_one_token_responses_sum_to_one(way: Layout) -> None:
     model = tiny()
     prompt = pair(6, 1, 1).prompt
     pairs = [TokenizedPair(prompt, token_ids([t]), token_ids([t]), t, str(t)) for t in range(VOCABULARY)]
@@ -94,7 +94,7 @@ def test_probabilities_of_all_one_token_responses_sum_to_one(way: Way) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_chain_rule_moving_tokens_from_response_to_prompt_splits_the_sum(way: Way) -> None:
+def test_chain_rule_moving_tokens_from_response_to_prompt_splits_the_sum(way: Layout) -> None:
     # log p(abc | x) = log p(a | x) + log p(bc | xa)
     model = tiny()
     one = pair(4, 5, 5)
@@ -113,24 +113,24 @@ def test_changing_a_prompt_or_last_token_changes_the_sum_and_padding_does_not() 
     model = tiny()
     one = pair(4, 3, 12)  # the chosen side is padded by 9
     with torch.no_grad():
-        before = both_sides(model, [one], Way.PADDED)[0, 0]
-        batch = make_batch([one], CPU, Way.PADDED)
+        before = both_sides(model, [one], Layout.PADDED)[0, 0]
+        batch = make_micro_batch([one], CPU, Layout.PADDED)
         batch.input_ids[0, 7:] = 5  # whatever lies in the padding
         assert pair_logps(model, batch).chosen[0] == pytest.approx(float(before), abs=1e-5)
         last = TokenizedPair(one.prompt, token_ids([*one.chosen[:-1], (one.chosen[-1] + 1) % VOCABULARY]),
                              one.rejected, 0, "")  # fmt: skip
-        assert abs(both_sides(model, [last], Way.PADDED)[0, 0] - before) > 1e-3
+        assert abs(both_sides(model, [last], Layout.PADDED)[0, 0] - before) > 1e-3
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_closing_token_is_scored_once(way: Way) -> None:
+def test_the_closing_token_is_scored_once(way: Layout) -> None:
     one = pair(4, 3, 2)
-    logps = pair_logps(tiny(), make_batch([one], CPU, way))
+    logps = pair_logps(tiny(), make_micro_batch([one], CPU, way))
     assert (logps.chosen_tokens.tolist(), logps.rejected_tokens.tolist()) == ([3], [2])
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_model_that_favours_one_token_gives_its_closed_form(way: Way) -> None:
+def test_a_model_that_favours_one_token_gives_its_closed_form(way: Layout) -> None:
     # Zero hidden weights leave the head a constant: with logits z, log p = z_y - log sum exp z at every position.
     model = tiny()
     with torch.no_grad():

@@ -10,7 +10,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from tiny_models import LORA, tiny
 from torch import Tensor, nn
 
-from dpo_cli.models.loading import attach_lora
+from dpo_cli.models.adapters import attach_lora
 from dpo_cli.models.lora_function import FusedLoraLinear, fuse_lora
 
 IDS = torch.arange(2, 12)[None]

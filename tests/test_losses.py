@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_cli.config.schema import LOSS_DIALS
+from dpo_cli.objectives.table import make_objective
 from dpo_cli.theory.losses import (
     LOSSES,
     LogRatios,
@@ -16,8 +17,7 @@ from dpo_cli.theory.losses import (
     gradient_weight,
     hinge,
     implicit_rewards,
-    loss_dials,
-    make_objective,
+    loss_options,
     robust,
     sigmoid,
     sigmoid_norm,
@@ -131,7 +131,7 @@ def test_every_loss_gives_its_golden_numbers(name: str, dials: dict[str, float],
 
 
 def test_the_table_of_dials_in_the_config_is_that_of_the_functions() -> None:
-    assert {name: set(dials) for name, dials in LOSS_DIALS.items()} == {name: loss_dials(name) for name in LOSSES}
+    assert {name: set(dials) for name, dials in LOSS_DIALS.items()} == {name: loss_options(name) for name in LOSSES}
     assert {name for name, _, _ in FAMILY} == set(LOSSES)
 
 

@@ -9,9 +9,9 @@ import torch
 from conftest import Ended, records, tiny_words
 from tiny_models import CPU, LORA, pair, tiny
 
-from dpo_cli.data.batches import Way, packed_tokens
+from dpo_cli.data.batches import Layout, packed_tokens
 from dpo_cli.models import memory
-from dpo_cli.models.loading import attach_lora
+from dpo_cli.models.adapters import attach_lora
 from dpo_cli.models.memory import ENOUGH_TOKENS, SHARE, TRAINING_BYTES, kept_bytes, measure_budget
 from dpo_cli.runs.checkpoint import read_state
 
@@ -33,31 +33,31 @@ def test_kept_bytes_are_those_of_the_tensors_that_the_backward_pass_reads() -> N
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "pair_logps", logps)
-        assert kept_bytes(model, MANY[:1], CPU, Way.SEGMENTS) == (20 + 15 + 15, 2 * 100 * 8 * 4)
-        assert kept_bytes(model, MANY[:2], CPU, Way.PADDED)[0] == 4 * 35
+        assert kept_bytes(model, MANY[:1], CPU, Layout.PACKED_SEGMENTS) == (20 + 15 + 15, 2 * 100 * 8 * 4)
+        assert kept_bytes(model, MANY[:2], CPU, Layout.PADDED)[0] == 4 * 35
 
 
 def test_what_is_kept_grows_with_tokens_and_shrinks_with_checkpointing() -> None:
     policy = attach_lora(tiny(), LORA)
-    few, many = (kept_bytes(policy, MANY[:n], CPU, Way.SEGMENTS)[1] for n in (2, 8))
+    few, many = (kept_bytes(policy, MANY[:n], CPU, Layout.PACKED_SEGMENTS)[1] for n in (2, 8))
     assert 3 * few < many < 5 * few  # four times the tokens
     policy.activation_checkpointing_enable()
     policy.train()
-    assert kept_bytes(policy, MANY[:8], CPU, Way.SEGMENTS)[1] < many / 3
+    assert kept_bytes(policy, MANY[:8], CPU, Layout.PACKED_SEGMENTS)[1] < many / 3
 
 
 def test_the_budget_is_what_fits_into_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = attach_lora(tiny(), LORA)
     trained = TRAINING_BYTES * sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
     monkeypatch.setattr(memory, "free_memory", lambda _: trained + 10_000_000)
-    budget = measure_budget(policy, MANY, CPU, Way.SEGMENTS)
+    budget = measure_budget(policy, MANY, CPU, Layout.PACKED_SEGMENTS)
     assert budget.fits == int(SHARE * 10_000_000 / budget.bytes_per_token)
     assert budget.tokens == min(budget.fits, ENOUGH_TOKENS["cpu"])
     rows = [packed_tokens(MANY[:n]) for n in (2, 8)]
-    kept = [kept_bytes(policy, MANY[:n], CPU, Way.SEGMENTS)[1] for n in (2, 8)]
+    kept = [kept_bytes(policy, MANY[:n], CPU, Layout.PACKED_SEGMENTS)[1] for n in (2, 8)]
     assert budget.bytes_per_token == pytest.approx(1.25 * (kept[1] - kept[0]) / (rows[1] - rows[0]), rel=0.1)
     monkeypatch.setattr(memory, "free_memory", lambda _: 2**40)
-    assert measure_budget(policy, MANY, CPU, Way.SEGMENTS).tokens == ENOUGH_TOKENS["cpu"]
+    assert measure_budget(policy, MANY, CPU, Layout.PACKED_SEGMENTS).tokens == ENOUGH_TOKENS["cpu"]
 
 
 def test_a_budget_too_small_for_a_pair_says_so_and_the_pair_runs_alone(

@@ -12,30 +12,31 @@ from hypothesis import strategies as st
 from tiny_models import CPU, LORA, pair, tiny
 from torch import Tensor
 
-from dpo_cli.data.batches import Way, packed_tokens
+from dpo_cli.data.batches import Layout, packed_tokens
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import ConfigError
 from dpo_cli.models import attention, packing
-from dpo_cli.models.loading import attach_lora, compile_layers
+from dpo_cli.models.adapters import attach_lora
+from dpo_cli.models.loading import compile_layers
 from dpo_cli.models.logps import (
     causal_model,
-    make_batch,
+    make_micro_batch,
     pair_logps,
     plain_attention,
     response_logps,
 )
-from dpo_cli.models.packing import choose_way
+from dpo_cli.models.packing import choose_layout
 
 # A one-token prompt and one-token responses; prompts longer than both responses; a pair of some thirty tokens.
 PAIRS = [pair(5, 3, 7, 1), pair(1, 1, 1, 2), pair(9, 2, 1, 3), pair(3, 8, 8, 4), pair(14, 9, 11, 5)]
 
 WAYS = {
-    "llama": Way.SEGMENTS, "qwen2": Way.SEGMENTS, "qwen3": Way.SEGMENTS, "mistral": Way.SEGMENTS,
-    "gemma2": Way.SEGMENTS, "gemma3_text": Way.SEGMENTS, "phi3": Way.SEGMENTS, "olmo2": Way.SEGMENTS,
-    "granite": Way.SEGMENTS, "cohere": Way.SEGMENTS, "gpt_neox": Way.SEGMENTS, "gpt2": Way.SEGMENTS,
-    "gpt_oss": Way.SEGMENTS, "mixtral": Way.SEGMENTS, "qwen3_moe": Way.SEGMENTS, "phi": Way.SEGMENTS,
-    "nemotron": Way.MASK, "stablelm": Way.MASK,
-    "bloom": Way.PADDED, "qwen3_next": Way.PADDED, "mamba": Way.PADDED,
+    "llama": Layout.PACKED_SEGMENTS, "qwen2": Layout.PACKED_SEGMENTS, "qwen3": Layout.PACKED_SEGMENTS, "mistral": Layout.PACKED_SEGMENTS,
+    "gemma2": Layout.PACKED_SEGMENTS, "gemma3_text": Layout.PACKED_SEGMENTS, "phi3": Layout.PACKED_SEGMENTS, "olmo2": Layout.PACKED_SEGMENTS,
+    "granite": Layout.PACKED_SEGMENTS, "cohere": Layout.PACKED_SEGMENTS, "gpt_neox": Layout.PACKED_SEGMENTS, "gpt2": Layout.PACKED_SEGMENTS,
+    "gpt_oss": Layout.PACKED_SEGMENTS, "mixtral": Layout.PACKED_SEGMENTS, "qwen3_moe": Layout.PACKED_SEGMENTS, "phi": Layout.PACKED_SEGMENTS,
+    "nemotron": Layout.PACKED_MASK, "stablelm": Layout.PACKED_MASK,
+    "bloom": Layout.PADDED, "qwen3_next": Layout.PADDED, "mamba": Layout.PADDED,
 }  # fmt: skip
 
 
@@ -48,9 +49,9 @@ def naive(model: Any, prompt: Any, response: Any) -> Tensor:
     return logps[places - 1, ids[0, places]].sum()
 
 
-def logps(model: Any, pairs: list[TokenizedPair], way: Way) -> Tensor:
+def logps(model: Any, pairs: list[TokenizedPair], way: Layout) -> Tensor:
     """(2, B): chosen and rejected."""
-    both = pair_logps(model, make_batch(pairs, CPU, way))
+    both = pair_logps(model, make_micro_batch(pairs, CPU, way))
     return torch.stack([both.chosen, both.rejected])
 
 
@@ -63,7 +64,7 @@ def expected(model: Any, pairs: list[TokenizedPair]) -> Tensor:
 @pytest.mark.parametrize("family", WAYS)
 def test_each_family_takes_its_way_and_scores_as_the_naive_forward(family: str) -> None:
     model = tiny(family)
-    way = choose_way("auto", model, PAIRS, CPU).value
+    way = choose_layout("auto", model, PAIRS, CPU).value
     assert way is WAYS[family]
     with torch.no_grad():
         off = (logps(model, PAIRS, way) - expected(model, PAIRS)).abs()
@@ -101,10 +102,10 @@ def test_adapter_gradients_equal_those_of_the_naive_forward(family: str, checkpo
 def test_packed_rows_hold_in_bfloat16_too(family: str) -> None:
     model = tiny(family).to(torch.bfloat16)
     long = [pair(40, 30, 35, 6), *PAIRS]
-    way = choose_way("auto", model, long, CPU).value
+    way = choose_layout("auto", model, long, CPU).value
     assert way is WAYS[family]
     with torch.no_grad():
-        packed, plain = logps(model, long, way), logps(model, long, Way.PADDED)
+        packed, plain = logps(model, long, way), logps(model, long, Layout.PADDED)
     tokens = torch.tensor([[len(one.chosen) for one in long], [len(one.rejected) for one in long]])
     assert float(((packed - plain).abs() / tokens).max()) < 0.2  # nats a token of these large random weights
 
@@ -112,18 +113,18 @@ def test_packed_rows_hold_in_bfloat16_too(family: str) -> None:
 @pytest.mark.parametrize("family", ["bloom", "qwen3_next", "mamba"])
 def test_families_that_packed_rows_do_not_suit_are_noticed_in_bfloat16_too(family: str) -> None:
     model = tiny(family).to(torch.bfloat16)
-    chosen = choose_way("auto", model, [pair(40, 30, 35, 6), *PAIRS], CPU)
-    assert chosen.value is Way.PADDED
+    chosen = choose_layout("auto", model, [pair(40, 30, 35, 6), *PAIRS], CPU)
+    assert chosen.value is Layout.PADDED
     assert chosen.reason.startswith("packed rows do not suit this model: by segments only ")
 
 
 def test_packed_rows_that_were_insisted_on_are_refused_where_they_do_not_suit() -> None:
     with pytest.raises(ConfigError, match=r"batching=packed: this model cannot take packed rows .*choose auto"):
-        choose_way("packed", tiny("mamba"), PAIRS, CPU)
+        choose_layout("packed", tiny("mamba"), PAIRS, CPU)
 
 
 def test_padded_rows_can_be_insisted_on() -> None:
-    assert choose_way("padded", tiny(), PAIRS, CPU).value is Way.PADDED
+    assert choose_layout("padded", tiny(), PAIRS, CPU).value is Layout.PADDED
 
 
 def test_what_was_measured_is_remembered_for_this_model_and_these_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,33 +132,33 @@ def test_what_was_measured_is_remembered_for_this_model_and_these_lengths(monkey
 
     def counting(*words: Any) -> Any:
         measured.append(words)
-        return choose_way(*words)
+        return choose_layout(*words)
 
-    monkeypatch.setattr(packing, "choose_way", counting)
-    first = packing.remembered_way("auto", model, PAIRS, CPU, "digest of qwen3")
-    again = packing.remembered_way("auto", model, PAIRS, CPU, "digest of qwen3")
-    assert (first.value, again.value, len(measured)) == (Way.SEGMENTS, Way.SEGMENTS, 1)
+    monkeypatch.setattr(packing, "choose_layout", counting)
+    first = packing.remembered_layout("auto", model, PAIRS, CPU, "digest of qwen3")
+    again = packing.remembered_layout("auto", model, PAIRS, CPU, "digest of qwen3")
+    assert (first.value, again.value, len(measured)) == (Layout.PACKED_SEGMENTS, Layout.PACKED_SEGMENTS, 1)
     assert again.reason == f"{first.reason} (earlier, on this very model)"
-    packing.remembered_way("auto", model, PAIRS, CPU, "another digest")
-    packing.remembered_way("auto", model, [*PAIRS, pair(30, 9, 9, 8)], CPU, "digest of qwen3")
-    packing.remembered_way("padded", model, PAIRS, CPU, "digest of qwen3")
+    packing.remembered_layout("auto", model, PAIRS, CPU, "another digest")
+    packing.remembered_layout("auto", model, [*PAIRS, pair(30, 9, 9, 8)], CPU, "digest of qwen3")
+    packing.remembered_layout("padded", model, PAIRS, CPU, "digest of qwen3")
     assert len(measured) == 4
 
 
 def test_a_note_that_cannot_be_read_is_measured_anew(cache: Path) -> None:
     model = tiny()
     before = set((cache / "ways").glob("*")) if (cache / "ways").is_dir() else set()
-    packing.remembered_way("auto", model, PAIRS, CPU, "some digest")
+    packing.remembered_layout("auto", model, PAIRS, CPU, "some digest")
     (note,) = set((cache / "ways").glob("*")) - before
     for damaged in ("", "{}", '{"way": "sideways", "reason": ""}', "[1]"):
         note.write_text(damaged)
-        assert packing.remembered_way("auto", model, PAIRS, CPU, "some digest").value is Way.SEGMENTS
+        assert packing.remembered_layout("auto", model, PAIRS, CPU, "some digest").value is Layout.PACKED_SEGMENTS
 
 
 def test_a_window_that_the_attention_forgets_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = attention._segment_mask
     monkeypatch.setattr(attention, "_segment_mask", lambda row, a, q, window, device: right(row, a, q, None, device))
-    assert choose_way("auto", tiny("mistral"), PAIRS, CPU).value is Way.MASK
+    assert choose_layout("auto", tiny("mistral"), PAIRS, CPU).value is Layout.PACKED_MASK
 
 
 def test_a_response_that_sees_its_sister_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,18 +174,20 @@ def test_a_response_that_sees_its_sister_is_noticed(monkeypatch: pytest.MonkeyPa
         return iter(everything)
 
     monkeypatch.setattr(attention, "_segments", leaking)
-    assert choose_way("auto", tiny(), PAIRS[:1], CPU).value is Way.MASK
+    assert choose_layout("auto", tiny(), PAIRS[:1], CPU).value is Layout.PACKED_MASK
     # And where the model is so coarse that the numbers alone would pass: rejected may not move with chosen.
     model = tiny()
     plain, _ = packing._plain(model, PAIRS[:1], CPU)
     with torch.no_grad():
-        coarse = packing._Noise.between(response_logps(model, make_batch(PAIRS[:1], CPU, Way.SEGMENTS)), plain)
-    said = packing._differs(model, PAIRS[:1], CPU, Way.SEGMENTS, plain, coarse)
+        coarse = packing._Noise.between(
+            response_logps(model, make_micro_batch(PAIRS[:1], CPU, Layout.PACKED_SEGMENTS)), plain
+        )
+    said = packing._differs(model, PAIRS[:1], CPU, Layout.PACKED_SEGMENTS, plain, coarse)
     assert isinstance(said, str) and said.startswith("a response sees another one")
 
 
 def test_an_unknown_keyword_of_attention_is_refused_rather_than_ignored() -> None:
-    row = make_batch(PAIRS[:1], CPU, Way.SEGMENTS).row
+    row = make_micro_batch(PAIRS[:1], CPU, Layout.PACKED_SEGMENTS).row
     tensors = [torch.zeros(1, 2, 15, 4)] * 3
     with pytest.raises(ValueError, match="with the keywords position_bias"):
         attention.segment_attention(None, *tensors, None, packed_row=row, position_bias=torch.zeros(1))  # type: ignore[arg-type]
@@ -197,7 +200,7 @@ def test_generating_after_packed_rows_is_as_before() -> None:
     ids = torch.arange(2, 9)[None]
     before = model.generate(ids, max_new_tokens=5, do_sample=False)
     with torch.no_grad():
-        logps(model, PAIRS, Way.SEGMENTS)
+        logps(model, PAIRS, Layout.PACKED_SEGMENTS)
     with plain_attention(model):
         assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), before)
     assert model.config._attn_implementation == attention.SEGMENTS
@@ -210,11 +213,11 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers
 
 
 @settings(max_examples=40, deadline=None)
-@given(LENGTHS, st.sampled_from([Way.SEGMENTS, Way.MASK]))
-def test_packed_equals_padded_whatever_the_lengths(lengths: list[tuple[int, int, int]], way: Way) -> None:
+@given(LENGTHS, st.sampled_from([Layout.PACKED_SEGMENTS, Layout.PACKED_MASK]))
+def test_packed_equals_padded_whatever_the_lengths(lengths: list[tuple[int, int, int]], way: Layout) -> None:
     pairs = [pair(*some, seed=seed) for seed, some in enumerate(lengths)]
     with torch.no_grad():
-        assert torch.allclose(logps(MODEL, pairs, way), logps(MODEL, pairs, Way.PADDED), atol=1e-4)
+        assert torch.allclose(logps(MODEL, pairs, way), logps(MODEL, pairs, Layout.PADDED), atol=1e-4)
 
 
 # Shared prompts
@@ -233,10 +236,10 @@ def ranked(responses: int) -> list[TokenizedPair]:
     return pairs
 
 
-@pytest.mark.parametrize("way", [Way.SEGMENTS, Way.MASK])
-def test_several_responses_share_one_prompt_and_each_is_computed_once(way: Way) -> None:
+@pytest.mark.parametrize("way", [Layout.PACKED_SEGMENTS, Layout.PACKED_MASK])
+def test_several_responses_share_one_prompt_and_each_is_computed_once(way: Layout) -> None:
     pairs, model = ranked(4), tiny("qwen2")
-    batch = make_batch(pairs, CPU, way)
+    batch = make_micro_batch(pairs, CPU, way)
     # The prompt of 6 once, answers of 3, 4, 5 and 6 once, and the other pair of 3 + 8 + 8.
     assert batch.input_ids.shape == (1, 6 + 18 + 19)
     assert packed_tokens(pairs) == 43
@@ -248,8 +251,8 @@ def test_several_responses_share_one_prompt_and_each_is_computed_once(way: Way) 
 def test_gradients_of_shared_responses_add_up() -> None:
     pairs, model = ranked(3), tiny()
     weights = list(model.parameters())
-    shared = torch.autograd.grad(logps(model, pairs, Way.SEGMENTS)[0].sum(), weights)
-    alone = torch.autograd.grad(sum(logps(model, [one], Way.SEGMENTS)[0].sum() for one in pairs), weights)  # type: ignore[arg-type]
+    shared = torch.autograd.grad(logps(model, pairs, Layout.PACKED_SEGMENTS)[0].sum(), weights)
+    alone = torch.autograd.grad(sum(logps(model, [one], Layout.PACKED_SEGMENTS)[0].sum() for one in pairs), weights)  # type: ignore[arg-type]
     for one, other in zip(shared, alone, strict=True):
         assert float((one - other).norm()) <= 1e-4 * float(other.norm()) + 1e-5
 
@@ -288,7 +291,7 @@ def test_variable_length_attention_gets_the_segments_it_needs(
     window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "varlen_attn", spelled_out_varlen)
-    row = make_batch(ranked(3), CPU, Way.SEGMENTS).row
+    row = make_micro_batch(ranked(3), CPU, Layout.PACKED_SEGMENTS).row
     assert row is not None
     tokens = len(row.positions_in_group)
     random = torch.Generator().manual_seed(0)
@@ -310,13 +313,13 @@ def test_layers_are_compiled_once_for_rows_of_any_length_and_give_the_same_numbe
 
     policy = attach_lora(tiny(), LORA)
     with torch.no_grad():
-        plain = {number: logps(policy, PAIRS[:number], Way.SEGMENTS) for number in (1, 3, 5)}
+        plain = {number: logps(policy, PAIRS[:number], Layout.PACKED_SEGMENTS) for number in (1, 3, 5)}
     torch._dynamo.reset()
     counters.clear()
     assert compile_layers(causal_model(policy), backend="aot_eager") == 2
     graphs = set()
     for number, expected_logps in plain.items():
-        compiled = logps(policy, PAIRS[:number], Way.SEGMENTS)
+        compiled = logps(policy, PAIRS[:number], Layout.PACKED_SEGMENTS)
         compiled.sum().backward()
         assert torch.allclose(compiled.detach(), expected_logps, atol=1e-5)
         graphs.add(counters["stats"]["unique_graphs"])

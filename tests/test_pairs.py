@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from dpo_cli.config.composition import composed, parse_overrides
 from dpo_cli.config.schema import DataConfig, RunConfig, run_config
 from dpo_cli.data.batches import (
+    Layout,
     Schedule,
-    by_packed_tokens,
-    by_padded_tokens,
-    by_size,
+    SplitByPairs,
+    SplitByTokens,
     epoch_order,
     longest_side,
     packed_tokens,
@@ -189,7 +189,7 @@ def fake(prompt: int, chosen: int, rejected: int) -> TokenizedPair:
 @given(st.lists(st.tuples(*[st.integers(1, 60)] * 3), min_size=1, max_size=20), st.integers(1, 400))
 def test_a_cut_keeps_every_pair_and_its_budget(lengths: list[tuple[int, int, int]], budget: int) -> None:
     batch = [fake(*some) for some in lengths]
-    pieces = by_padded_tokens(budget)(batch)
+    pieces = SplitByTokens(budget, Layout.PADDED)(batch)
     assert sorted(id(pair) for piece in pieces for pair in piece) == sorted(map(id, batch))
     for piece in pieces:
         padded = 2 * len(piece) * max(map(longest_side, piece))
@@ -199,7 +199,7 @@ def test_a_cut_keeps_every_pair_and_its_budget(lengths: list[tuple[int, int, int
 @given(st.lists(st.tuples(*[st.integers(1, 60)] * 3), min_size=1, max_size=20), st.integers(1, 400))
 def test_a_cut_of_packed_rows_keeps_every_pair_and_its_budget(lengths: list[tuple[int, int, int]], budget: int) -> None:
     batch = [fake(*some) for some in lengths]  # prompts of one length are the same, and shared
-    pieces = by_packed_tokens(budget)(batch)
+    pieces = SplitByTokens(budget, Layout.PACKED_SEGMENTS)(batch)
     assert sorted(id(pair) for piece in pieces for pair in piece) == sorted(map(id, batch))
     assert all(packed_tokens(piece) <= budget or len(piece) == 1 for piece in pieces)
 
@@ -207,17 +207,17 @@ def test_a_cut_of_packed_rows_keeps_every_pair_and_its_budget(lengths: list[tupl
 def test_packed_pieces_are_alike_in_size_and_keep_pairs_of_one_prompt_together() -> None:
     distinct = [TokenizedPair(token_ids([n]), token_ids(range(size)), token_ids([1]), n, "")
                 for n, size in enumerate([9, 8, 7, 6, 5, 5])]  # fmt: skip
-    pieces = by_packed_tokens(30)(distinct)
+    pieces = SplitByTokens(30, Layout.PACKED_SEGMENTS)(distinct)
     # 52 tokens in two pieces: 11 + 8 + 7 and 10 + 9 + 7.
     assert sorted(map(packed_tokens, pieces)) == [26, 26]
     one_prompt = [fake(10, n, n + 1) for n in range(1, 5)]  # 10 + (1 + 2 + 3 + 4 + 5) tokens when shared
-    assert [len(piece) for piece in by_packed_tokens(25)([*one_prompt, fake(3, 9, 9)])] == [4, 1]
+    assert [len(piece) for piece in SplitByTokens(25, Layout.PACKED_SEGMENTS)([*one_prompt, fake(3, 9, 9)])] == [4, 1]
 
 
 def test_cutting_by_size_keeps_the_order_and_leaves_a_short_rest() -> None:
     batch = [fake(1, 1, 1) for _ in range(5)]
-    assert [len(piece) for piece in by_size(2)(batch)] == [2, 2, 1]
-    assert np.concatenate([[id(pair) for pair in piece] for piece in by_size(2)(batch)]).tolist() == list(
+    assert [len(piece) for piece in SplitByPairs(2)(batch)] == [2, 2, 1]
+    assert np.concatenate([[id(pair) for pair in piece] for piece in SplitByPairs(2)(batch)]).tolist() == list(
         map(id, batch)
     )
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import Ended, records, tiny_words
 
-from dpo_cli.data.batches import Way
+from dpo_cli.data.batches import Layout
 from dpo_cli.errors import CheckpointError
-from dpo_cli.models.logps import Batch, make_batch, pair_logps
+from dpo_cli.models.logps import Batch, make_micro_batch, pair_logps
 from dpo_cli.models.reference import FrozenReference
 from dpo_cli.theory.losses import PairLogps
 from dpo_cli.training import preflight as module
@@ -43,7 +43,7 @@ def subject_of(run: Any) -> PreflightSubject:
 
 def logps(subject: PreflightSubject) -> PairLogps:
     with torch.no_grad():
-        return pair_logps(subject.policy, make_batch(subject.pairs[:4], subject.device, subject.way))
+        return pair_logps(subject.policy, make_micro_batch(subject.pairs[:4], subject.device, subject.way))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_shifted_mask_breaks_the_chain_rule(assembled: Assembled, monkeypatch:
         for weight in subject.policy.parameters():
             weight.mul_(6.0)
     check_chain_rule(subject, subject.pairs[:4])
-    monkeypatch.setattr(module, "pair_scores", off_by_one)
+    monkeypatch.setattr(module, "response_scores_todo", off_by_one)
     with pytest.raises(CheckpointError, match=r"off the chain rule by \d+\.\d\d nats on row \d+"):
         check_chain_rule(subject, subject.pairs[:4])
 
@@ -166,10 +166,10 @@ def test_a_closing_token_that_is_not_scored_is_named(assembled: Assembled, monke
     subject = subject_of(assembled())
     check_closing(subject, subject.pairs[:4])
 
-    def without_closing(pairs: Any, device: torch.device, way: Way) -> Batch:
-        return make_batch([replace(one, chosen=one.chosen[:-1]) for one in pairs], device, way)
+    def without_closing(pairs: Any, device: torch.device, way: Layout) -> Batch:
+        return make_micro_batch([replace(one, chosen=one.chosen[:-1]) for one in pairs], device, way)
 
-    monkeypatch.setattr(module, "make_batch", without_closing)
+    monkeypatch.setattr(module, "make_micro_batch", without_closing)
     with pytest.raises(CheckpointError, match=r"the closing EOS of row \d+ is not scored"):
         check_closing(subject, subject.pairs[:4])
 

@@ -5,14 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from dpo_cli.training.verdict import judge
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_cli.labelling.rules import RULES
+from dpo_cli.labelling.rules import RULES as VERDICT_RULES
+from dpo_cli.objectives.alarms import ENOUGH
 from dpo_cli.objectives.drift import correlation, kl_per_token, measure_drift
+from dpo_cli.objectives.findings import History
 from dpo_cli.theory.losses import LogRatios
-from dpo_cli.training.monitor import ENOUGH, RULES, WINDOW, Radar
-from dpo_cli.training.verdict import RULES as VERDICT_RULES
-from dpo_cli.training.verdict import History, judge
+from dpo_cli.training.monitor import WINDOW, Monitor
 
 
 def ratios(chosen: Any, rejected: Any, chosen_tokens: Any = 10, rejected_tokens: Any = 10) -> LogRatios:
@@ -71,7 +74,7 @@ def test_the_kl_estimate_is_never_negative_and_zero_at_the_start(chosen: float, 
     assert kl_per_token(ratios([10.0], 10.0)) == pytest.approx(math.exp(-1), abs=1e-6)
 
 
-# Radar
+# Monitor
 
 ALARMS = {
     # a window that triggers the rule, and one close by that does not
@@ -89,16 +92,16 @@ ALARMS = {
 @pytest.mark.parametrize("name", [rule.name for rule in RULES])
 def test_every_alarm_sounds_when_it_should_and_not_otherwise(name: str) -> None:
     triggers, quiet = ALARMS[name]
-    radar = Radar(0.1, "warn")
+    radar = Monitor(0.1, "warn")
     radar.add(triggers)
     assert name in [alarm.name for alarm in radar.alarms(radar.drift())]
-    calm = Radar(0.1, "warn")
+    calm = Monitor(0.1, "warn")
     calm.add(quiet)
     assert name not in [alarm.name for alarm in calm.alarms(calm.drift())]
 
 
 def test_an_alarm_gives_its_numbers_and_a_remedy_and_sounds_once() -> None:
-    radar = Radar(0.1, "warn")
+    radar = Monitor(0.1, "warn")
     radar.add(ALARMS["displacement"][0])
     alarms = {alarm.name: alarm for alarm in radar.alarms(radar.drift())}
     assert alarms["displacement"].text == (
@@ -109,12 +112,12 @@ def test_an_alarm_gives_its_numbers_and_a_remedy_and_sounds_once() -> None:
 
 
 def test_stop_ends_a_run_for_what_holds_now_said_before_or_not() -> None:
-    radar = Radar(0.1, "stop")
+    radar = Monitor(0.1, "stop")
     radar.restore(torch.zeros(4, 0), ["displacement"])
     radar.add(ALARMS["displacement"][0])
     ruin = radar.ruin(radar.drift())
     assert ruin is not None and ruin.name == "displacement"
-    warned, calm = Radar(0.1, "warn"), Radar(0.1, "stop")
+    warned, calm = Monitor(0.1, "warn"), Monitor(0.1, "stop")
     warned.add(ALARMS["displacement"][0])
     calm.add(ALARMS["length"][0])  # an alarm, and no ruin
     assert warned.ruin(warned.drift()) is None and calm.ruin(calm.drift()) is None
@@ -122,7 +125,7 @@ def test_stop_ends_a_run_for_what_holds_now_said_before_or_not() -> None:
 
 def test_a_reward_model_is_warned_in_words_of_its_own() -> None:
     for name, (triggers, _) in ALARMS.items():
-        radar = Radar(1.0, "stop", objective="reward")
+        radar = Monitor(1.0, "stop", objective="reward")
         radar.add(triggers)
         alarms = {alarm.name: alarm.text for alarm in radar.alarms(radar.drift())}
         assert radar.ruin(radar.drift()) is None and alarms.keys() <= {"length", "saturated"}
@@ -132,24 +135,24 @@ def test_a_reward_model_is_warned_in_words_of_its_own() -> None:
 
 
 def test_saturation_is_a_matter_of_the_sigmoid_loss() -> None:
-    radar = Radar(2.0, "warn", loss="sigmoid_norm")
+    radar = Monitor(2.0, "warn", loss="sigmoid_norm")
     radar.add(ALARMS["saturated"][0])
     assert "saturated" not in [alarm.name for alarm in radar.alarms(radar.drift())]
 
 
 def test_off_is_silent_and_few_pairs_prove_nothing() -> None:
-    off, young = Radar(0.1, "off"), Radar(0.1, "warn")
+    off, young = Monitor(0.1, "off"), Monitor(0.1, "warn")
     off.add(ALARMS["displacement"][0])
     young.add(ratios([-40.0] * (ENOUGH - 1), -90.0))
     assert off.alarms(off.drift()) == [] == young.alarms(young.drift())
 
 
 def test_the_window_forgets_and_survives_a_checkpoint() -> None:
-    radar = Radar(0.1, "warn")
+    radar = Monitor(0.1, "warn")
     radar.add(ratios([-40.0] * 10, -90.0))
     radar.add(ratios([0.0] * WINDOW, 0.0))
     assert radar.drift().chosen_nats == 0.0 and radar.drift().pairs == WINDOW
-    again = Radar(0.1, "warn")
+    again = Monitor(0.1, "warn")
     again.restore(radar.state(), ["far"])
     assert again.drift() == radar.drift() and again.sounded == ["far"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import Ended, run_of, sample_rows, tiny_words, write_jsonl
-from dpo_cli.generation import sampler as module
 from safetensors.torch import load_file, save_file
 
+from dpo_cli.generation import sampler as module
 from dpo_cli.generation.generate import Text
 from dpo_cli.labelling.match import Match, play, short_names
 from dpo_cli.theory.bradley_terry import fit

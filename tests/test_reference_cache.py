@@ -15,25 +15,26 @@ from conftest import Ended, records, tiny_words, write_jsonl
 from test_logps import PAIRS
 from tiny_models import CPU, LORA, pair, tiny
 
-from dpo_cli.data.batches import Way, by_packed_tokens
+from dpo_cli.data.batches import Layout, SplitByTokens
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import StoppedError
 from dpo_cli.models import reference_cache
-from dpo_cli.models.loading import attach_lora, model_digest
-from dpo_cli.models.logps import Batch, Batching, make_batch
+from dpo_cli.models.adapters import attach_lora
+from dpo_cli.models.loading import model_fingerprint
+from dpo_cli.models.logps import Batch, MicroBatcher, make_micro_batch
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
 from dpo_cli.models.reference_cache import (
     RECORD,
     CachedReference,
-    Progress,
     ReferenceCache,
+    cache_key,
     complete,
-    values_key,
 )
 from dpo_cli.theory.losses import PairLogps
+from dpo_cli.training.parts import Progress
 
 Command = Callable[..., Ended]
-BATCHING = Batching(CPU, Way.SEGMENTS, by_packed_tokens(40))
+BATCHING = MicroBatcher(CPU, Layout.PACKED_SEGMENTS, SplitByTokens(40, Layout.PACKED_SEGMENTS))
 VALUES = [(-1.5 * n, -2.5 * n) for n in range(1, len(PAIRS) + 1)]
 
 
@@ -50,7 +51,7 @@ def filled(path: Path | None) -> ReferenceCache:
 def test_the_cache_equals_the_second_model_equals_the_adapter_switched_off(tmp_path: Path) -> None:
     filled(tmp_path / "values")
     cached = CachedReference(ReferenceCache(tmp_path / "values"))
-    batch = make_batch(PAIRS, CPU, Way.SEGMENTS)
+    batch = make_micro_batch(PAIRS, CPU, Layout.PACKED_SEGMENTS)
     policy = attach_lora(tiny(), LORA)
     for other in (FrozenReference(tiny()), AdapterOffReference(policy)):
         for one, two in zip(vars(cached.logps(batch)).values(), vars(other.logps(batch)).values(), strict=True):
@@ -84,8 +85,8 @@ def test_the_key_of_a_pair_changes_with_its_tokens_and_with_nothing_else() -> No
 
 def test_the_key_of_the_file_changes_with_what_decides_a_log_prob_and_with_nothing_else() -> None:
     def key(model: Any, **changes: Any) -> str:
-        how = {"dtype": torch.float32, "device": CPU, "way": Way.SEGMENTS, **changes}
-        return values_key(model_digest(model), **how)
+        how = {"dtype": torch.float32, "device": CPU, "way": Layout.PACKED_SEGMENTS, **changes}
+        return cache_key(model_fingerprint(model), **how)
 
     same, moved = tiny(), tiny()
     same.config._name_or_path = "/somewhere/else"
@@ -100,7 +101,7 @@ def test_the_key_of_the_file_changes_with_what_decides_a_log_prob_and_with_nothi
     assert key(same) == key(tiny())
     different = [
         key(tiny()), key(moved), key(swapped), key(tiny(rope_parameters={"rope_type": "default", "rope_theta": 5e5})),
-        key(tiny(), dtype=torch.bfloat16), key(tiny(), way=Way.PADDED), key(tiny(), device=torch.device("cuda")),
+        key(tiny(), dtype=torch.bfloat16), key(tiny(), way=Layout.PADDED), key(tiny(), device=torch.device("cuda")),
         key(tiny(), compiled=True),
     ]  # fmt: skip
     assert len(set(different)) == len(different)
@@ -190,7 +191,7 @@ def test_values_of_another_model_are_noticed_and_never_used(tmp_path: Path) -> N
     progress = Progress(warn=warned.append)
     assert complete(cache, [PAIRS], BATCHING, torch.float32, lambda: at_hand, at_hand, progress) == len(PAIRS)
     assert len(warned) == 1 and "its values are dropped and computed anew" in warned[0]
-    right = at_hand.logps(make_batch(PAIRS, CPU, Way.SEGMENTS)).chosen.tolist()
+    right = at_hand.logps(make_micro_batch(PAIRS, CPU, Layout.PACKED_SEGMENTS)).chosen.tolist()
     assert ReferenceCache(path).logps(PAIRS)[0] == pytest.approx(right, abs=1e-4)
 
 

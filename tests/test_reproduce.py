@@ -12,8 +12,8 @@ from conftest import Ended, records, sample_rows, tiny_words, write_jsonl
 
 from dpo_cli.commands import verify_resume
 from dpo_cli.errors import StorageError
-from dpo_cli.runs.checkpoint import Settled, checkpoints, read_state
-from dpo_cli.runs.manifest import settled_in
+from dpo_cli.runs.checkpoint import ResolvedSettings, checkpoints, read_state
+from dpo_cli.runs.manifest import settings_in
 from dpo_cli.runs.replay import determinism, differences
 from dpo_cli.storage.durable import sweep, write_folder, write_whole
 from dpo_cli.storage.metrics_log import MetricsLog
@@ -106,7 +106,7 @@ def test_a_replay_takes_what_was_measured_then_and_no_other_dial(
     ended = command("dpo-train", f"replay={first}", f"output_dir={tmp_path / 'again'}", "save_every=1")
     assert ended.code == 0, ended.err
     state = read_state(checkpoints(tmp_path / "again" / "checkpoints")[-1])
-    assert state.settled == Settled("cpu", "float32", "mask", 321)
+    assert state.settled == ResolvedSettings("cpu", "float32", "mask", 321)
     refused = command("dpo-train", f"replay={first}", "beta=0.5")
     assert refused.code == 2
     assert refused.err.startswith(f"error: beta=0.5: replay={first} runs a config as it was; with it go log_every, ")
@@ -143,7 +143,7 @@ def test_what_decides_a_runs_bytes_is_compared_and_nothing_else() -> None:
     "device": "cpu", "dtype": "load", "batches": {"way": "segments", "token_budget": 3}}, {
     "device": "cpu", "dtype": "float32", "batches": {"way": "segments", "token_budget": "3"}}])  # fmt: skip
 def test_a_manifest_that_says_nothing_of_use_settles_nothing(manifest: dict[str, Any]) -> None:
-    assert settled_in(manifest) is None
+    assert settings_in(manifest) is None
 
 
 # deterministic

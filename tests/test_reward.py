@@ -13,22 +13,31 @@ import numpy as np
 import pytest
 import torch
 from conftest import TOPICS, Ended, records, run_of, sample_rows, tiny_words, write_jsonl
+from dpo_cli.objectives.reward_model import pair_rewards
+from dpo_cli.training.run import Run
 from safetensors.torch import load_file, save_file
 from tiny_models import CPU, LORA, VOCABULARY, pair, tiny
 from torch import Tensor
 
-from dpo_cli.data.batches import Way
+from dpo_cli.data.batches import Layout
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import CheckpointError
-from dpo_cli.models.loading import attach_lora
-from dpo_cli.models.logps import Batch, make_batch, plain_attention
-from dpo_cli.objectives.reward_model import HEAD_FILE, attach_head, head_of, load_head, pair_rewards, save_head
-from dpo_cli.theory.losses import LogRatios, PairLogps, make_objective
+from dpo_cli.labelling.rules import RULES
+from dpo_cli.models.adapters import attach_lora
+from dpo_cli.models.logps import Batch, make_micro_batch, plain_attention
+from dpo_cli.objectives.findings import History
+from dpo_cli.objectives.reward import (
+    HEAD_FILE,
+    attach_head,
+    head_of,
+    load_head,
+    save_head,
+)
+from dpo_cli.objectives.table import make_objective
+from dpo_cli.theory.losses import LogRatios, PairLogps
 from dpo_cli.training import preflight as preflight_module
 from dpo_cli.training.preflight import check_closing, check_gradients, preflight
-from dpo_cli.training.run import Run
 from dpo_cli.training.runner import train_step
-from dpo_cli.training.verdict import RULES, History
 
 Command = Callable[..., Ended]
 Assembled = Callable[..., Run]
@@ -106,8 +115,8 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3", "mixtral"])
-@pytest.mark.parametrize("way", [*Way])
-def test_a_reward_is_read_at_the_last_token_however_the_batch_is_laid_out(family: str, way: Way) -> None:
+@pytest.mark.parametrize("way", [*Layout])
+def test_a_reward_is_read_at_the_last_token_however_the_batch_is_laid_out(family: str, way: Layout) -> None:
     policy = reward_model(family)
     weight = head_of(policy).weight  # type: ignore[union-attr]
     with torch.no_grad():
@@ -118,19 +127,19 @@ def test_a_reward_is_read_at_the_last_token_however_the_batch_is_laid_out(family
             for side_of in [(one.chosen, one.rejected)]
         ]
         expected = torch.stack(sides, 1)
-        together = both(pair_rewards(policy, make_batch(PAIRS, CPU, way)))
+        together = both(pair_rewards(policy, make_micro_batch(PAIRS, CPU, way)))
     assert float(expected.std()) > 1  # so that agreeing says something
     assert float((together - expected).abs().max()) <= 5e-5 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("way", [*Way])
-def test_a_reward_depends_on_every_token_of_prompt_and_response_and_on_none_of_the_other_response(way: Way) -> None:
+@pytest.mark.parametrize("way", [*Layout])
+def test_a_reward_depends_on_every_token_of_prompt_and_response_and_on_none_of_the_other_response(way: Layout) -> None:
     policy = reward_model()
     one = pair(4, 5, 3)
 
     def reward_of_chosen(changed: TokenizedPair) -> float:
         with torch.no_grad():
-            return float(pair_rewards(policy, make_batch([changed], CPU, way)).chosen[0])
+            return float(pair_rewards(policy, make_micro_batch([changed], CPU, way)).chosen[0])
 
     def another(ids: Any, place: int) -> Any:
         values = ids.tolist()
@@ -151,7 +160,7 @@ def test_the_gradient_by_the_head_is_minus_sigmoid_of_minus_the_margin_times_the
     policy = reward_model()
     head = head_of(policy)
     assert head is not None
-    rewards = pair_rewards(policy, make_batch(PAIRS[:4], CPU, Way.SEGMENTS))
+    rewards = pair_rewards(policy, make_micro_batch(PAIRS[:4], CPU, Layout.PACKED_SEGMENTS))
     ratios = LogRatios.between(rewards, zeros_like(rewards))
     (got,) = torch.autograd.grad(make_objective("sigmoid", 1.0)(rewards, ratios).sum(), head.weight)
     with torch.no_grad():
@@ -304,7 +313,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes_head_included(
     from dpo_cli.training import step
 
     place = scores if forward_pass == "evaluation" else step
-    original, seen = place.pair_scores, []
+    original, seen = place.response_scores_todo, []
 
     def interrupted(*arguments: Any) -> Any:
         seen.append(1)
@@ -313,10 +322,10 @@ def test_a_stopped_run_resumes_to_the_same_bytes_head_included(
         return original(*arguments)
 
     words = [*tiny_words(train_file, tmp_path / "stopped"), *LEARNING, *STOPPED]
-    monkeypatch.setattr(place, "pair_scores", interrupted)
+    monkeypatch.setattr(place, "response_scores_todo", interrupted)
     stopped = command("dpo-train", *words)
     assert stopped.code == 75, stopped.err
-    monkeypatch.setattr(place, "pair_scores", original)
+    monkeypatch.setattr(place, "response_scores_todo", original)
     resumed = command("dpo-train", *words, "resume=auto")
     assert resumed.code == 0, resumed.err
     saved = ("adapter_model.safetensors", HEAD_FILE)
@@ -567,6 +576,6 @@ def test_a_reward_that_is_read_before_the_closing_token_is_refused(
 
     with preflight_module.probing(subject.policy):
         check_closing(subject, subject.pairs[:4])
-    monkeypatch.setattr(preflight_module, "pair_scores", too_early)
+    monkeypatch.setattr(preflight_module, "response_scores_todo", too_early)
     with pytest.raises(CheckpointError, match=r"the closing EOS of row \d+ is not scored"):
         preflight(subject)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from conftest import Ended, sample_rows, write_jsonl
-from dpo_cli.commands import sample as command_module
-from dpo_cli.generation import sampler as sampling
 
+from dpo_cli.commands import sample as command_module
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.generation import sampler as sampling
 from dpo_cli.generation.decoding import Answer, Decoding
 from dpo_cli.generation.generate import REDRAWS, distinct_answers, said_by
 from dpo_cli.storage.job_log import journal_of, manifest_of, opened_journal

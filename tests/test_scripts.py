@@ -11,7 +11,7 @@ import torch
 from conftest import Ended, sample_rows, write_jsonl
 
 from dpo_cli.models.loading import find_model, load_model
-from dpo_cli.runs.model_ref import Asked, find_subject, load_policy
+from dpo_cli.runs.model_ref import ModelName, find_model_ref, load_policy
 
 Words = list[tuple[str, ...]]
 
@@ -46,7 +46,7 @@ def pairs(tmp_path: Path) -> Path:
 
 def logits(subject_name: str) -> torch.Tensor:
     """What the policy of a run, or a model, says to a few tokens."""
-    subject = find_subject(Asked(subject_name, alone=True))
+    subject = find_model_ref(ModelName(subject_name, alone=True))
     cpu = torch.device("cpu")
     base = load_model(find_model(subject.base), torch.float32, cpu) if subject.is_adapter else None
     with torch.no_grad():

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import Ended, records, sample_rows, tiny_words, write_jsonl
+from dpo_cli.training.run import Run
 from safetensors.torch import load_file
 from tiny_models import tiny
 
 from dpo_cli.runs.checkpoint import checkpoints, validate
-from dpo_cli.training.run import Run
 from dpo_cli.training.runner import train_step
 
 Command = Callable[..., Ended]
@@ -242,7 +242,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     words = ("max_steps=5", "micro_batch_size=2", "lora.dropout=0.1", "log_every=2", "eval_every=3", "save_every=2")
     straight = trained("straight", *words)
     place = scores if forward_pass == "evaluation" else step
-    original, seen = place.pair_scores, []
+    original, seen = place.response_scores_todo, []
 
     def interrupted(*arguments: Any) -> Any:
         seen.append(1)
@@ -251,13 +251,13 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
         return original(*arguments)
 
     stopped_words = [*tiny_words(tmp_path / "pairs.jsonl", tmp_path / "stopped"), *words]
-    monkeypatch.setattr(place, "pair_scores", interrupted)
+    monkeypatch.setattr(place, "response_scores_todo", interrupted)
     stopped = command("dpo-train", *stopped_words)
     assert stopped.code == 75, stopped.err
     assert stopped.err.startswith("error: stopped by SIGTERM at step ")
     done = int(stopped.err.split("at step ")[1].split(";")[0])
     assert checkpoints(tmp_path / "stopped" / "checkpoints")[-1].name == f"step-{done:08d}"  # nothing done is lost
-    monkeypatch.setattr(place, "pair_scores", original)
+    monkeypatch.setattr(place, "response_scores_todo", original)
     resumed = command("dpo-train", *stopped_words, "resume=auto")
     assert resumed.code == 0, resumed.err
     for name in ("adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors"):

@@ -232,7 +232,7 @@ def _tell(
     ]
     cut = sum(_cut_answers(pairs))
     if cut:
-        open_ended = isinstance(judge, ModelJudge) and not judge.is_reward_model
+        open_ended = isinstance(judge, ModelJudge) and not judge.objective.always_closes
         judged = "judged and" if open_ended else "judged as if they ended there, but"
         share = f"{cut:,} of their {2 * len(pairs):,} answers were cut when drawn"
         told.append(("", f"{share}: {judged} trained on without an end"))

@@ -19,8 +19,7 @@ from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural, safe_text
 from dpo_cli.errors import CheckpointError, StoppedError
-from dpo_cli.objectives.reward_model import HEAD_FILE
-from dpo_cli.runs.checkpoint import ADAPTER, MODEL, OPTIMIZER, RNG, WINDOW, checkpoint_name
+from dpo_cli.runs.checkpoint import checkpoint_name
 from dpo_cli.training.runner import train
 
 STEPS, STOP = 4, 2
@@ -89,8 +88,8 @@ def _as_stopped(straight: Path, copy: Path) -> None:
 def _differences(straight: Path, resumed: Path) -> Iterator[str]:
     """In words, what is not the same in two runs."""
     one, other = (run / "checkpoints" / checkpoint_name(STEPS) for run in (straight, resumed))
-    for name in (ADAPTER, HEAD_FILE, MODEL, OPTIMIZER, RNG, WINDOW):
-        if (one / name).is_file() and (one / name).read_bytes() != (other / name).read_bytes():
+    for name in sorted(file.name for file in one.glob("*.safetensors")):
+        if (one / name).read_bytes() != (other / name).read_bytes():
             before, after = load_file(one / name), load_file(other / name)
             if before.keys() != after.keys() or not before:
                 yield f"{name} holds other tensors"

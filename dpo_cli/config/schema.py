@@ -233,8 +233,8 @@ class LossConfig:
         _finite("loss.sft_weight", self.sft_weight)
         _at_least("loss.sft_weight", self.sft_weight, 0)
 
-    def dials(self) -> Dict[str, Optional[float]]:
-        """The dials that losses may use, by name."""
+    def options(self) -> Dict[str, Optional[float]]:
+        """The hyperparameters that losses may use, by name."""
         return {"label_smoothing": self.label_smoothing, "temperature": self.temperature}
 
 

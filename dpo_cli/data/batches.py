@@ -1,14 +1,15 @@
-"""Which pairs each optimizer step sees, and how a step's pairs are cut to fit in memory.
+"""Which pairs each optimizer step sees, and how a batch is split into micro-batches that fit in memory.
 
 One idea to keep in mind: the order is a pure function of (seed, epoch), so the position in the data is the step's
 number and nothing else. A resumed run has no state to restore and nothing to skip through.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
+from typing import Protocol
 
 import numpy as np
 
@@ -74,11 +75,11 @@ class Schedule:
             yield order[start : start + self.batch_size]
 
 
-class Way(StrEnum):
-    """How a batch is laid out and attended to; `packing.py` finds out which of them a model can take."""
+class Layout(StrEnum):
+    """How a micro-batch is laid out and attended to; `packing.py` finds out which layouts are correct for a model."""
 
-    SEGMENTS = "segments"  # packed, attention piece by piece
-    MASK = "mask"  # packed, the family's own attention under a dense mask
+    PACKED_SEGMENTS = "packed_segments"  # packed rows, attention segment by segment
+    PACKED_MASK = "packed_mask"  # packed rows, the family's own attention under a dense mask
     PADDED = "padded"
 
 
@@ -87,42 +88,11 @@ def longest_side(pair: TokenizedPair) -> int:
     return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
 
 
-Cut = Callable[[list[TokenizedPair]], list[list[TokenizedPair]]]
-
-
-def by_size(size: int) -> Cut:
-    """Cut a batch into pieces of `size` pairs; the last may be shorter."""
-
-    def cut(batch: list[TokenizedPair]) -> list[list[TokenizedPair]]:
-        return [batch[start : start + size] for start in range(0, len(batch), size)]
-
-    return cut
-
-
-def by_padded_tokens(budget: int) -> Cut:
-    """Cut a batch into pieces of at most `budget` tokens in padded rows, long pairs with long ones.
-
-    A pair longer than the budget is a piece of its own.
-    """
-
-    def cut(batch: list[TokenizedPair]) -> list[list[TokenizedPair]]:
-        pieces: list[list[TokenizedPair]] = []
-        longest = 0
-        for pair in sorted(batch, key=longest_side, reverse=True):
-            if not pieces or 2 * longest * (len(pieces[-1]) + 1) > budget:
-                pieces.append([])
-                longest = longest_side(pair)
-            pieces[-1].append(pair)
-        return pieces
-
-    return cut
-
-
 def packed_tokens(pairs: Sequence[TokenizedPair]) -> int:
     """Tokens of the packed row that these pairs make: every prompt once, every response to it once."""
     pieces = {pair.prompt.tobytes(): {b"": len(pair.prompt)} for pair in pairs}
     for pair in pairs:
-        for response in (pair.chosen, pair.rejected):
+        for response in pair.responses:
             pieces[pair.prompt.tobytes()][b"response" + response.tobytes()] = len(response)
     return sum(sum(lengths.values()) for lengths in pieces.values())
 
@@ -132,46 +102,95 @@ def padded_tokens(pairs: Sequence[TokenizedPair]) -> int:
     return 2 * len(pairs) * max(longest_side(pair) for pair in pairs)
 
 
-def by_packed_tokens(budget: int) -> Cut:
-    """Cut a batch into few pieces of at most `budget` tokens in packed rows, alike in size.
+class Split(Protocol):
+    """Splits a batch into micro-batches."""
 
-    Pairs of one prompt stay together where the budget allows, so that they share it. A pair longer than the budget
-    is a piece of its own.
-    """
+    def __call__(self, batch: list[TokenizedPair]) -> list[list[TokenizedPair]]:
+        """The batch's pairs, each in one micro-batch."""
+        ...
 
-    def cut(batch: list[TokenizedPair]) -> list[list[TokenizedPair]]:
-        by_prompt: dict[bytes, list[TokenizedPair]] = {}
-        for pair in batch:
-            by_prompt.setdefault(pair.prompt.tobytes(), []).append(pair)
-        items = [
-            item
-            for group in by_prompt.values()
-            for item in ([group] if packed_tokens(group) <= budget else [[pair] for pair in group])
-        ]
-        sized = sorted(((packed_tokens(item), item) for item in items), key=lambda one: one[0], reverse=True)
-        pieces = max(1, math.ceil(sum(size for size, _ in sized) / budget))
-        while True:
-            filled, sizes = _longest_first(sized, min(pieces, len(sized)))
-            if all(size <= budget or len(piece) == 1 for size, piece in zip(sizes, filled, strict=True)):
-                return filled
-            pieces += 1
+    def finer(self, pairs: list[TokenizedPair]) -> "Split":
+        """A split that makes two micro-batches of these pairs, which did not fit in memory as one."""
+        ...
 
-    return cut
+
+@dataclass(frozen=True)
+class SplitByPairs:
+    """Micro-batches of `size` pairs; the last may be smaller."""
+
+    size: int
+
+    def __call__(self, batch: list[TokenizedPair]) -> list[list[TokenizedPair]]:
+        """The batch's pairs in their order."""
+        return [batch[start : start + self.size] for start in range(0, len(batch), self.size)]
+
+    def finer(self, pairs: list[TokenizedPair]) -> "SplitByPairs":
+        """Half of what did not fit."""
+        return SplitByPairs((len(pairs) + 1) // 2)
+
+    def __str__(self) -> str:
+        return f"{self.size:,} pair{'s' if self.size > 1 else ''} in a micro-batch"
+
+
+@dataclass(frozen=True)
+class SplitByTokens:
+    """Micro-batches of at most `budget` tokens, as the layout counts them; a longer pair is alone in one."""
+
+    budget: int
+    layout: Layout
+
+    def __call__(self, batch: list[TokenizedPair]) -> list[list[TokenizedPair]]:
+        """The batch's pairs, those of like length or of one prompt together."""
+        return (_split_padded if self.layout is Layout.PADDED else _split_packed)(batch, self.budget)
+
+    def finer(self, pairs: list[TokenizedPair]) -> "SplitByTokens":
+        """Less than half of what did not fit, or the same micro-batches would come again."""
+        size = padded_tokens(pairs) if self.layout is Layout.PADDED else packed_tokens(pairs)
+        return SplitByTokens(max(1, min(self.budget, size) // 2), self.layout)
+
+    def __str__(self) -> str:
+        return f"{self.budget:,} tokens in a micro-batch"
+
+
+def _split_padded(batch: list[TokenizedPair], budget: int) -> list[list[TokenizedPair]]:
+    """Long pairs with long ones, so that little is padded."""
+    micro_batches: list[list[TokenizedPair]] = []
+    longest = 0
+    for pair in sorted(batch, key=longest_side, reverse=True):
+        if not micro_batches or 2 * longest * (len(micro_batches[-1]) + 1) > budget:
+            micro_batches.append([])
+            longest = longest_side(pair)
+        micro_batches[-1].append(pair)
+    return micro_batches
+
+
+def _split_packed(batch: list[TokenizedPair], budget: int) -> list[list[TokenizedPair]]:
+    """Few micro-batches, alike in size. Pairs of one prompt stay together where the budget allows: they share it."""
+    by_prompt: dict[bytes, list[TokenizedPair]] = {}
+    for pair in batch:
+        by_prompt.setdefault(pair.prompt.tobytes(), []).append(pair)
+    items = [
+        item
+        for group in by_prompt.values()
+        for item in ([group] if packed_tokens(group) <= budget else [[pair] for pair in group])
+    ]
+    sized = sorted(((packed_tokens(item), item) for item in items), key=lambda one: one[0], reverse=True)
+    number = max(1, math.ceil(sum(size for size, _ in sized) / budget))
+    while True:
+        micro_batches, sizes = _longest_first(sized, min(number, len(sized)))
+        if all(size <= budget or len(pairs) == 1 for size, pairs in zip(sizes, micro_batches, strict=True)):
+            return micro_batches
+        number += 1
 
 
 def _longest_first(
-    sized: list[tuple[int, list[TokenizedPair]]], pieces: int
+    sized: list[tuple[int, list[TokenizedPair]]], number: int
 ) -> tuple[list[list[TokenizedPair]], list[int]]:
-    """Each item, the longest first, into the piece that holds least; the pieces and their sizes."""
-    filled: list[list[TokenizedPair]] = [[] for _ in range(pieces)]
-    sizes = [0] * pieces
+    """Each item, the longest first, into the micro-batch that holds least; the micro-batches and their sizes."""
+    filled: list[list[TokenizedPair]] = [[] for _ in range(number)]
+    sizes = [0] * number
     for size, item in sized:
         least = sizes.index(min(sizes))
         filled[least] += item
         sizes[least] += size
     return filled, sizes
-
-
-def cut_by_tokens(tokens: int, way: Way) -> Cut:
-    """Cut a batch by a token budget, counted as the way lays tokens out."""
-    return by_padded_tokens(tokens) if way is Way.PADDED else by_packed_tokens(tokens)

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,23 +20,56 @@ from dpo_cli.errors import CheckpointError, ConfigError
 TokenIds = NDArray[np.int32]
 
 
+class TokenizedExample(Protocol):
+    """A prompt and the responses that an objective looks at together: two of a pair."""
+
+    @property
+    def prompt(self) -> TokenIds:
+        """(prompt tokens,): at least one."""
+        ...
+
+    @property
+    def responses(self) -> tuple[TokenIds, ...]:
+        """Each (response tokens,): at least one."""
+        ...
+
+    @property
+    def response_keys(self) -> tuple[bytes, ...]:
+        """Of each response 16 bytes that stand for the tokens of the prompt and of it."""
+        ...
+
+    @property
+    def index(self) -> int:
+        """The row in its file, from 0."""
+        ...
+
+
 @dataclass(frozen=True)
 class TokenizedPair:
     """One pair as token ids, truncated to fit."""
 
     prompt: TokenIds  # (prompt tokens,): at least one
-    chosen: TokenIds  # (chosen tokens,): at least one; closed by EOS unless it was cut, here or when it was drawn
+    chosen: TokenIds  # (chosen tokens,): at least one; closed by EOS unless truncated or generated up to a limit
     rejected: TokenIds  # (rejected tokens,)
     index: int  # the row in its file, from 0
     key: str  # hash of the pair's texts
 
+    @property
+    def responses(self) -> tuple[TokenIds, TokenIds]:
+        """Chosen and rejected."""
+        return self.chosen, self.rejected
+
     @cached_property
-    def token_key(self) -> bytes:
-        """16 bytes that stand for these very tokens: what a cached log-prob of the pair is filed under."""
-        digest = hashlib.blake2b(digest_size=16)
-        for ids in (self.prompt, self.chosen, self.rejected):
-            digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
-        return digest.digest()
+    def response_keys(self) -> tuple[bytes, ...]:
+        """Of each response the key of its cached log-prob: 16 bytes for the tokens of prompt and response."""
+        return tuple(_tokens_key(self.prompt, response) for response in self.responses)
+
+
+def _tokens_key(*sequences: TokenIds) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for ids in sequences:  # the length keeps [1, 2], [3] from [1], [2, 3]
+        digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
+    return digest.digest()
 
 
 @dataclass

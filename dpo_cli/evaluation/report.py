@@ -7,7 +7,8 @@ from typing import Any
 from dpo_cli.console.text import safe_text
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import StorageError
-from dpo_cli.evaluation.scores import PairScores
+from dpo_cli.evaluation.scores import ScoredPairs
+from dpo_cli.objectives.objective import Objective
 from dpo_cli.theory.calibration import Bin, calibration_error
 from dpo_cli.theory.losses import implicit_rewards
 from dpo_cli.theory.statistics import Estimate
@@ -18,9 +19,8 @@ def write_report(
     facts: dict[str, Any],
     estimates: dict[str, Estimate],
     pairs: list[TokenizedPair],
-    scores: PairScores,
-    beta: float,
-    of_rewards: bool = False,
+    scores: ScoredPairs,
+    objective: Objective,
 ) -> None:
     """Write `report.json` and `pairs.jsonl` into `folder`; StorageError where that is not possible."""
     report = {
@@ -31,21 +31,23 @@ def write_report(
             name: [estimate.low, estimate.high] for name, estimate in sorted(estimates.items()) if len(pairs) > 1
         },
     }
-    rewards_chosen, rewards_rejected = implicit_rewards(scores.ratios, beta)
+    rewards_chosen, rewards_rejected = implicit_rewards(scores.ratios, objective.beta)
+    policy, reference = scores.policy.pairs(), scores.reference.pairs()
+    logps = [
+        ("policy_logps_chosen", policy.chosen),
+        ("policy_logps_rejected", policy.rejected),
+        ("reference_logps_chosen", reference.chosen),
+        ("reference_logps_rejected", reference.rejected),
+    ]
     columns = [
-        ("policy_logps_chosen", scores.policy.chosen),
-        ("policy_logps_rejected", scores.policy.rejected),
-        ("reference_logps_chosen", scores.reference.chosen),
-        ("reference_logps_rejected", scores.reference.rejected),
+        *(logps if objective.scores_are_logps else []),
         ("reward_chosen", rewards_chosen),
         ("reward_rejected", rewards_rejected),
         ("margin", rewards_chosen - rewards_rejected),
     ]
-    if of_rewards:  # which are no log-probs
-        columns = [column for column in columns if "logps" not in column[0]]
     values = {name: column.tolist() for name, column in columns}
     for path in (folder, folder / "pairs.jsonl", folder / "report.json", folder / "report.html"):
-        if path.is_symlink():  # in a stranger's run directory it could have us write anywhere
+        if path.is_symlink():  # in an untrusted run directory it could have us write anywhere
             raise StorageError(f"{safe_text(path)}: is a symbolic link, and is not written through")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,29 +10,39 @@ from typing import Any
 import torch
 
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.models.logps import Batch, Batching
-from dpo_cli.models.memory import in_passes
+from dpo_cli.engine.engine import SINGLE, Engine
+from dpo_cli.models.logps import MicroBatch, MicroBatcher
+from dpo_cli.models.memory import each_micro_batch
 from dpo_cli.models.reference import Reference
-from dpo_cli.objectives.reward_model import pair_scores
-from dpo_cli.theory.losses import LogRatios, Objective, PairLogps
-from dpo_cli.theory.metrics import pair_metrics, reward_metrics
+from dpo_cli.objectives.objective import Objective
+from dpo_cli.theory.losses import LogRatios, ResponseScores
 from dpo_cli.theory.statistics import Estimate, mean_estimate, proportion_estimate
+
+WINDOW = 64  # pairs that micro-batches of like size are split from
 
 
 @dataclass(frozen=True)
-class PairScores:
-    """The log-probs of policy and reference on B pairs, each (B,) on the CPU, in the order of the pairs."""
+class Scorer:
+    """What scores pairs."""
 
-    policy: PairLogps
-    reference: PairLogps
+    policy: Any
+    objective: Objective
+    reference: Reference
+    batcher: MicroBatcher
+    engine: Engine = SINGLE
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """The scores of policy and reference on B pairs, on the CPU, in the order of the pairs."""
+
+    policy: ResponseScores
+    reference: ResponseScores
 
     @property
     def ratios(self) -> LogRatios:
         """log pi/pi_ref of each response."""
-        return LogRatios.between(self.policy, self.reference)
-
-
-WINDOW = 64  # pairs that pieces of like size are cut from
+        return LogRatios.between(self.policy.pairs(), self.reference.pairs())
 
 
 def windows(pairs: list[TokenizedPair]) -> list[list[TokenizedPair]]:
@@ -41,61 +51,56 @@ def windows(pairs: list[TokenizedPair]) -> list[list[TokenizedPair]]:
 
 
 def score_pairs(
-    policy: Any,
-    reference: Reference,
+    scorer: Scorer,
     pairs: list[TokenizedPair],
-    batching: Batching,
     poll: Callable[[], None] = lambda: None,
     advance: Callable[[int], None] = lambda _: None,
-) -> PairScores:
+) -> ScoredPairs:
     """Score every pair without gradient and without dropout; `advance` hears how many are done."""
-    place = {id(pair): position for position, pair in enumerate(pairs)}
-    columns = torch.zeros(8, len(pairs))
+    policy, engine = scorer.policy, scorer.engine
+    column = {id(pair): number for number, pair in enumerate(pairs)}
+    table = torch.zeros(2, len(pairs), 2)  # of policy and reference, chosen and rejected
     was_training = policy.training
 
-    def score(batch: Batch) -> tuple[tuple[TokenizedPair, ...], torch.Tensor]:
-        poll()
-        rows = [*_columns(pair_scores(policy, batch)), *_columns(reference.logps(batch))]
-        return batch.pairs, torch.stack([row.float().cpu() for row in rows])
+    def score(micro_batch: MicroBatch) -> tuple[tuple[TokenizedPair, ...], torch.Tensor]:
+        if engine.alone:
+            poll()
+        of_policy = scorer.objective.score(policy, micro_batch)[micro_batch.units]
+        of_reference = scorer.reference.logps(micro_batch)[micro_batch.units]
+        return micro_batch.examples, torch.stack([of_policy, of_reference]).float().cpu()
 
     policy.eval()
     try:
         for window in windows(pairs):
-            for scored, rows in in_passes(batching, window, score):
-                columns[:, torch.tensor([place[id(pair)] for pair in scored])] = rows
+            poll()
+            mine = [window[index] for index in engine.share(window)]
+            for scored, values in each_micro_batch(scorer.batcher, mine, score):
+                table[:, [column[id(pair)] for pair in scored]] = values
                 advance(len(scored))
     finally:
         policy.train(was_training)
-    return PairScores(PairLogps(*columns[:4]), PairLogps(*columns[4:]))
+    of_policy, of_reference = engine.sum(table).flatten(1)  # (2 B,) each
+    tokens = torch.tensor([len(response) for pair in pairs for response in pair.responses])
+    units = torch.arange(2 * len(pairs)).view(-1, 2)
+    return ScoredPairs(ResponseScores(of_policy, tokens, units), ResponseScores(of_reference, tokens, units))
 
 
-def _columns(logps: PairLogps) -> tuple[torch.Tensor, ...]:
-    return logps.chosen, logps.rejected, logps.chosen_tokens, logps.rejected_tokens
-
-
-def summarize(scores: PairScores, objective: Objective, beta: float, of_rewards: bool = False) -> dict[str, Estimate]:
+def summarize(scores: ScoredPairs, objective: Objective) -> dict[str, Estimate]:
     """Every metric of the training log over the scored pairs, each with its 95% interval.
 
-    Besides them: the change of log-prob since the reference, in nats a token, and how often each model finds the
-    chosen response likelier than the rejected one (`accuracy_without_reference`). Scores that are `of_rewards` are no
-    log-probs, and only what holds of rewards is said of them.
+    Of log-probs besides: their change since the reference, in nats a token, and how often each model finds the chosen
+    response likelier than the rejected one (`accuracy_without_reference`).
     """
-    ratios = scores.ratios
-    metrics = pair_metrics(scores.policy, ratios, objective(scores.policy, ratios), beta)
-    if of_rewards:
-        metrics = reward_metrics(ratios, metrics["loss"])
-    else:
+    metrics = objective(scores.policy, scores.reference).metrics
+    ratios, n = scores.ratios, len(scores.policy.units)
+    if objective.scores_are_logps:
         metrics["logps_change_per_token/chosen"] = ratios.chosen / ratios.chosen_tokens
         metrics["logps_change_per_token/rejected"] = ratios.rejected / ratios.rejected_tokens
-    estimates = {
-        name: mean_estimate(values.double().tolist())
-        for name, values in metrics.items()
-        if name != "rewards/accuracies"
-    }
-    n = len(ratios.chosen)
-    estimates["rewards/accuracies"] = proportion_estimate(float(metrics["rewards/accuracies"].double().sum()), n)
-    for who, logps in () if of_rewards else (("policy", scores.policy), ("reference", scores.reference)):
-        difference = logps.chosen - logps.rejected
-        wins = float((difference > 0).double().sum() + 0.5 * (difference == 0).double().sum())
-        estimates[f"accuracy_without_reference/{who}"] = proportion_estimate(wins, n)
-    return estimates
+    shares = {"rewards/accuracies": float(metrics.pop("rewards/accuracies").double().sum())}
+    if objective.scores_are_logps:
+        for who, logps in (("policy", scores.policy.pairs()), ("reference", scores.reference.pairs())):
+            difference = logps.chosen - logps.rejected
+            wins = float((difference > 0).double().sum() + 0.5 * (difference == 0).double().sum())
+            shares[f"accuracy_without_reference/{who}"] = wins
+    estimates = {name: mean_estimate(values.double().tolist()) for name, values in metrics.items()}
+    return estimates | {name: proportion_estimate(wins, n) for name, wins in shares.items()}

@@ -14,17 +14,22 @@ from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import ConfigError
 from dpo_cli.generation.decoding import Decoding
 from dpo_cli.generation.generate import Text, batches_of, distinct_answers
+from dpo_cli.models.dtype import Decision, choose_device, choose_dtype
 from dpo_cli.models.loading import (
-    Decision,
     ModelSource,
-    choose_device,
-    choose_dtype,
     find_model,
     load_model,
     load_tokenizer,
-    model_digest,
+    model_fingerprint,
 )
-from dpo_cli.runs.model_ref import Asked, Subject, find_subject, load_policy, subject_dtype, subject_encoder
+from dpo_cli.runs.model_ref import (
+    ModelName,
+    ModelRef,
+    find_model_ref,
+    load_policy,
+    ref_dtype,
+    ref_encoder,
+)
 from dpo_cli.storage.job_log import Journal
 
 PARTS = ("player", "together", "seconds", "answers")  # what a line of the journal holds
@@ -67,23 +72,23 @@ def load_sampler(config: SampleConfig, reporter: Reporter) -> Sampler:
         encoder = PairEncoder(load_tokenizer(source), config.template)
         dtype = choose_dtype(config.model.dtype, device.value, lora=True)
         model = load_model(source, dtype.value, device.value)
-        return Sampler(source.name, model, encoder, model_digest(model), device.value, dtype, source)
-    asked = Asked(config.checkpoint, None, config.trust_remote_code, alone=True)
-    return load_checkpoint_sampler(find_subject(asked), config.template, device.value, reporter)
+        return Sampler(source.name, model, encoder, model_fingerprint(model), device.value, dtype, source)
+    asked = ModelName(config.checkpoint, None, config.trust_remote_code, alone=True)
+    return load_checkpoint_sampler(find_model_ref(asked), config.template, device.value, reporter)
 
 
 def load_checkpoint_sampler(
-    subject: Subject, template: str | None, device: torch.device, reporter: Reporter
+    subject: ModelRef, template: str | None, device: torch.device, reporter: Reporter
 ) -> Sampler:
     """The policy of a run, checkpoint or adapter, or a model; ConfigError for a reward model, which answers nothing."""
-    if subject.is_reward_model:
+    if not subject.objective.generates:
         raise ConfigError(f"{safe_text(subject.weights)}: is a reward model, which gives no answers")
-    dtype = subject_dtype(subject, device)
+    dtype = ref_dtype(subject, device)
     source = find_model(subject.base, reporter.say)
-    encoder = subject_encoder(subject, template)
+    encoder = ref_encoder(subject, template)
     base = load_model(source, dtype.value, device) if subject.is_adapter else None
     model = load_policy(subject, base, dtype.value, device)
-    return Sampler(subject.weights, model, encoder, model_digest(model), device, dtype, source)
+    return Sampler(subject.weights, model, encoder, model_fingerprint(model), device, dtype, source)
 
 
 def answer_all(

@@ -13,30 +13,37 @@ import torch
 
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
-from dpo_cli.data.batches import cut_by_tokens
+from dpo_cli.data.batches import SplitByTokens
 from dpo_cli.data.formats import PreferencePair
 from dpo_cli.data.samples import Sample, as_drawn
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_ids, truncate
 from dpo_cli.errors import CheckpointError, ConfigError
-from dpo_cli.evaluation.scores import score_pairs
+from dpo_cli.evaluation.scores import Scorer, score_pairs
 from dpo_cli.labelling.classifier import conversation_ids, is_classifier, load_classifier, scores
 from dpo_cli.labelling.rules import RULES
+from dpo_cli.models.dtype import choose_device
 from dpo_cli.models.loading import (
     ModelSource,
-    choose_device,
     find_model,
     load_model,
     load_tokenizer,
-    model_digest,
+    model_fingerprint,
     position_limit,
 )
-from dpo_cli.models.logps import Batching
+from dpo_cli.models.logps import MicroBatcher
 from dpo_cli.models.memory import ENOUGH_TOKENS, OTHERWISE
-from dpo_cli.models.packing import remembered_way
+from dpo_cli.models.packing import remembered_layout
 from dpo_cli.models.reference import AdapterOffReference, NoReference
-from dpo_cli.objectives.reward_model import HEAD_FILE
+from dpo_cli.objectives.objective import Objective
 from dpo_cli.runs.checkpoint import sha256_of
-from dpo_cli.runs.model_ref import Asked, Subject, find_subject, load_policy, subject_dtype, subject_encoder
+from dpo_cli.runs.model_ref import (
+    ModelName,
+    ModelRef,
+    find_model_ref,
+    load_policy,
+    ref_dtype,
+    ref_encoder,
+)
 
 DEFAULT_LENGTH = 2048  # tokens, prompt + response, where the judge's run does not say
 
@@ -92,30 +99,28 @@ class ModelJudge:
     name: str
     facts: dict[str, Any]
     policy: Any
-    is_reward_model: bool
-    beta: float
+    objective: Objective
     encoder: PairEncoder
     max_length: int
     device: torch.device
-    batching_asked: str
-    digest: str
-    batching: Batching | None = None
+    layout_requested: str
+    fingerprint: str
+    batcher: MicroBatcher | None = None
     truncation: Truncation = field(default_factory=Truncation)  # each prompt and response that was judged, once
 
     def rewards(self, samples: Sequence[Sample], poll: Callable[[], None]) -> list[list[float]]:
         """A reward for every response of every sample; each response is read once."""
         pairs, owners = self._pairs(samples)
-        if self.batching is None:
-            way = remembered_way(self.batching_asked, self.policy, pairs, self.device, self.digest).value
-            self.batching = Batching(
-                self.device, way, cut_by_tokens(ENOUGH_TOKENS.get(self.device.type, OTHERWISE), way)
-            )
-        reference = NoReference() if self.is_reward_model else AdapterOffReference(self.policy)
-        ratios = score_pairs(self.policy, reference, pairs, self.batching, poll).ratios
+        if self.batcher is None:
+            layout = remembered_layout(self.layout_requested, self.policy, pairs, self.device, self.fingerprint).value
+            split = SplitByTokens(ENOUGH_TOKENS.get(self.device.type, OTHERWISE), layout)
+            self.batcher = MicroBatcher(self.device, layout, split)
+        reference = AdapterOffReference(self.policy) if self.objective.needs_reference else NoReference()
+        ratios = score_pairs(Scorer(self.policy, self.objective, reference, self.batcher), pairs, poll).ratios
         found = [[0.0] * len(sample.responses) for sample in samples]
         values = zip(ratios.chosen.tolist(), ratios.rejected.tolist(), strict=True)
         for (number, first, second), (chosen, rejected) in zip(owners, values, strict=True):
-            found[number][first], found[number][second] = self.beta * chosen, self.beta * rejected
+            found[number][first], found[number][second] = self.objective.beta * chosen, self.objective.beta * rejected
         for one, rewards in zip(samples, found, strict=True):
             # The same answer has the same reward, however it was rounded.
             ends = [one.is_finished(place) or self.encoder.always_closes for place in range(len(one.responses))]
@@ -200,7 +205,7 @@ def truncation_in_words(lost: Truncation) -> list[str]:
     return [f"the judge read {lost.prompts_cut:,} prompts and {lost.responses_cut:,} answers cut short"]
 
 
-def find_judge(name: str, kind: str | None, trust_remote_code: bool) -> Subject | None:
+def find_judge(name: str, kind: str | None, trust_remote_code: bool) -> ModelRef | None:
     """The checkpoint that the judge `name` is, None for a rule; `kind` (reward, implicit, rule) says what it must be.
 
     CheckpointError or ConfigError where it is something else. Nothing is loaded yet.
@@ -211,14 +216,14 @@ def find_judge(name: str, kind: str | None, trust_remote_code: bool) -> Subject 
         return None
     if kind is None and "/" not in name and not Path(name).exists():
         raise ConfigError(f"judge={safe_text(name)}: no such directory, and no rule; rules are {', '.join(RULES)}")
-    subject = find_subject(Asked(name, None, trust_remote_code, alone=True, key="judge"))
+    subject = find_model_ref(ModelName(name, None, trust_remote_code, alone=True, key="judge"))
     whole = not subject.is_adapter and is_classifier(find_model(subject.base))
-    if kind == "reward" and not subject.is_reward_model and not whole:
+    if kind == "reward" and subject.objective.generates and not whole:
         raise ConfigError(
             f"judge={safe_text(name)}: is no reward model; by=implicit takes a DPO run's own reward, and "
             "dpo-train objective=reward trains a reward model"
         )
-    if kind == "implicit" and (subject.is_reward_model or whole):
+    if kind == "implicit" and (not subject.objective.generates or whole):
         raise ConfigError(f"judge={safe_text(name)}: is a reward model; by=reward asks it")
     if not subject.is_adapter and not whole:
         raise ConfigError(
@@ -239,7 +244,7 @@ def load_judge(
     if subject is None:
         return RuleJudge(name)
     where = choose_device(device).value
-    dtype = subject_dtype(subject, where).value
+    dtype = ref_dtype(subject, where).value
     source = find_model(subject.base, reporter.say)
     if not subject.is_adapter:
         if batching != "auto":
@@ -247,19 +252,19 @@ def load_judge(
                 f"batching={batching}: a reward model that is no run of this program has one way to be read"
             )
         return _classifier_judge(subject, source, dtype, where, reporter)
-    encoder = subject_encoder(subject)
+    encoder = ref_encoder(subject)
     _check_tokenizer(subject, encoder)
     base = load_model(source, dtype, where)
-    digest = model_digest(base)
+    fingerprint = model_fingerprint(base)
     policy = load_policy(subject, base, dtype, where)
-    beta = subject.beta
+    objective = subject.objective
     facts = {
         "judge": subject.weights,
-        "kind": "reward" if subject.is_reward_model else "implicit",
-        "weights": digest,
+        "kind": objective.judges_by,
+        "weights": fingerprint,
         "adapter": sha256_of(Path(subject.weights) / "adapter_model.safetensors"),
-        **({"head": sha256_of(Path(subject.weights) / HEAD_FILE)} if subject.is_reward_model else {}),
-        "beta": beta,
+        **{file: sha256_of(Path(subject.weights) / file) for file in objective.files},
+        "beta": objective.beta,
         "dtype": str(dtype).removeprefix("torch."),
         "device": where.type,
         "batching": batching,
@@ -267,13 +272,11 @@ def load_judge(
     }
     limit = subject.run.data.max_length if subject.run else min(DEFAULT_LENGTH, position_limit(base) or DEFAULT_LENGTH)
     _say(reporter, subject, facts, limit)
-    return ModelJudge(
-        subject.weights, facts, policy, subject.is_reward_model, beta, encoder, limit, where, batching, digest
-    )
+    return ModelJudge(subject.weights, facts, policy, objective, encoder, limit, where, batching, fingerprint)
 
 
 def _classifier_judge(
-    subject: Subject, source: ModelSource, dtype: torch.dtype, device: torch.device, reporter: Reporter
+    subject: ModelRef, source: ModelSource, dtype: torch.dtype, device: torch.device, reporter: Reporter
 ) -> ClassifierJudge:
     tokenizer, model = load_tokenizer(source), load_classifier(source, dtype, device)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
@@ -282,7 +285,7 @@ def _classifier_judge(
     facts = {
         "judge": subject.weights,
         "kind": "reward",
-        "weights": model_digest(model),
+        "weights": model_fingerprint(model),
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
         "template": template,
@@ -296,7 +299,7 @@ def _classifier_judge(
     return ClassifierJudge(subject.weights, facts, model, tokenizer, limit, device)
 
 
-def _check_tokenizer(subject: Subject, encoder: PairEncoder) -> None:
+def _check_tokenizer(subject: ModelRef, encoder: PairEncoder) -> None:
     """CheckpointError where the judge was trained with another tokenizer or template than its base brings now."""
     facts = subject.directory.read_manifest().get("template") if subject.directory else None
     if isinstance(facts, dict) and (facts.get("kind"), facts.get("closing_token")) != (encoder.kind, encoder.closing):
@@ -323,9 +326,9 @@ def _check_tokenizer(subject: Subject, encoder: PairEncoder) -> None:
         )
 
 
-def _say(reporter: Reporter, subject: Subject, facts: dict[str, Any], limit: int) -> None:
-    kind = "reward model" if subject.is_reward_model else f"implicit reward, beta {significant(facts['beta'])}"
-    if not subject.is_reward_model and subject.run is None:
+def _say(reporter: Reporter, subject: ModelRef, facts: dict[str, Any], limit: int) -> None:
+    kind = "reward model" if not subject.objective.generates else f"implicit reward, beta {significant(facts['beta'])}"
+    if subject.objective.generates and subject.run is None:
         kind += " (the checkpoint does not say)"
     reporter.facts(
         [

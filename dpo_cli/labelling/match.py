@@ -21,9 +21,16 @@ from dpo_cli.generation.decoding import Decoding
 from dpo_cli.generation.generate import Text
 from dpo_cli.generation.sampler import PARTS, Drawing, answer_all, drawing_in_words, load_checkpoint_sampler
 from dpo_cli.labelling.judges import find_judge, load_judge, truncation_in_words
-from dpo_cli.models.loading import choose_device
+from dpo_cli.models.dtype import choose_device
 from dpo_cli.models.memory import make_room
-from dpo_cli.runs.model_ref import Asked, Subject, find_subject, subject_dtype, subject_encoder, weights_digests
+from dpo_cli.runs.model_ref import (
+    ModelName,
+    ModelRef,
+    find_model_ref,
+    ref_dtype,
+    ref_encoder,
+    weights_fingerprints,
+)
 from dpo_cli.signals import StopSignals
 from dpo_cli.storage.job_log import Journal, finish, is_done, opened_journal
 from dpo_cli.theory.statistics import mean_estimate
@@ -56,9 +63,11 @@ def play(config: RankConfig, kept: Path | None, reporter: Reporter) -> Match:
     assert config.checkpoints is not None and config.prompts is not None and config.judge is not None
     trusted = config.trust_remote_code
     # Whatever names nothing, or nothing that plays or judges, is found before the first answer is drawn.
-    subjects = [find_subject(Asked(name, None, trusted, alone=True, key="checkpoints")) for name in config.checkpoints]
+    subjects = [
+        find_model_ref(ModelName(name, None, trusted, alone=True, key="checkpoints")) for name in config.checkpoints
+    ]
     for name, subject in zip(config.checkpoints, subjects, strict=True):
-        if subject.is_reward_model:
+        if not subject.objective.generates:
             raise ConfigError(f"checkpoints={safe_text(name)}: is a reward model, which gives no answers; let it judge")
     judging = find_judge(config.judge, None, trusted)
     prompts, report = read_prompts(config.prompts, config.limit, config.on_bad_row == "skip")
@@ -95,13 +104,13 @@ def _show_header(
 
 
 def _check_players(
-    config: RankConfig, subjects: Sequence[Subject], judging: Subject | None, prompts: Sequence[PromptInFile]
+    config: RankConfig, subjects: Sequence[ModelRef], judging: ModelRef | None, prompts: Sequence[PromptInFile]
 ) -> None:
     """ConfigError where not all would read the prompts in one form, DataError where a prompt is too long for one."""
     assert config.checkpoints is not None
     kinds: dict[str | None, str] = {}
     for name, subject in zip(config.checkpoints, subjects, strict=True):
-        encoder = subject_encoder(subject, config.template)
+        encoder = ref_encoder(subject, config.template)
         kinds.setdefault(encoder.kind, name)
         _check_lengths(prompts, encoder.encode_prompts([prompt.read for prompt in prompts]), config)
     if len(kinds) > 1:
@@ -109,7 +118,7 @@ def _check_players(
         raise ConfigError(
             f"checkpoints: are not asked alike ({shown}); template=chat or template=plain asks all of them so"
         )
-    reads = subject_encoder(judging).kind if judging is not None and judging.is_adapter else None
+    reads = ref_encoder(judging).kind if judging is not None and judging.is_adapter else None
     if reads is not None and reads not in kinds:
         raise ConfigError(
             f"judge={safe_text(config.judge)}: reads answers as {reads}, and the checkpoints are asked as "
@@ -128,8 +137,8 @@ def _check_lengths(prompts: Sequence[PromptInFile], ids: list[list[int]], config
 
 def _job(
     config: RankConfig,
-    subjects: Sequence[Subject],
-    judging: Subject | None,
+    subjects: Sequence[ModelRef],
+    judging: ModelRef | None,
     prompts: Sequence[PromptInFile],
     device: torch.device,
 ) -> dict[str, Any]:
@@ -138,8 +147,8 @@ def _job(
     return {
         "checkpoints": config.checkpoints,
         "judge": config.judge,
-        "weights": weights_digests([*subjects, *([judging] if judging is not None else [])]),
-        "dtypes": [str(subject_dtype(subject, device).value) for subject in subjects],
+        "weights": weights_fingerprints([*subjects, *([judging] if judging is not None else [])]),
+        "dtypes": [str(ref_dtype(subject, device).value) for subject in subjects],
         "prompts": hashlib.sha256(written.encode("ascii")).hexdigest()[:32],
         "device": device.type,
         **{key: getattr(config, key) for key in ("template", "temperature", "top_p", "max_new_tokens", "seed")},
@@ -149,7 +158,7 @@ def _job(
 
 def _answers(
     config: RankConfig,
-    subjects: Sequence[Subject],
+    subjects: Sequence[ModelRef],
     prompts: Sequence[PromptInFile],
     device: torch.device,
     journal: Journal,

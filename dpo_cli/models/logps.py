@@ -1,35 +1,36 @@
-"""What a model thinks of pairs: `pair_logps(model, batch) -> PairLogps`.
+"""What a model thinks of responses: `response_logps(model, micro_batch)` is log p(response | prompt), (M,).
 
-Nothing outside this module knows how a batch is laid out. There are two layouts:
+Nothing outside this module knows how a micro-batch is laid out. There are two ways:
 
 - packed: one row without a pad token, every prompt once, behind it all responses to it (`attention.py`);
-- padded: prompt + response of every side in a row of its own, padded on the right. Right padding needs no position
+- padded: prompt + response of every response in a row of its own, padded on the right. Right padding needs no position
   ids, and causal attention keeps it from being seen.
 
-Which positions count comes from lengths, never from a pad id. B pairs, M responses, T tokens of a row, N response
-tokens in all, D hidden size.
+The unit is the response: what pairs share is computed once, and a pair is two indices into the responses. Which
+positions count comes from lengths, never from a pad id. M responses, U pairs (or other units of an objective), T tokens
+of a row, N response tokens in all, D hidden size.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_cli.data.batches import Cut, Way
+from dpo_cli.data.batches import Layout, Split
 from dpo_cli.data.tokens import TokenIds, TokenizedPair
 from dpo_cli.models.attention import KEYWORD, SEGMENTS, Group, PackedRow, masked_by, use_attention
 from dpo_cli.models.head import token_logps
-from dpo_cli.theory.losses import PairLogps
+from dpo_cli.theory.losses import PairLogps, ResponseScores
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far two ways of computing one log-prob may differ, in nats a response."""
+    """How far two layouts may differ in one log-prob, in nats a response."""
 
     fixed: float
     per_token: float
@@ -40,7 +41,7 @@ class Tolerance:
 
 
 # bfloat16 keeps 8 bits: a logit of 20 is rounded by up to 0.06. SmolLM2's log-probs of 37 tokens were seen to move by
-# 0.71 nats with the company they were computed in; another model's are off by tens.
+# 0.71 nats with the other pairs of the batch; another model's are off by tens.
 TOLERANCES = {
     torch.float32: Tolerance(1e-3, 1e-3),
     torch.bfloat16: Tolerance(0.25, 0.25),
@@ -49,114 +50,99 @@ TOLERANCES = {
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one forward pass sees. Build with `make_batch`, read with `pair_logps`."""
+class MicroBatch:
+    """What one forward pass sees. Build with `make_micro_batch`, read with `response_logps`."""
 
-    pairs: tuple[TokenizedPair, ...]
-    real_tokens: int  # prompt + response of both sides: what the pairs hold, however they are laid out
-    way: Way
+    examples: tuple[TokenizedPair, ...]
+    response_keys: tuple[bytes, ...]  # (M,) what a cached log-prob of each response is filed under
+    units: Tensor  # (U, R) of each example the indices of its responses
+    real_tokens: int  # prompt + response of every response of every example, however they are laid out
+    layout: Layout
     input_ids: Tensor  # (1, T) packed, (M, T) padded
-    attention_mask: Tensor | None  # as input_ids; None by segments
+    attention_mask: Tensor | None  # as input_ids; None for packed segments
     row: PackedRow | None
     positions: Tensor  # (N,) into the flattened input_ids: where a response token is predicted
     labels: Tensor  # (N,) the token predicted there
     owners: Tensor  # (N,) the response it belongs to, 0..M-1
     ends: Tensor  # (M,) into the flattened input_ids: the last token of each response
     tokens: Tensor  # (M,) tokens of each response
-    chosen: Tensor  # (B,) into the responses
-    rejected: Tensor  # (B,)
+
+    def scores(self, values: Tensor) -> ResponseScores:
+        """The values (M,) of a model, with what the responses are."""
+        return ResponseScores(values, self.tokens, self.units)
 
 
 ROW_TENSORS = ("positions_in_group", "group_ids", "response_ids", "key_order", "query_starts", "key_starts")
 
 
 @dataclass(frozen=True)
-class _Shared:
+class _SharedPrompt:
     """A prompt and the distinct responses to it."""
 
     prompt: TokenIds
-    responses: list[TokenIds]
+    responses: dict[bytes, TokenIds] = field(default_factory=dict)  # by response key
 
 
-def make_batch(pairs: Sequence[TokenizedPair], device: torch.device, way: Way) -> Batch:
-    """Lay out pairs for one forward pass on `device`."""
-    shared, chosen, rejected = _share_prompts(pairs, apart=way is Way.PADDED)
-    layout = _padded(shared) if way is Way.PADDED else _packed(shared)
+def make_micro_batch(examples: Sequence[TokenizedPair], device: torch.device, layout: Layout) -> MicroBatch:
+    """Lay out examples for one forward pass on `device`.
+
+    Examples with the same prompt share it, and the responses that they have in common (rankings of several responses).
+    """
+    shared: dict[bytes, _SharedPrompt] = {}
+    for example in examples:
+        one = shared.setdefault(example.prompt.tobytes(), _SharedPrompt(example.prompt))
+        one.responses.update(zip(example.response_keys, example.responses, strict=True))
+    groups = list(shared.values())
+    responses = {key: response for one in groups for key, response in one.responses.items()}
+    index_of = {key: index for index, key in enumerate(responses)}
     numbers = {
-        **layout,
-        "labels": np.concatenate([response for one in shared for response in one.responses]),
-        "tokens": np.array([len(response) for one in shared for response in one.responses]),
-        "chosen": np.array(chosen),
-        "rejected": np.array(rejected),
+        **(_padded(groups) if layout is Layout.PADDED else _packed(groups)),
+        "labels": np.concatenate(list(responses.values())),
+        "tokens": np.array([len(response) for response in responses.values()]),
+        "units": np.array([[index_of[key] for key in example.response_keys] for example in examples]),
     }
     numbers["owners"] = np.repeat(np.arange(len(numbers["tokens"])), numbers["tokens"])
     tensors = _on_device(numbers, device)
     row = None
-    if way is not Way.PADDED:
-        groups = tuple(Group(len(one.prompt), tuple(map(len, one.responses))) for one in shared)
-        row = PackedRow(groups, *(tensors.pop(name) for name in ROW_TENSORS))
-    # By segments nothing is masked; elsewhere a mask of ones also says that this is no row packed by position ids.
-    mask = tensors.pop("attention_mask") if way is Way.PADDED else None
-    if way is Way.MASK:
+    if layout is not Layout.PADDED:
+        lengths = tuple(Group(len(one.prompt), tuple(map(len, one.responses.values()))) for one in groups)
+        row = PackedRow(lengths, *(tensors.pop(name) for name in ROW_TENSORS))
+    # Segments need no mask; elsewhere a mask of ones also says that this is no row packed by position ids.
+    mask = tensors.pop("attention_mask") if layout is Layout.PADDED else None
+    if layout is Layout.PACKED_MASK:
         mask = torch.ones_like(tensors["input_ids"])
-    real = sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    return Batch(pairs=tuple(pairs), real_tokens=real, way=way, attention_mask=mask, row=row, **tensors)
+    real = sum(len(example.prompt) + len(response) for example in examples for response in example.responses)
+    return MicroBatch(tuple(examples), tuple(responses), layout=layout, real_tokens=real, attention_mask=mask, row=row,
+                      **tensors)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Batching:
-    """How pairs become forward passes: cut into pieces, each laid out one way on one device."""
+class MicroBatcher:
+    """How a batch becomes forward passes: split into micro-batches, each in one layout on one device."""
 
     device: torch.device
-    way: Way
-    cut: Cut
+    layout: Layout
+    split: Split
 
-    def batches(self, pairs: list[TokenizedPair]) -> Iterator[Batch]:
-        """The pairs as forward passes, each pair in one of them."""
-        for piece in self.cut(pairs):
-            yield make_batch(piece, self.device, self.way)
-
-
-def _share_prompts(pairs: Sequence[TokenizedPair], apart: bool) -> tuple[list[_Shared], list[int], list[int]]:
-    """The prompts, each with its responses; and of each pair the numbers of its two responses, counted throughout.
-
-    Pairs with the same prompt share it, and the responses that they have in common (rankings of several answers);
-    `apart` keeps every pair to itself.
-    """
-    shared: dict[Any, _Shared] = {}
-    places: list[tuple[Any, int, int]] = []
-    for number, pair in enumerate(pairs):
-        key = number if apart else pair.prompt.tobytes()
-        one = shared.setdefault(key, _Shared(pair.prompt, []))
-        places.append((key, _place(one.responses, pair.chosen, apart), _place(one.responses, pair.rejected, apart)))
-    before, start = {}, 0
-    for key, one in shared.items():
-        before[key], start = start, start + len(one.responses)
-    chosen = [before[key] + first for key, first, _ in places]
-    return list(shared.values()), chosen, [before[key] + second for key, _, second in places]
+    def micro_batches(self, batch: list[TokenizedPair]) -> Iterator[MicroBatch]:
+        """The batch as micro-batches, each pair in one of them."""
+        for pairs in self.split(batch):
+            yield make_micro_batch(pairs, self.device, self.layout)
 
 
-def _place(responses: list[TokenIds], response: TokenIds, apart: bool) -> int:
-    for place, known in enumerate([] if apart else responses):
-        if np.array_equal(known, response):
-            return place
-    responses.append(response)
-    return len(responses) - 1
-
-
-def _packed(shared: list[_Shared]) -> dict[str, Any]:
+def _packed(shared: list[_SharedPrompt]) -> dict[str, Any]:
     """All groups end to end in one row. The first token of every response is predicted by the prompt's last."""
-    ids, places, group_ids, response_ids, positions, ends, start = [], [], [], [], [], [], 0
+    ids, place_in_group, group_ids, response_ids, positions, ends, start = [], [], [], [], [], [], 0
     key_order, query_lengths, key_lengths = [], [], []
     for number, one in enumerate(shared):
         prompt = len(one.prompt)
         ids.append(one.prompt)
-        places.append(np.arange(prompt))
+        place_in_group.append(np.arange(prompt))
         response_ids.append(np.zeros(prompt, dtype=np.int64))
         end = start + prompt
-        for which, response in enumerate(one.responses):
+        for which, response in enumerate(one.responses.values()):
             ids.append(response)
-            places.append(prompt + np.arange(len(response)))
+            place_in_group.append(prompt + np.arange(len(response)))
             response_ids.append(np.full(len(response), which + 1))
             # Position t scores token t+1, so the last token of a response predicts nothing.
             positions.append(np.concatenate([[start + prompt - 1], end + np.arange(len(response) - 1)]))
@@ -169,7 +155,7 @@ def _packed(shared: list[_Shared]) -> dict[str, Any]:
         start = end
     return {
         "input_ids": np.concatenate(ids)[None],
-        "positions_in_group": np.concatenate(places),
+        "positions_in_group": np.concatenate(place_in_group),
         "group_ids": np.concatenate(group_ids),
         "response_ids": np.concatenate(response_ids),
         "key_order": np.concatenate(key_order),
@@ -180,9 +166,9 @@ def _packed(shared: list[_Shared]) -> dict[str, Any]:
     }
 
 
-def _padded(shared: list[_Shared]) -> dict[str, Any]:
-    """Prompt + response of each side in a row of its own."""
-    sides = [(one.prompt, response) for one in shared for response in one.responses]
+def _padded(shared: list[_SharedPrompt]) -> dict[str, Any]:
+    """Prompt + response of each response in a row of its own."""
+    sides = [(one.prompt, response) for one in shared for response in one.responses.values()]
     width = max(len(prompt) + len(response) for prompt, response in sides)
     input_ids = np.zeros((len(sides), width), dtype=np.int64)
     attention_mask = np.zeros((len(sides), width), dtype=np.int64)
@@ -226,47 +212,49 @@ def plain_attention(model: Any) -> Iterator[None]:
         use_attention(causal, SEGMENTS if before == SEGMENTS else None)
 
 
-def response_logps(model: Any, batch: Batch) -> Tensor:
-    """log p of every response token, (N,) float32, in nats, in the order of the batch's responses.
+def token_logps_of(model: Any, micro_batch: MicroBatch) -> Tensor:
+    """log p of every response token, (N,) float32, in nats, response after response.
 
-    Those are chosen before rejected, pair after pair, where no two pairs share a prompt.
     With gradient where the model has one and grad mode is on.
     """
-    hidden = hidden_states(model, batch).flatten(0, 1)[batch.positions]  # (N, D)
-    return token_logps(causal_model(model), hidden, batch.labels)
+    hidden = hidden_states(model, micro_batch).flatten(0, 1)[micro_batch.positions]  # (N, D)
+    return token_logps(causal_model(model), hidden, micro_batch.labels)
 
 
-def pair_logps(model: Any, batch: Batch) -> PairLogps:
-    """log p(response | prompt) of each pair, (B,) float32, summed over response tokens, in nats.
+def response_logps(model: Any, micro_batch: MicroBatch) -> Tensor:
+    """log p(response | prompt), (M,) float32, summed over response tokens, in nats.
 
     Section 4 of https://arxiv.org/abs/2305.18290 with the log-probability of the whole response: a sum, not a
     mean. With gradient where the model has one and grad mode is on.
     """
-    logps = response_logps(model, batch)
+    logps = token_logps_of(model, micro_batch)
     # A float32 sum of a thousand tokens, one after the other, is off by up to 1e-3 nats; MPS has no float64.
     wide = torch.float32 if logps.device.type == "mps" else torch.float64
-    sums = torch.zeros(len(batch.tokens), dtype=wide, device=logps.device)
-    sums = sums.index_add(0, batch.owners, logps.to(wide)).float()
-    sides = (sums[batch.chosen], sums[batch.rejected])
-    return PairLogps(*sides, batch.tokens[batch.chosen], batch.tokens[batch.rejected])
+    sums = torch.zeros(len(micro_batch.tokens), dtype=wide, device=logps.device)
+    return sums.index_add(0, micro_batch.owners, logps.to(wide)).float()
 
 
-def hidden_states(model: Any, batch: Batch) -> Tensor:
-    """What the decoder makes of the batch, as input_ids with D behind."""
+def pair_logps(model: Any, micro_batch: MicroBatch) -> PairLogps:
+    """log p(response | prompt) of each pair, (B,) float32, in nats."""
+    return micro_batch.scores(response_logps(model, micro_batch)).pairs()
+
+
+def hidden_states(model: Any, micro_batch: MicroBatch) -> Tensor:
+    """The decoder's last hidden states, as input_ids with D behind."""
     causal = causal_model(model)
     decoder = causal.get_decoder()
-    use_attention(causal, SEGMENTS if batch.way is Way.SEGMENTS else None)
-    if batch.row is None:
-        output = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    elif batch.way is Way.SEGMENTS:
-        positions, travels = batch.row.positions_in_group[None], {KEYWORD: batch.row}
-        output = decoder(input_ids=batch.input_ids, position_ids=positions, use_cache=False, **travels)
+    use_attention(causal, SEGMENTS if micro_batch.layout is Layout.PACKED_SEGMENTS else None)
+    if micro_batch.row is None:
+        output = decoder(input_ids=micro_batch.input_ids, attention_mask=micro_batch.attention_mask, use_cache=False)
+    elif micro_batch.layout is Layout.PACKED_SEGMENTS:
+        positions, travels = micro_batch.row.positions_in_group[None], {KEYWORD: micro_batch.row}
+        output = decoder(input_ids=micro_batch.input_ids, position_ids=positions, use_cache=False, **travels)
     else:
-        with masked_by(causal, batch.row):
+        with masked_by(causal, micro_batch.row):
             output = decoder(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.row.positions_in_group[None],
+                input_ids=micro_batch.input_ids,
+                attention_mask=micro_batch.attention_mask,
+                position_ids=micro_batch.row.positions_in_group[None],
                 use_cache=False,
             )
     hidden: Tensor = output.last_hidden_state

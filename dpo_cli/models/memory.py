@@ -20,15 +20,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dpo_cli.console.text import significant
-from dpo_cli.data.batches import Way, longest_side, packed_tokens
+from dpo_cli.data.batches import Layout, longest_side, packed_tokens
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import OutOfMemoryError
 from dpo_cli.models.logps import (
-    Batch,
-    Batching,
+    MicroBatch,
+    MicroBatcher,
     causal_model,
-    make_batch,
-    pair_logps,
+    make_micro_batch,
+    response_logps,
 )
 
 # Beyond these a longer row is no faster, only larger.
@@ -42,7 +42,7 @@ SHARE = 0.6  # of the free memory that a pass may take: the backward pass and ot
 
 @dataclass(frozen=True)
 class Budget:
-    """Tokens for one forward and backward pass, and where the number comes from."""
+    """Tokens of a micro-batch, forward and backward, and where the number comes from."""
 
     tokens: int
     fits: int  # how many would fit into memory
@@ -52,8 +52,9 @@ class Budget:
     def __str__(self) -> str:
         each = f"{significant(self.bytes_per_token / 2**20)} MiB a token"
         if self.tokens < self.fits:
-            return f"cut at {self.tokens:,} tokens: longer rows are no faster; {each}, measured"
-        return f"cut at {self.tokens:,} tokens: {each}, {significant(self.free_bytes / 2**30)} GiB free, measured"
+            return f"{self.tokens:,} tokens in a micro-batch: more are no faster; {each}, measured"
+        free = significant(self.free_bytes / 2**30)
+        return f"{self.tokens:,} tokens in a micro-batch: {each}, {free} GiB free, measured"
 
 
 def ran_out(error: BaseException) -> bool:
@@ -65,7 +66,7 @@ def ran_out(error: BaseException) -> bool:
 
 
 class DoesNotFitError(Exception):
-    """A forward pass for which memory ran out; `pairs` are what it held."""
+    """A micro-batch for which memory ran out; `pairs` are what it held."""
 
     def __init__(self, pairs: Sequence[TokenizedPair]) -> None:
         super().__init__(f"{len(pairs)} pairs")
@@ -73,7 +74,7 @@ class DoesNotFitError(Exception):
 
 
 @contextmanager
-def one_pass(pairs: Sequence[TokenizedPair]) -> Iterator[None]:
+def one_forward_pass(pairs: Sequence[TokenizedPair]) -> Iterator[None]:
     """Within, memory that runs out becomes DoesNotFitError, which says for which pairs."""
     try:
         yield
@@ -100,24 +101,26 @@ def alone_too_large(pair: TokenizedPair) -> OutOfMemoryError:
     )
 
 
-def in_passes(batching: Batching, pairs: Sequence[TokenizedPair], work: Callable[[Batch], T]) -> Iterator[T]:
-    """`work` on each forward pass over the pairs, without gradient; one that does not fit is halved until it does.
+def each_micro_batch(
+    batcher: MicroBatcher, pairs: Sequence[TokenizedPair], work: Callable[[MicroBatch], T]
+) -> Iterator[T]:
+    """`work` on each micro-batch of the pairs, without gradient; one that does not fit is halved until it does.
 
     OutOfMemoryError where a single pair does not fit.
     """
-    waiting = batching.cut(list(pairs))[::-1]
+    waiting = batcher.split(list(pairs))[::-1]
     while waiting:
-        piece = waiting.pop()
+        some = waiting.pop()
         found: list[T] = []
-        with suppress(DoesNotFitError), one_pass(piece), torch.no_grad():
-            found.append(work(make_batch(piece, batching.device, batching.way)))
+        with suppress(DoesNotFitError), one_forward_pass(some), torch.no_grad():
+            found.append(work(make_micro_batch(some, batcher.device, batcher.layout)))
         if found:
             yield found[0]
-        elif len(piece) == 1:
-            raise alone_too_large(piece[0])
+        elif len(some) == 1:
+            raise alone_too_large(some[0])
         else:
-            make_room(batching.device)
-            waiting += [piece[len(piece) // 2 :], piece[: len(piece) // 2]]
+            make_room(batcher.device)
+            waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
 
 
 def give_memory_back(device: torch.device) -> None:
@@ -206,7 +209,7 @@ def plan_memory(folder: str, dtype: torch.dtype, device: torch.device, second_mo
     return f"weights{' of both models' if second_model else ''} {needed}, of {left} free on {device}"
 
 
-def kept_bytes(policy: Any, pairs: Sequence[TokenizedPair], device: torch.device, way: Way) -> tuple[int, int]:
+def kept_bytes(policy: Any, pairs: Sequence[TokenizedPair], device: torch.device, layout: Layout) -> tuple[int, int]:
     """Tokens of a forward pass on these pairs, and the bytes it keeps for its backward pass, weights aside."""
     weights = {weight.untyped_storage().data_ptr() for weight in policy.parameters()}
     storages: dict[int, int] = {}
@@ -217,16 +220,16 @@ def kept_bytes(policy: Any, pairs: Sequence[TokenizedPair], device: torch.device
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch = make_batch(pairs, device, way)
+    micro_batch = make_micro_batch(pairs, device, layout)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logps = pair_logps(policy, batch)
+        logps = response_logps(policy, micro_batch)
     del logps
-    return batch.input_ids.numel(), sum(storages.values())
+    return micro_batch.input_ids.numel(), sum(storages.values())
 
 
-def measure_budget(policy: Any, pairs: Sequence[TokenizedPair], device: torch.device, way: Way) -> Budget:
+def measure_budget(policy: Any, pairs: Sequence[TokenizedPair], device: torch.device, layout: Layout) -> Budget:
     """The token budget of a forward and backward pass, from what a short and a longer row of real pairs keep."""
-    (few, little), (many, much) = (kept_bytes(policy, some, device, way) for some in _two_sizes(pairs))
+    (few, little), (many, much) = (kept_bytes(policy, some, device, layout) for some in _two_sizes(pairs))
     per_token = (much - little) / (many - few) if many > few and much > little else much / many
     # The backward pass holds gradients beside what was kept, a layer's worth at a time; with checkpointing also what
     # that layer computes again, which is as much as all that was kept, or more.
@@ -239,7 +242,7 @@ def measure_budget(policy: Any, pairs: Sequence[TokenizedPair], device: torch.de
 
 
 def _two_sizes(pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
-    """A row of some 60 tokens and one of some 180, of the shortest pairs at hand."""
+    """A row of some 60 tokens and one of some 180, of the shortest pairs."""
     rows: list[list[TokenizedPair]] = []
     for wanted in (60, 180):
         row: list[TokenizedPair] = []

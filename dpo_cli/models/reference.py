@@ -1,18 +1,19 @@
-"""The reference: the weights the policy is held to, asked for the log-probs of a batch and for nothing else."""
+"""The reference: the weights the policy is held to, asked for the log-probs of responses and for nothing else."""
 
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from dpo_cli.models.logps import Batch, pair_logps
-from dpo_cli.theory.losses import PairLogps
+from dpo_cli.models.adapters import adapter_off
+from dpo_cli.models.logps import MicroBatch, response_logps
 
 
 class Reference(Protocol):
     """Log-probs of the reference, without gradient."""
 
-    def logps(self, batch: Batch) -> PairLogps:
-        """log pi_ref(response | prompt) of each pair, (B,) float32, in nats."""
+    def logps(self, micro_batch: MicroBatch) -> Tensor:
+        """log pi_ref(response | prompt), (M,) float32, in nats."""
         ...
 
 
@@ -22,19 +23,18 @@ class FrozenReference:
     def __init__(self, model: Any) -> None:
         self.model = model.eval().requires_grad_(False)
 
-    def logps(self, batch: Batch) -> PairLogps:
-        """log pi_ref(response | prompt) of each pair, (B,) float32, in nats."""
+    def logps(self, micro_batch: MicroBatch) -> Tensor:
+        """log pi_ref(response | prompt), (M,) float32, in nats."""
         with torch.no_grad():
-            return pair_logps(self.model, batch)
+            return response_logps(self.model, micro_batch)
 
 
 class NoReference:
-    """What a reward model is held to: nothing. Its rewards stand for themselves."""
+    """In the place of a reference, for an objective that has none."""
 
-    def logps(self, batch: Batch) -> PairLogps:
-        """0 for each pair, (B,) float32."""
-        nothing = torch.zeros(len(batch.pairs), device=batch.tokens.device)
-        return PairLogps(nothing, nothing, batch.tokens[batch.chosen], batch.tokens[batch.rejected])
+    def logps(self, micro_batch: MicroBatch) -> Tensor:
+        """0 for each response, (M,) float32."""
+        return torch.zeros(len(micro_batch.tokens), device=micro_batch.tokens.device)
 
 
 class UnmovedPolicy:
@@ -43,13 +43,13 @@ class UnmovedPolicy:
     def __init__(self, policy: Any) -> None:
         self.policy = policy
 
-    def logps(self, batch: Batch) -> PairLogps:
-        """log pi_ref(response | prompt) of each pair, (B,) float32, in nats."""
+    def logps(self, micro_batch: MicroBatch) -> Tensor:
+        """log pi_ref(response | prompt), (M,) float32, in nats."""
         training = self.policy.training
         self.policy.eval()  # LoRA dropout is the policy's, not the reference's
         try:
             with torch.no_grad():
-                return pair_logps(self.policy, batch)
+                return response_logps(self.policy, micro_batch)
         finally:
             self.policy.train(training)
 
@@ -57,7 +57,7 @@ class UnmovedPolicy:
 class AdapterOffReference(UnmovedPolicy):
     """The policy's base weights with the adapter switched off: the same numbers without a second model."""
 
-    def logps(self, batch: Batch) -> PairLogps:
-        """log pi_ref(response | prompt) of each pair, (B,) float32, in nats."""
-        with self.policy.disable_adapter():
-            return super().logps(batch)
+    def logps(self, micro_batch: MicroBatch) -> Tensor:
+        """log pi_ref(response | prompt), (M,) float32, in nats."""
+        with adapter_off(self.policy):
+            return super().logps(micro_batch)

@@ -2,7 +2,7 @@
 
 One idea to keep in mind: a folder `step-*` is complete or it is not there. Files are written into `.tmp-*`, each
 is flushed to disk, MANIFEST.json (size and sha256 of each) comes last, and only then is the folder renamed. What is
-read back may be a stranger's: every size, name, type and shape is checked, and nothing in it is executed.
+read back may be untrusted: every size, name, type and shape is checked, and nothing in it is executed.
 """
 
 import hashlib
@@ -22,9 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpo_cli.console.text import first_line, safe_text
-from dpo_cli.data.batches import Way
+from dpo_cli.data.batches import Layout
+from dpo_cli.engine.engine import Engine
 from dpo_cli.errors import CheckpointError, StorageError
-from dpo_cli.objectives.reward_model import head_of, load_head, save_head
+from dpo_cli.objectives.objective import Objective
+from dpo_cli.runs.versions import migrated_state
 from dpo_cli.storage.durable import remove_folder, sync, write_folder
 
 MANIFEST = "MANIFEST.json"
@@ -32,30 +34,32 @@ OPTIMIZER, RNG, WINDOW, STATE = "optimizer.safetensors", "rng.safetensors", "win
 ADAPTER, MODEL = "adapter_model.safetensors", "model.safetensors"
 MAX_JSON_BYTES = 2**20
 DTYPES = ("float32", "bfloat16", "float16")
+StateShapes = dict[tuple[int, ...], dict[str, tuple[int, ...]]]  # by the shape of a weight, and by key
+VERSION = 2  # of state.json; `versions.py` reads earlier ones
 
 
 @dataclass(frozen=True)
-class Settled:
-    """What was measured when a run began and holds to its end, wherever it goes on."""
+class ResolvedSettings:
+    """What was measured when a run began and holds to its end, wherever it continues."""
 
     device: str  # its type; what follows was measured there
     dtype: str
-    way: str  # in which batches are laid out, and
-    token_budget: int | None  # by which they are cut; None where they are cut by pairs
-    pairs_a_pass: int | None = None  # where memory ran out and `micro_batch_size` was more
+    layout: str  # of micro-batches
+    token_budget: int | None  # of a micro-batch; None where its size is counted in pairs
+    max_pairs: int | None = None  # of a micro-batch, where its size is counted in pairs
 
     def __post_init__(self) -> None:
         if (
             self.dtype not in DTYPES
-            or self.way not in [*Way]
-            or any(size is not None and size < 1 for size in (self.token_budget, self.pairs_a_pass))
+            or self.layout not in [*Layout]
+            or any(size is not None and size < 1 for size in (self.token_budget, self.max_pairs))
         ):
-            raise ValueError("no such dtype, way or budget")
+            raise ValueError("no such dtype, layout or budget")
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a run needs besides weights and optimizer to go on: numbers, and a few words from short lists.
+    """What a run needs besides weights and optimizer to resume: numbers, and a few words from short lists.
 
     The learning rate and the position in the data are functions of `step`, so that neither is kept.
     """
@@ -69,9 +73,10 @@ class TrainingState:
     records: int  # lines of metrics.jsonl so far
     skipped_steps: int  # whose update was left out because it was not finite
     data_fingerprint: str
-    model_digest: str  # of the SFT model
-    settled: Settled
-    alarms_sounded: list[str]  # by the radar: each is said once a run
+    model_fingerprint: str  # of the SFT model
+    settings: ResolvedSettings
+    alarms_sounded: list[str]  # by the monitor: each is said once a run
+    version: int = VERSION  # of this file
 
 
 def checkpoint_name(step: int) -> str:
@@ -79,46 +84,54 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save_policy(policy: Any, folder: Path) -> None:
-    """Write the adapter in PEFT's layout, with a reward model's head; or the whole model where every weight trains."""
+def save_policy(policy: Any, folder: Path, objective: Objective, tensors: dict[str, Tensor]) -> None:
+    """Write the adapter in PEFT's layout, with what the objective trains beside it; or the whole model.
+
+    `tensors` are the trained weights by name, whole.
+    """
     if isinstance(policy, PeftModel):
         # Embeddings do not train here; asking PEFT to check them would ask the hub.
-        policy.save_pretrained(str(folder), save_embedding_layers=False)
+        policy.save_pretrained(str(folder), save_embedding_layers=False, state_dict=tensors)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; final/ gets a model card
-        save_head(policy, folder)
+        objective.save(policy, folder)
     else:
-        policy.save_pretrained(str(folder), max_shard_size="1TB")  # one file, as `restore` reads it
+        # One file, as `restore` reads it.
+        policy.save_pretrained(str(folder), max_shard_size="1TB", state_dict={**policy.state_dict(), **tensors})
 
 
-def save_checkpoint(
-    folder: Path,
-    policy: Any,
-    optimizer: torch.optim.Optimizer,
-    rng: dict[str, Tensor],
-    window: dict[str, Tensor],
-    state: TrainingState,
-    keep: int,
-    held_out_losses: Mapping[int, float],
-) -> Path:
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds: all that a run needs to resume to the same bits."""
+
+    policy: Any
+    objective: Objective
+    weights: dict[str, Tensor]  # the trained weights by name, whole
+    optimizer: dict[str, Tensor]  # its state, as `optimizer_tensors` names it
+    rng: dict[str, Tensor]
+    window: dict[str, Tensor]
+    state: TrainingState
+
+    def write(self, beside: Path) -> None:
+        """Fill a folder, the manifest last."""
+        save_policy(self.policy, beside, self.objective, self.weights)
+        save_file(self.optimizer, beside / OPTIMIZER)
+        save_file(self.rng, beside / RNG)
+        save_file(self.window, beside / WINDOW)
+        (beside / STATE).write_text(json.dumps(asdict(self.state), indent=1), encoding="utf-8")
+        _seal(beside)
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, held_out_losses: Mapping[int, float]) -> Path:
     """Write `folder/step-*`, then prune; StorageError leaves every earlier one intact.
 
     A checkpoint of the same step that is whole already stays: the same run at the same step holds the same.
     """
-    target = folder / checkpoint_name(state.step)
-
-    def write(beside: Path) -> None:
-        save_policy(policy, beside)
-        save_file(optimizer_tensors(policy, optimizer), beside / OPTIMIZER)
-        save_file(rng, beside / RNG)
-        save_file(window, beside / WINDOW)
-        (beside / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-        _seal(beside)
-
+    target = folder / checkpoint_name(checkpoint.state.step)
     try:
         if not _is_whole(target):
             if target.exists():
                 remove_folder(target)
-            write_folder(target, write)
+            write_folder(target, checkpoint.write)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{target}: the checkpoint cannot be written ({safe_text(error)})") from None
     prune(folder, keep, held_out_losses)
@@ -172,7 +185,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def set_aside_newer(folder: Path, step: int) -> list[Path]:
-    """Rename checkpoints after `step` out of the way: a run that goes on from `step` makes them anew."""
+    """Rename checkpoints after `step` out of the way: a run that resumes from `step` makes them again."""
     newer = [path for path in checkpoints(folder) if path.name > checkpoint_name(step)]
     for path in newer:
         aside = path.with_name(f"abandoned-{path.name}")
@@ -182,7 +195,7 @@ def set_aside_newer(folder: Path, step: int) -> list[Path]:
 
 
 def read_json(file: Path) -> Any:
-    """The content of a small JSON file that may be a stranger's; CheckpointError where it is too large or no JSON."""
+    """The content of a small JSON file that may be untrusted; CheckpointError where it is too large or no JSON."""
     try:
         if file.is_symlink() or (file.exists() and not file.is_file()):
             raise CheckpointError(f"{safe_text(file)}: is not a file of its own")
@@ -246,10 +259,10 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 def read_state(checkpoint: Path) -> TrainingState:
     """The training state of a validated checkpoint; CheckpointError where a value has another type than it must."""
     file = checkpoint / STATE
-    found = read_json(file)
     try:
-        settled = Settled(**_typed(Settled, found.pop("settled")))
-        state = TrainingState(**_typed(TrainingState, {**found, "settled": settled}))
+        found = migrated_state(read_json(file), VERSION)
+        settings = ResolvedSettings(**_typed(ResolvedSettings, found["settings"]))
+        state = TrainingState(**_typed(TrainingState, {**found, "settings": settings}))
         if min(state.step, state.records, state.skipped_steps, state.sums_pairs, state.sums_tokens) < 0:
             raise ValueError("a count below 0")
         if state.sums_seconds < 0 or (state.sums_pairs and not state.sums_seconds):
@@ -270,8 +283,8 @@ def _typed(kind: type, values: dict[str, Any]) -> dict[str, Any]:
             fits = isinstance(value, dict) and all(_is_number(number) for number in value.values())
         elif hint == list[str]:
             fits = isinstance(value, list) and all(isinstance(word, str) for word in value)
-        elif hint in (float, float | None):
-            fits = _is_number(value) or (value is None and hint is not float)
+        elif hint is float:
+            fits = _is_number(value)
         else:
             fits = isinstance(value, hint) and not isinstance(value, bool)
         if not fits:
@@ -287,35 +300,50 @@ def _trainable(policy: Any) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
 
 
-def optimizer_tensors(policy: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name: `<parameter>|<key>` -> tensor."""
+def optimizer_tensors(policy: Any, optimizer: torch.optim.Optimizer, engine: Engine) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name, whole: `<parameter>|<key>` -> tensor."""
     tensors = {}
     for name, parameter in _trainable(policy):
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}|{key}"] = value.detach().cpu().contiguous()
+            tensors[f"{name}|{key}"] = engine.full(value).detach().cpu().contiguous()
     return tensors
 
 
-def restore(
-    checkpoint: Path, policy: Any, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Load weights and optimizer state of a validated checkpoint into a run; returns RNG states and radar window.
+def trained_weights(policy: Any, engine: Engine) -> dict[str, Tensor]:
+    """The trained weights by name, whole."""
+    return {name: engine.full(weight).detach() for name, weight in _trainable(policy)}
 
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint holds besides weights, optimizer and state."""
+
+    rng: dict[str, Tensor]
+    window: Tensor  # of the monitor
+
+
+def restore(
+    checkpoint: Path, policy: Any, objective: Objective, optimizer: torch.optim.Optimizer, shapes: StateShapes | None,
+    engine: Engine,
+) -> Restored:  # fmt: skip
+    """Load weights and optimizer state of a validated checkpoint into a run.
+
+    `shapes` are those that the optimizer's state must have, by parameter and key; None where they are not known.
     CheckpointError where a tensor is missing, left over or of another shape: nothing is guessed.
     """
     try:
-        _restore_weights(checkpoint, policy)
-        _restore_optimizer(load_tensors(checkpoint / OPTIMIZER), policy, optimizer)
+        _restore_weights(checkpoint, policy, objective)
+        _restore_optimizer(load_tensors(checkpoint / OPTIMIZER), policy, optimizer, shapes, engine)
         rng, window = load_tensors(checkpoint / RNG), load_tensors(checkpoint / WINDOW)
         if "cpu" not in rng or rng["cpu"].shape != torch.get_rng_state().shape:
             raise CheckpointError(f"{checkpoint / RNG}: holds no state of this program's random generator")
         if (
             window.keys() != {"last_pairs"}
-            or window["last_pairs"].shape[:-1] != (4,)
+            or window["last_pairs"].ndim != 2
             or not window["last_pairs"].is_floating_point()
         ):
             raise CheckpointError(f"{checkpoint / WINDOW}: holds no window of pairs")
-        return rng, window
+        return Restored(rng, window["last_pairs"])
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         reason = safe_text(first_line(error), limit=200)
         raise CheckpointError(f"{checkpoint}: does not fit this run ({reason})") from None
@@ -330,15 +358,14 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
-def _restore_weights(checkpoint: Path, policy: Any) -> None:
+def _restore_weights(checkpoint: Path, policy: Any, objective: Objective) -> None:
     if isinstance(policy, PeftModel):
         file = checkpoint / ADAPTER
         stored = load_tensors(file)
         expected = get_peft_model_state_dict(policy, save_embedding_layers=False)
         _same_names(file, set(stored), set(expected))
         set_peft_model_state_dict(policy, stored)
-        if head_of(policy) is not None:
-            load_head(policy, checkpoint)
+        objective.load(policy, checkpoint)
     else:
         file = checkpoint / MODEL
         problem = policy.load_state_dict(load_tensors(file), strict=False)
@@ -346,20 +373,22 @@ def _restore_weights(checkpoint: Path, policy: Any) -> None:
         _same_names(file, set(problem.unexpected_keys), set(problem.missing_keys) - tied)
 
 
-def _restore_optimizer(stored: dict[str, Tensor], policy: Any, optimizer: torch.optim.Optimizer) -> None:
+def _restore_optimizer(
+    stored: dict[str, Tensor], policy: Any, optimizer: torch.optim.Optimizer, shapes: StateShapes | None, engine: Engine
+) -> None:
     parameters = dict(_trainable(policy))
     for full_name, value in stored.items():
         name, _, key = full_name.rpartition("|")
         if name not in parameters:
             raise CheckpointError(f"{OPTIMIZER}: no parameter {safe_text(name)} in this run")
         parameter = parameters[name]
-        if value.shape != parameter.shape and not (key == "step" and value.ndim == 0):
-            raise CheckpointError(f"{OPTIMIZER}: {safe_text(full_name)} has another shape than its weight")
+        if shapes is not None and shapes[tuple(parameter.shape)].get(key) != tuple(value.shape):
+            raise CheckpointError(f"{OPTIMIZER}: {safe_text(full_name)} has another shape than this optimizer's state")
         if not value.is_floating_point():
             raise CheckpointError(f"{OPTIMIZER}: {safe_text(full_name)} holds no numbers of the optimizer")
         # AdamW keeps its step count on the CPU, whatever the device; a fused one keeps it beside the weights.
         beside = value.ndim or optimizer.param_groups[0].get("fused")
-        optimizer.state[parameter][key] = value.to(parameter.device) if beside else value
+        optimizer.state[parameter][key] = engine.like(parameter, value) if beside else value
 
 
 def _same_names(file: Path, stored: set[str], expected: set[str]) -> None:

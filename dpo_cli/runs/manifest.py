@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from dpo_cli import __version__
-from dpo_cli.objectives.reward_model import HEAD_FILE
-from dpo_cli.runs.checkpoint import ADAPTER, MODEL, Settled, sha256_of
+from dpo_cli.runs.checkpoint import OPTIMIZER, RNG, WINDOW, ResolvedSettings, sha256_of
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "hydra-core", "numpy")
 
@@ -47,8 +46,8 @@ def _git_revision() -> str | None:
         return None
 
 
-def settled_in(manifest: dict[str, Any]) -> Settled | None:
-    """What was settled when the run of a manifest began; None where the manifest does not say."""
+def settings_in(manifest: dict[str, Any]) -> ResolvedSettings | None:
+    """What was measured when the run of a manifest began; None where the manifest does not say."""
     batches, device = manifest.get("batches"), str(manifest.get("device")).split(":")[0]
     if not isinstance(batches, dict):
         return None
@@ -56,12 +55,12 @@ def settled_in(manifest: dict[str, Any]) -> Settled | None:
     try:
         if budget is not None and type(budget) is not int:
             return None
-        return Settled(device, str(manifest.get("dtype")), str(batches.get("way")), budget)
+        return ResolvedSettings(device, str(manifest.get("dtype")), str(batches.get("layout")), budget)
     except ValueError:
         return None
 
 
-def weights_digest(folder: Path) -> str | None:
-    """The sha256 of the weights' file in a `final/` or a checkpoint; of a reward model the adapter's and the head's."""
-    found = [sha256_of(folder / name) for name in (ADAPTER, MODEL, HEAD_FILE) if (folder / name).is_file()]
-    return "+".join(found) or None
+def weights_sha256(folder: Path) -> str | None:
+    """The sha256 of the weights in a `final/` or a checkpoint: of each file, in the order of their names."""
+    files = sorted(file for file in folder.glob("*.safetensors") if file.name not in (OPTIMIZER, RNG, WINDOW))
+    return "+".join(map(sha256_of, files)) or None

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,20 @@ from dpo_cli.config.schema import ModelConfig, RunConfig, read_config
 from dpo_cli.console.text import safe_text
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import CheckpointError, ConfigError
-from dpo_cli.models.loading import (
-    START_FILE,
-    Decision,
-    choose_dtype,
-    find_model,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-)
-from dpo_cli.objectives.reward_model import has_head, load_head
+from dpo_cli.models.adapters import START_FILE, load_adapter
+from dpo_cli.models.dtype import Decision, choose_dtype
+from dpo_cli.models.loading import find_model, load_model, load_tokenizer
+from dpo_cli.objectives.objective import Objective
+from dpo_cli.objectives.table import objective_of
 from dpo_cli.paths import user_path
 from dpo_cli.runs.checkpoint import newest_valid, read_json, sha256_of, validate
-from dpo_cli.runs.manifest import settled_in
+from dpo_cli.runs.manifest import settings_in
 from dpo_cli.runs.run_directory import RunDirectory
-
-DEFAULT_BETA = 0.1  # where the checkpoint does not say
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A `checkpoint=` with what the command line says of it; `key` is what the command calls it."""
+class ModelName:
+    """What a `checkpoint=` names, with what the command line says of it; `key` is what the command calls it."""
 
     name: str
     reference_model: str | None = None
@@ -42,8 +36,8 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is evaluated: the weights, the run they came from, and the model they are held to."""
+class ModelRef:
+    """A model that a user names: its weights, the run they came from, and the model they are compared with."""
 
     weights: str  # an adapter directory, a model directory or a hub id
     is_adapter: bool
@@ -52,79 +46,74 @@ class Subject:
     directory: RunDirectory | None
     label: str  # for the report's folder: `final`, `step-00000100`, ...
 
-    @property
-    def is_reward_model(self) -> bool:
-        """Whether it gives rewards, and no answers. A run's config says so, too: a head that is gone is missed."""
-        return has_head(Path(self.weights)) or (self.run is not None and self.run.objective == "reward")
-
-    @property
-    def beta(self) -> float:
-        """What multiplies log pi/pi_ref; a reward model's rewards stand as they are."""
-        return 1.0 if self.is_reward_model else self.run.beta if self.run else DEFAULT_BETA
+    @cached_property
+    def objective(self) -> Objective:
+        """What it was trained for. A run's config says so, too: a head that is gone is missed."""
+        return objective_of(self.run, Path(self.weights))
 
 
-def find_subject(asked: Asked) -> Subject:
+def find_model_ref(given: ModelName) -> ModelRef:
     """Read what `checkpoint` names; CheckpointError where there is nothing, or nothing that can be evaluated."""
-    name = asked.name
-    path = user_path(name, CheckpointError, asked.key)
+    name = given.name
+    path = user_path(name, CheckpointError, given.key)
     if not path.exists() and not name.startswith((".", "/", "~")) and name.count("/") == 1 and not path.parent.is_dir():
-        return _model_subject(name, asked)
+        return _model_ref(name, given)
     if not path.is_dir():
         raise CheckpointError(
-            f"{asked.key}={safe_text(name)}: no such directory; name a run directory, checkpoints/step-*, final/, "
+            f"{given.key}={safe_text(name)}: no such directory; name a run directory, checkpoints/step-*, final/, "
             "a PEFT adapter directory or a model"
         )
     path = path.resolve()
     if (path / "checkpoints").is_dir() or (path / "final").is_dir():
-        return _run_subject(RunDirectory(path), None, asked)
+        return _run_ref(RunDirectory(path), None, given)
     if path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file():
         validate(path)
-        return _run_subject(RunDirectory(path.parent.parent), path, asked)
+        return _run_ref(RunDirectory(path.parent.parent), path, given)
     if path.name == "final" and (path.parent / "config.yaml").is_file():
-        return _run_subject(RunDirectory(path.parent), path, asked)
+        return _run_ref(RunDirectory(path.parent), path, given)
     if (path / "adapter_config.json").is_file():
-        return _adapter_subject(path, asked)
+        return _adapter_ref(path, given)
     if (path / "config.json").is_file():
-        return _model_subject(str(path), asked)
+        return _model_ref(str(path), given)
     raise CheckpointError(
-        f"{asked.key}={safe_text(name)}: neither a run, nor a checkpoint, adapter or model "
+        f"{given.key}={safe_text(name)}: neither a run, nor a checkpoint, adapter or model "
         "(no checkpoints/, adapter_config.json or config.json in it)"
     )
 
 
-def _run_subject(directory: RunDirectory, weights: Path | None, asked: Asked) -> Subject:
+def _run_ref(directory: RunDirectory, weights: Path | None, given: ModelName) -> ModelRef:
     run = read_config(directory.config)
     if weights is None:
         weights = directory.final if directory.finished else newest_valid(directory.checkpoints)[0]
     if weights is None:
-        raise CheckpointError(f"{asked.key}={safe_text(directory.path)}: this run has no complete checkpoint yet")
+        raise CheckpointError(f"{given.key}={safe_text(directory.path)}: this run has no complete checkpoint yet")
     is_adapter = (weights / "adapter_config.json").is_file()
     base = (
         run.model
-        if asked.reference_model is None
-        else replace(run.model, name_or_path=asked.reference_model, adapter=None)
+        if given.reference_model is None
+        else replace(run.model, name_or_path=given.reference_model, adapter=None)
     )
-    if run.model.trust_remote_code and not asked.trust_remote_code:
+    if run.model.trust_remote_code and not given.trust_remote_code:
         raise ConfigError(
-            f"{asked.key}={safe_text(directory.path)}: its config trusts the Python of its model's authors; "
+            f"{given.key}={safe_text(directory.path)}: its config trusts the Python of its model's authors; "
             "whether you do is not for a file to say: add trust_remote_code=true"
         )
-    base = replace(base, trust_remote_code=asked.trust_remote_code)
-    if is_adapter and asked.reference_model is not None:
+    base = replace(base, trust_remote_code=given.trust_remote_code)
+    if is_adapter and given.reference_model is not None:
         raise ConfigError(
-            f"reference_model={safe_text(asked.reference_model)}: an adapter is compared with the model it sits on "
+            f"reference_model={safe_text(given.reference_model)}: an adapter is compared with the model it sits on "
             f"({safe_text(run.model.name_or_path)}); leave reference_model unset"
         )
-    return Subject(str(weights), is_adapter, base, run, directory, weights.name)
+    return ModelRef(str(weights), is_adapter, base, run, directory, weights.name)
 
 
-def _adapter_subject(path: Path, asked: Asked) -> Subject:
+def _adapter_ref(path: Path, given: ModelName) -> ModelRef:
     try:
         base = read_json(path / "adapter_config.json")["base_model_name_or_path"]
     except (KeyError, TypeError):
         raise CheckpointError(f"{safe_text(path / 'adapter_config.json')}: names no base model") from None
-    start = replace(_plain_model(asked.reference_model or str(base), asked), adapter=_sft_adapter(path))
-    return Subject(str(path), True, start, None, None, path.name)
+    start = replace(_plain_model(given.reference_model or str(base), given), adapter=_sft_adapter(path))
+    return ModelRef(str(path), True, start, None, None, path.name)
 
 
 def _sft_adapter(path: Path) -> str | None:
@@ -138,40 +127,40 @@ def _sft_adapter(path: Path) -> str | None:
     return str(found) if found else None
 
 
-def _model_subject(name: str, asked: Asked) -> Subject:
-    if asked.alone:
-        return Subject(name, False, _plain_model(name, asked), None, None, Path(name).name)
-    if asked.reference_model is None:
+def _model_ref(name: str, given: ModelName) -> ModelRef:
+    if given.alone:
+        return ModelRef(name, False, _plain_model(name, given), None, None, Path(name).name)
+    if given.reference_model is None:
         raise ConfigError(
-            f"{asked.key}={safe_text(name)}: a whole model does not say what it was tuned from; "
+            f"{given.key}={safe_text(name)}: a whole model does not say what it was tuned from; "
             "add reference_model=<the SFT model>"
         )
-    return Subject(name, False, _plain_model(asked.reference_model, asked), None, None, Path(name).name)
+    return ModelRef(name, False, _plain_model(given.reference_model, given), None, None, Path(name).name)
 
 
-def _plain_model(name: str, asked: Asked) -> ModelConfig:
-    trusted = asked.trust_remote_code
+def _plain_model(name: str, given: ModelName) -> ModelConfig:
+    trusted = given.trust_remote_code
     return ModelConfig(name_or_path=name, revision=None, dtype="auto", adapter=None, trust_remote_code=trusted)
 
 
-def subject_dtype(subject: Subject, device: torch.device) -> Decision:
+def ref_dtype(ref: ModelRef, device: torch.device) -> Decision:
     """The dtype the run was trained in, so that the numbers are the run's own; else chosen anew."""
-    settled = settled_in(subject.directory.read_manifest()) if subject.directory else None
-    if settled is not None and settled.device == device.type:
-        return Decision(getattr(torch, settled.dtype), "as in training")
-    return choose_dtype(subject.base.dtype, device, lora=True)
+    settings = settings_in(ref.directory.read_manifest()) if ref.directory else None
+    if settings is not None and settings.device == device.type:
+        return Decision(getattr(torch, settings.dtype), "as in training")
+    return choose_dtype(ref.base.dtype, device, lora=True)
 
 
-def subject_encoder(subject: Subject, template: str | None = None) -> PairEncoder:
+def ref_encoder(ref: ModelRef, template: str | None = None) -> PairEncoder:
     """How its texts become tokens: by `template`, else by the one of its run, else by its model's own."""
-    kind = template or (subject.run.data.template if subject.run else None)
-    return PairEncoder(load_tokenizer(find_model(subject.base)), kind, always_closes=subject.is_reward_model)
+    kind = template or (ref.run.data.template if ref.run else None)
+    return PairEncoder(load_tokenizer(find_model(ref.base)), kind, always_closes=ref.objective.always_closes)
 
 
-def weights_digests(subjects: Sequence[Subject]) -> dict[str, str]:
-    """A sha256 of the weights in every folder that subjects come from, by its name; what is on a hub has none."""
+def weights_fingerprints(refs: Sequence[ModelRef]) -> dict[str, str]:
+    """A sha256 of the weights in every folder that refs come from, by its name; what is on a hub has none."""
     found: dict[str, str] = {}
-    for name in dict.fromkeys(name for subject in subjects for name in (subject.weights, subject.base.name_or_path)):
+    for name in dict.fromkeys(name for ref in refs for name in (ref.weights, ref.base.name_or_path)):
         digest = hashlib.sha256()
         files = sorted(file for kind in ("*.safetensors", "*.bin") for file in Path(name or "").glob(kind))
         for file in files:
@@ -181,12 +170,11 @@ def weights_digests(subjects: Sequence[Subject]) -> dict[str, str]:
     return found
 
 
-def load_policy(subject: Subject, base: Any, dtype: torch.dtype, device: torch.device) -> Any:
+def load_policy(ref: ModelRef, base: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """The weights that `checkpoint` names, in eval mode; an adapter is put on `base`, the model it was trained on."""
-    if subject.is_adapter:
-        policy = load_adapter(base, subject.weights).eval()
-        if subject.is_reward_model:
-            load_head(policy, Path(subject.weights))
+    if ref.is_adapter:
+        policy = load_adapter(base, ref.weights).eval()
+        ref.objective.load(policy, Path(ref.weights))
         return policy
-    whole = replace(subject.base, name_or_path=subject.weights, revision=None, adapter=None)
+    whole = replace(ref.base, name_or_path=ref.weights, revision=None, adapter=None)
     return load_model(find_model(whole), dtype, device)

@@ -1,6 +1,6 @@
 """The run directory: where a run keeps its config, its manifest, its metrics and its checkpoints.
 
-config.yaml  manifest.json  metrics.jsonl  train.log  reference.logps  checkpoints/step-*/  final/  eval/<name>/
+config.yaml  manifest.json  metrics.jsonl  train.log  reference_logps.bin  checkpoints/step-*/  final/  eval/<name>/
 
 One idea to keep in mind: a directory has one owner at a time, who holds its lock, and what the owner did not finish is
 swept away by the next.
@@ -23,6 +23,7 @@ from dpo_cli.console.text import safe_text, without_secrets
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
 from dpo_cli.paths import user_path
 from dpo_cli.runs.checkpoint import newest_valid, read_json, validate
+from dpo_cli.runs.versions import migrated_manifest
 from dpo_cli.storage.durable import sweep, write_whole
 from dpo_cli.storage.metrics_log import MetricsLog
 
@@ -66,7 +67,7 @@ class RunDirectory:
         self.config = path / "config.yaml"
         self.manifest = path / "manifest.json"
         self.log = path / "train.log"
-        self.reference = path / "reference.logps"
+        self.reference = path / "reference_logps.bin"
         self.lock = path / ".lock"
 
     @property
@@ -127,11 +128,11 @@ class RunDirectory:
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.yaml."""
-        self._write(self.config, config_text(config))
+        self.write(self.config, config_text(config).encode())
 
     def write_manifest(self, facts: dict[str, Any]) -> None:
         """Write manifest.json: versions, revision, seeds, fingerprints, counts."""
-        self._write(self.manifest, json.dumps(without_secrets(facts), indent=1) + "\n")
+        self.write(self.manifest, (json.dumps(without_secrets(facts), indent=1) + "\n").encode())
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest, or an empty one where there is none that can be read."""
@@ -139,22 +140,25 @@ class RunDirectory:
             facts = read_json(self.manifest)
         except CheckpointError:
             return {}
-        return facts if isinstance(facts, dict) else {}
+        return migrated_manifest(facts) if isinstance(facts, dict) else {}
 
-    def _write(self, path: Path, text: str) -> None:
+    def write(self, path: Path, data: bytes) -> None:
+        """Write one of the run's files, whole; StorageError where that is not possible."""
         try:
-            write_whole(path, text.encode())
+            write_whole(path, data)
         except OSError as error:
             raise StorageError(f"{safe_text(path)}: cannot be written ({error.strerror})") from None
 
 
 def resumed_directory(config: RunConfig) -> Path | None:
-    """The run directory that `resume` goes on in; None where a run begins. Whether it can go on is asked later."""
+    """The run directory that `resume` continues in; None where a run starts. Whether it can resume is checked later."""
     if config.resume is None:
         return None
     if config.resume == "auto":
         if config.output_dir is None:
-            raise ConfigError("resume=auto: give the run directory to go on in, for instance output_dir=outputs/my-run")
+            raise ConfigError(
+                "resume=auto: name the run directory with output_dir, for instance output_dir=outputs/my-run"
+            )
         return user_path(config.output_dir, StorageError, "output_dir")
     path = user_path(config.resume, CheckpointError, "resume")
     shown = f"resume={safe_text(config.resume)}"
@@ -168,8 +172,18 @@ def resumed_directory(config: RunConfig) -> Path | None:
     return path.parent.parent
 
 
+def directory_of(config: RunConfig, job: str, now: float) -> tuple[Path, bool]:
+    """Where a run takes place, and whether it resumes what is there. A new default directory is made here."""
+    resumed = resumed_directory(config)
+    given = user_path(config.output_dir, StorageError, "output_dir") if config.output_dir is not None else None
+    if resumed is not None and given is not None and given.resolve() != resumed.resolve():
+        raise ConfigError(f"output_dir={given}: resume={config.resume} continues in {resumed}; leave output_dir out")
+    choose = default_directory if config.dry_run else claim_directory
+    return resumed or given or choose(job, now), resumed is not None
+
+
 def find_checkpoint(config: RunConfig, directory: RunDirectory) -> tuple[Path | None, list[str]]:
-    """The checkpoint that `resume` goes on from, and why newer ones were passed over.
+    """The checkpoint that `resume` starts from, and why newer ones were passed over.
 
     `auto` takes the newest valid one, or none if there is none; an explicit path is taken or refused.
     """

@@ -19,6 +19,20 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class ResponseScores:
+    """One model's score of M responses: log p(response | prompt), in nats; of a reward model the reward."""
+
+    values: Tensor  # (M,) float32
+    tokens: Tensor  # (M,) how many tokens each response has, the closing EOS included
+    units: Tensor  # (U, R) into the responses: what an objective looks at together, R = 2 for pairs
+
+    def pairs(self) -> "PairLogps":
+        """The scores of U pairs."""
+        chosen, rejected = self.units[:, 0], self.units[:, 1]
+        return PairLogps(self.values[chosen], self.values[rejected], self.tokens[chosen], self.tokens[rejected])
+
+
+@dataclass(frozen=True)
 class PairLogps:
     """What one model thinks of B pairs: log p(response | prompt), summed over response tokens, in nats."""
 
@@ -185,7 +199,7 @@ def discopop(ratios: LogRatios, beta: float, *, temperature: float) -> Tensor:
     return -F.logsigmoid(logits) * torch.sigmoid(-logits / temperature) + exponential
 
 
-# Chosen by `loss.name`. Keyword-only parameters are the dials of a loss, named as in conf/loss/.
+# Chosen by `loss.name`. Keyword-only parameters are the hyperparameters of a loss, named as in conf/loss/.
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "sigmoid": sigmoid,
     "robust": robust,
@@ -203,8 +217,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def loss_dials(name: str) -> set[str]:
-    """The dials that the loss `name` uses; any other is not its own."""
+def loss_options(name: str) -> set[str]:
+    """The hyperparameters that the loss `name` uses; any other is not its own."""
     parameters = inspect.signature(LOSSES[name]).parameters.values()
     return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
@@ -218,8 +232,8 @@ def sft_loss(policy: PairLogps) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What a run minimises: a preference loss with its dials set, plus `sft_weight` times the SFT loss."""
+class PreferenceLoss:
+    """A preference loss with its hyperparameters set, plus `sft_weight` times the SFT loss."""
 
     loss: Callable[[LogRatios], Tensor]
     sft_weight: float = 0.0
@@ -230,10 +244,10 @@ class Objective:
         return losses + self.sft_weight * sft_loss(policy) if self.sft_weight else losses
 
 
-def make_objective(name: str, beta: float, sft_weight: float = 0.0, **dials: float | None) -> Objective:
-    """The loss `name` with the dials it uses; the caller has checked that no other is set."""
-    used = {dial: dials[dial] for dial in loss_dials(name) if dials.get(dial) is not None}
-    return Objective(partial(LOSSES[name], beta=beta, **used), sft_weight)
+def make_loss(name: str, beta: float, sft_weight: float = 0.0, **options: float | None) -> PreferenceLoss:
+    """The loss `name` with the hyperparameters it uses; the caller has checked that no other is set."""
+    used = {option: options[option] for option in loss_options(name) if options.get(option) is not None}
+    return PreferenceLoss(partial(LOSSES[name], beta=beta, **used), sft_weight)
 
 
 def implicit_rewards(ratios: LogRatios, beta: float) -> tuple[Tensor, Tensor]:

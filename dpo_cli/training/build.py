@@ -1,4 +1,4 @@
-"""What a run settles before its first step: how batches are cut, and where the reference's log-probs come from."""
+"""What a run is put together from: the model, the data, the objective, the reference, and how batches are split."""
 
 import time
 from typing import Any
@@ -7,53 +7,161 @@ import torch
 
 from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.console.text import duration, plural
-from dpo_cli.data.batches import Cut, Way, by_size, cut_by_tokens
-from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.errors import CheckpointError, StorageError
+from dpo_cli.console.text import duration, plural, safe_text
+from dpo_cli.data.batches import Layout, Schedule, Split, SplitByPairs, SplitByTokens
+from dpo_cli.data.pairs import load_pairs
+from dpo_cli.data.tokens import PairEncoder, TokenizedPair
+from dpo_cli.errors import CheckpointError
 from dpo_cli.evaluation.scores import windows
-from dpo_cli.models.loading import ModelSource, compile_layers, load_model, undisturbed
-from dpo_cli.models.memory import Budget, give_memory_back, measure_budget
-from dpo_cli.models.reference import AdapterOffReference, FrozenReference, NoReference, Reference, UnmovedPolicy
-from dpo_cli.models.reference_cache import (
-    CachedReference,
-    ReferenceCache,
-    cache_path,
-    complete_cache,
-    values_key,
+from dpo_cli.models.dtype import Decision, choose_device, choose_dtype
+from dpo_cli.models.loading import (
+    ModelSource,
+    check_positions,
+    compile_layers,
+    find_model,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    same_weights,
+    undisturbed,
 )
+from dpo_cli.models.logps import MicroBatcher, causal_model
+from dpo_cli.models.memory import Budget, give_memory_back, measure_budget, plan_memory
+from dpo_cli.models.packing import remembered_layout
+from dpo_cli.models.reference import AdapterOffReference, FrozenReference, NoReference, Reference, UnmovedPolicy
+from dpo_cli.models.reference_cache import CachedReference, Completion, ReferenceCache, cache_key, cache_path, complete
+from dpo_cli.objectives.objective import Objective
+from dpo_cli.objectives.table import make_objective
 from dpo_cli.paths import user_path
-from dpo_cli.runs.checkpoint import Settled
+from dpo_cli.runs.checkpoint import ResolvedSettings, TrainingState
 from dpo_cli.runs.run_directory import RunDirectory
-from dpo_cli.storage.durable import write_whole
+from dpo_cli.theory.schedules import lr_factor
+from dpo_cli.training.guard import NonFiniteGuard
+from dpo_cli.training.monitor import Monitor
+from dpo_cli.training.optimizers import OPTIMIZERS
+from dpo_cli.training.parts import Choices, Context, Learner, Material
 from dpo_cli.training.preflight import check_distinct, choose_pairs
-from dpo_cli.training.run import Run
 
 
-def choose_cut(
-    config: RunConfig,
-    policy: Any,
-    pairs: list[TokenizedPair],
-    device: torch.device,
-    way: Way,
-    settled: Settled | None,
-    reporter: Reporter,
-) -> tuple[Cut, int | None, str]:
-    """How a batch is cut into forward passes, the token budget if there is one, and both in words."""
+def build(
+    context: Context, state: TrainingState | None, settings: ResolvedSettings | None
+) -> tuple[Learner, Material, Choices]:
+    """Load and build every part of a run.
+
+    `state` is that of the checkpoint that it resumes from. `settings` are what was measured when the run began: they
+    hold to its end, and for its replay where the device is of the same kind.
+    """
+    config, reporter, engine = context.config, context.reporter, context.engine
+    device = choose_device(config.device)
+    measured = settings if settings is not None and settings.device == device.value.type else None
+    dtype = engine.same(lambda: _dtype(config, device.value, settings if state is not None else measured))
+    source = find_model(config.model, reporter.say)
+    objective = make_objective(config)
+    material = _material(context, source, objective.always_closes)
+    if state is not None and state.data_fingerprint != material.data.fingerprint:
+        raise CheckpointError(
+            f"resume={safe_text(config.resume)}: was trained on other data than "
+            f"data.train={safe_text(config.data.train)} gives now"
+        )
+    memory = plan_memory(source.path, dtype.value, device.value, _loads_second_model(config, objective))
+    torch.manual_seed(config.seed)
+    model = load_model(source, dtype.value, device.value)
+    _check_fit(config, model, material)
+    fingerprint = model_fingerprint(model)
+    if state is not None and not same_weights(state.model_fingerprint, fingerprint):
+        raise CheckpointError(
+            f"resume={safe_text(config.resume)}: was trained on other weights than "
+            f"model.name_or_path={safe_text(source.name)} holds now"
+        )
+    layout = engine.same(lambda: _layout(config, model, material, device.value, fingerprint, measured))
+    policy = objective.prepare(model, config.lora, source.name)
+    if config.engine.gradient_checkpointing:
+        policy.activation_checkpointing_enable()
+    if config.engine.compile:
+        compile_layers(causal_model(policy))
+    policy.train()
+    key = cache_key(fingerprint, dtype.value, device.value, layout.value, config.engine.compile)
+    reference = _reference(context, policy, source, key) if objective.needs_reference else NoReference()
+    split, split_text = _split(context, policy, material, MicroBatcher(device.value, layout.value, SplitByPairs(1)),
+                               measured)  # fmt: skip
+    policy = engine.shard(policy)
+    options = config.optimizer
+    optimizer = OPTIMIZERS[options.name](
+        [parameter for parameter in policy.parameters() if parameter.requires_grad], options
+    )
+    learner = Learner(
+        policy=policy,
+        fingerprint=fingerprint,
+        objective=objective,
+        reference=reference,
+        optimizer=optimizer,
+        rate=lambda step: options.lr * lr_factor(options.schedule, step, options.warmup_steps, material.total_steps),
+        guard=NonFiniteGuard.of(optimizer, device.value, config.non_finite),
+        monitor=Monitor(objective, config.radar),
+        batcher=MicroBatcher(device.value, layout.value, split),
+    )
+    return learner, material, Choices(device, dtype, layout, split_text, memory)
+
+
+def _dtype(config: RunConfig, device: torch.device, settings: ResolvedSettings | None) -> Decision:
+    if settings is not None:
+        return Decision(getattr(torch, settings.dtype), "as when the run began")
+    return choose_dtype(config.model.dtype, device, config.lora.enabled, keep=not config.dry_run)
+
+
+def _material(context: Context, source: ModelSource, always_closes: bool) -> Material:
+    config = context.config
+    encoder = PairEncoder(load_tokenizer(source), config.data.template, always_closes=always_closes)
+    data = load_pairs(config.data, encoder, config.seed, poll=context.poll)
+    schedule = Schedule.of(data.train, config.batch_size, config.seed, config.data.shuffle)
+    return Material(source, encoder, data, schedule, schedule.total_steps(config.epochs, config.max_steps))
+
+
+def _loads_second_model(config: RunConfig, objective: Objective) -> bool:
+    in_every_step = config.reference.cache == "off" or config.dry_run
+    return objective.needs_reference and config.reference.name == "frozen" and in_every_step
+
+
+def _check_fit(config: RunConfig, model: Any, material: Material) -> None:
+    """CheckpointError or ConfigError where tokens lie outside the model's vocabulary or positions."""
+    data, tokenizer = material.data, material.encoder.tokenizer
+    rows = model.get_input_embeddings().num_embeddings
+    largest = max(int(ids.max()) for pair in data.train for ids in (pair.prompt, *pair.responses))
+    if largest >= rows:
+        raise CheckpointError(
+            f"token {largest} ({safe_text(tokenizer.decode([largest]))}) of the tokenizer lies outside the model's "
+            f"{rows:,} embeddings: tokenizer and model do not belong together"
+        )
+    check_positions(model, [*data.train, *data.held_out], config.data.max_length)
+
+
+def _layout(
+    config: RunConfig, model: Any, material: Material, device: torch.device, fingerprint: str,
+    measured: ResolvedSettings | None,
+) -> Decision:  # fmt: skip
+    if measured is not None:
+        return Decision(Layout(measured.layout), "as when the run began")
+    return remembered_layout(config.batching, model, material.data.train, device, fingerprint, keep=not config.dry_run)
+
+
+def _split(
+    context: Context, policy: Any, material: Material, batcher: MicroBatcher, measured: ResolvedSettings | None
+) -> tuple[Split, str]:
+    """How a batch is split into micro-batches, and why so."""
+    config, pairs, layout = context.config, material.data.train, batcher.layout
     if config.micro_batch_size != "auto":
         size = int(config.micro_batch_size)
-        if settled is not None and settled.pairs_a_pass is not None and settled.device == device.type:
-            size = min(size, settled.pairs_a_pass)  # it was found then that no more fit
-        return by_size(size), None, f"{plural(size, 'pair')} a forward pass"
-    if settled is not None and settled.token_budget is not None and settled.device == device.type:
-        tokens, words = settled.token_budget, f"cut at {settled.token_budget:,} tokens, as the run began"
-    else:
-        with undisturbed(policy):
-            policy.train()
-            budget = measure_budget(policy, pairs, device, way)
-        tokens, words = budget.tokens, str(budget)
-        _warn_of_long_pairs(pairs, budget, reporter)
-    return cut_by_tokens(tokens, way), tokens, words
+        if measured is not None and measured.max_pairs is not None:
+            size = min(size, measured.max_pairs)  # more did not fit in memory then
+        return SplitByPairs(size), str(SplitByPairs(size))
+    if measured is not None and measured.token_budget is not None:
+        split = SplitByTokens(measured.token_budget, layout)
+        return split, f"{split}, as when the run began"
+    with undisturbed(policy):
+        policy.train()
+        budget = measure_budget(policy, pairs, batcher.device, layout)
+    _warn_of_long_pairs(pairs, budget, context.reporter)
+    return SplitByTokens(context.engine.least(budget.tokens), layout), str(budget)
 
 
 def _warn_of_long_pairs(pairs: list[TokenizedPair], budget: Budget, reporter: Reporter) -> None:
@@ -65,97 +173,94 @@ def _warn_of_long_pairs(pairs: list[TokenizedPair], budget: Budget, reporter: Re
         )
 
 
-def make_reference(
-    config: RunConfig, policy: Any, source: ModelSource, dtype: torch.dtype, device: torch.device, way: Way, digest: str
-) -> Reference:
-    """The reference of a run: its values on disk, to be completed later, or a model that is asked in every step.
+# The reference
 
-    A reward model has none.
-    """
-    if config.objective == "reward":
-        return NoReference()
+
+def _reference(context: Context, policy: Any, source: ModelSource, key: str) -> Reference:
+    """Its log-probs on disk, to be completed later, or a model that is asked in every step."""
+    config = context.config
     if config.reference.cache != "off" and not config.dry_run:  # a dry run writes nothing
-        key = values_key(digest, dtype, device, way, config.engine.compile)
-        return CachedReference(ReferenceCache(cache_path(key) if config.reference.cache == "auto" else None))
-    return load_reference(config, policy, source, dtype, device)
+        path = cache_path(key) if config.reference.cache == "auto" else None
+        return CachedReference(ReferenceCache(path, context.engine))
+    return load_reference(config, policy, source)
 
 
-def load_reference(
-    config: RunConfig, policy: Any, source: ModelSource, dtype: torch.dtype, device: torch.device
-) -> Reference:
+def load_reference(config: RunConfig, policy: Any, source: ModelSource) -> Reference:
     """The model that the reference's log-probs come from: the policy's own base, or the SFT model a second time."""
     if config.reference.name == "adapter_off":
         return AdapterOffReference(policy)
-    model = load_model(source, dtype, device)
+    weight = causal_model(policy).get_input_embeddings().weight
+    model = load_model(source, weight.dtype, weight.device)
     if config.engine.compile:  # as the policy: one code path, or margins would not start at 0
         compile_layers(model)
     return FrozenReference(model)
 
 
-def trained_batches(run: Run) -> list[list[TokenizedPair]]:
-    """The pairs that this run will train on, in the batches in which it first will."""
-    steps = min(run.total_steps, run.schedule.steps_per_epoch)
-    return [[run.data.train[place] for place in batch] for batch in run.schedule.batches(0, steps)]
+def trained_batches(material: Material) -> list[list[TokenizedPair]]:
+    """The pairs that this run trains on, in the batches in which it first does."""
+    steps = min(material.total_steps, material.schedule.steps_per_epoch)
+    return [material.batch(indices) for indices in material.schedule.batches(0, steps)]
 
 
-def needed_batches(run: Run) -> list[list[TokenizedPair]]:
-    """Every pair whose reference log-probs this run will ask for, in the batches in which it first will."""
-    checked, _ = choose_pairs(run.data.train, run.data.train_texts)
-    return [*trained_batches(run), *windows(run.data.held_out), checked]
+def needed_batches(material: Material) -> list[list[TokenizedPair]]:
+    """Every pair whose reference log-probs this run needs, in the batches in which it first does."""
+    checked, _ = choose_pairs(material.data.train, material.data.train_texts)
+    return [*trained_batches(material), *windows(material.data.held_out), checked]
 
 
-def reference_of(run: Run) -> str:
-    """In words, where the reference's log-probs come from."""
-    if isinstance(run.reference, NoReference):
+def describe_source(reference: Reference, material: Material) -> str:
+    """Where the reference's log-probs come from."""
+    if isinstance(reference, NoReference):
         return "rewards stand for themselves"
-    if not isinstance(run.reference, CachedReference):
+    if not isinstance(reference, CachedReference):
         return "its log-probs are computed in every step"
-    cache = run.reference.cache
-    needed = {pair.token_key: pair for batch in needed_batches(run) for pair in batch}.values()
-    lacking = len(cache.missing(needed))
+    cache = reference.cache
     if cache.path is None:
         return "its log-probs are computed once, for this run alone"
-    there = f"{len(needed) - lacking:,} of {len(needed):,} log-probs are in {cache.path} ({cache.size_in_words})"
+    needed = {pair.response_keys: pair for batch in needed_batches(material) for pair in batch}.values()
+    lacking = len(cache.missing(needed))
+    there = (
+        f"the log-probs of {len(needed) - lacking:,} of {len(needed):,} pairs are in {cache.path} ({cache.size_text})"
+    )
     return f"not loaded: {there}" if lacking == 0 else there
 
 
-def complete_reference(run: Run) -> None:
+def complete_reference(context: Context, learner: Learner, material: Material, resumed: bool) -> None:
     """Compute the reference's log-probs that are not in the cache yet; what was loaded for it is freed.
 
-    A run keeps those it began with in its own directory: another run may have left others of their pairs in the cache,
-    equal but for a rounding, and a resumed run goes on with the same bits.
+    A run keeps those it began with in its own directory: another run may have left others of their responses in the
+    cache, equal but for a rounding, and a resumed run continues with the same bits.
     """
-    if not isinstance(run.reference, CachedReference):
+    if not isinstance(learner.reference, CachedReference):
         return
-    config, reporter, own = run.config, run.reporter, run.directory.reference
-    cache, needed = run.reference.cache, needed_batches(run)
-    if not run.resumed and config.replay is not None:
+    config, reporter, own = context.config, context.reporter, context.directory.reference
+    cache, needed = learner.reference.cache, needed_batches(material)
+    if not resumed and config.replay is not None:
         replayed = RunDirectory(user_path(config.replay, CheckpointError, "replay"))
         model = replayed.read_manifest().get("model")
-        if isinstance(model, dict) and model.get("digest") == run.digest:  # with the same bits to the same weights
+        if isinstance(model, dict) and model.get("fingerprint") == learner.fingerprint:  # same bits, same weights
             cache.adopt(replayed.reference)
-    if run.resumed and not cache.adopt(own):
+    if resumed and not cache.adopt(own):
         reporter.warn(
-            f"{own}: missing or damaged; the run goes on with the values of the cache, equal but for rounding"
+            f"{own}: missing or damaged; the run continues with the log-probs of the cache, equal but for rounding"
         )
-    at_hand: Reference | None = None
+    loaded: Reference | None = None
     if config.lora.enabled:
-        at_hand = AdapterOffReference(run.policy)
-    elif run.step == 0:
-        at_hand = UnmovedPolicy(run.policy)
+        loaded = AdapterOffReference(learner.policy)
+    elif not resumed:
+        loaded = UnmovedPolicy(learner.policy)
 
     def load() -> Reference:
-        reference = load_reference(config, run.policy, run.source, run.dtype.value, run.device)
-        check_distinct(run.policy, reference)
+        reference = load_reference(config, learner.policy, material.source)
+        check_distinct(learner.policy, reference)
         return reference
 
     started = time.perf_counter()
-    computed = complete_cache(cache, needed, run.batching, run.dtype.value, load, at_hand, reporter, run.poll)
+    how = Completion(learner.batcher, learner.dtype, load, loaded, reporter, context.poll, context.engine)
+    computed = complete(cache, needed, how)
     if computed:
         seconds = time.perf_counter() - started
         reporter.say(f"reference log-probs of {plural(computed, 'pair')} computed in {duration(seconds)}")
-    try:
-        write_whole(own, cache.records(pair for batch in needed for pair in batch))
-    except OSError as error:
-        raise StorageError(f"{own}: cannot be written ({error.strerror})") from None
-    give_memory_back(run.device)
+    records = cache.records(pair for batch in needed for pair in batch)
+    context.engine.same(lambda: context.directory.write(own, records))
+    give_memory_back(learner.batcher.device)

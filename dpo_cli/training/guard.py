@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_cli.data.tokens import TokenizedPair
+from dpo_cli.engine.engine import Engine
 from dpo_cli.errors import DivergedError
 
 SKIPS_IN_A_ROW = 10  # beyond these nothing is learned any more
@@ -24,7 +24,7 @@ UNSEEN = 100  # steps at most that a deferred guard has not looked at
 class _Step:
     number: int  # from 1
     rows: list[int]
-    losses: Tensor  # (B,) in the order of the rows
+    losses: Tensor  # (U,) in the order of the rows
     grad_norm: Tensor
 
     @property
@@ -61,12 +61,12 @@ class NonFiniteGuard:
         fused = device.type == "cuda" and all(group.get("fused") for group in optimizer.param_groups)
         return cls(optimizer, fused and mode == "abort", mode == "skip")
 
-    def before_update(self, number: int, pairs: Sequence[TokenizedPair], losses: Tensor, grad_norm: Tensor) -> str:
-        """Hear of step `number`, counted from 1: its B pairs and their losses, (B,).
+    def before_update(self, number: int, rows: list[int], losses: Tensor, grad_norm: Tensor) -> str:
+        """Hear of step `number`, counted from 1: the rows of its units and their losses, (U,).
 
         Returns why the update is to be left out, or nothing. DivergedError now, or at the next `look`.
         """
-        step = _Step(number, [pair.index for pair in pairs], losses.detach(), grad_norm.detach())
+        step = _Step(number, rows, losses.detach(), grad_norm.detach())
         if self.deferred:
             self._unseen.append(step)
             bad = (~(torch.isfinite(step.losses).all() & torch.isfinite(grad_norm))).float()
@@ -101,11 +101,11 @@ class NonFiniteGuard:
         )
 
 
-def require_finite(weights: Sequence[tuple[str, Tensor]], step: int) -> None:
+def require_finite(weights: Sequence[tuple[str, Tensor]], step: int, engine: Engine) -> None:
     """DivergedError where a weight is not a number: such a state is never saved, nor a healthy one removed for it."""
-    for name, weight in weights:
-        if not bool(torch.isfinite(weight).all()):
-            raise DivergedError(
-                f"step {step}: {name} is no longer finite, and is not saved; earlier checkpoints are intact. Usual "
-                "remedies: a smaller optimizer.lr, model.dtype=float32"
-            )
+    bad = [name for name, weight in weights if not bool(torch.isfinite(weight).all())]
+    if engine.agree(len(bad)):
+        raise DivergedError(
+            f"step {step}: {bad[0] if bad else 'a weight of another rank'} is no longer finite, and is not saved; "
+            "earlier checkpoints are intact. Usual remedies: a smaller optimizer.lr, model.dtype=float32"
+        )

@@ -1,6 +1,9 @@
-"""The longest batch forward and backward before anything is trained; dry_run stops there, with an estimate."""
+"""Memory, tried before it matters: the longest micro-batch before step 1, and a finer split where memory runs out."""
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -8,67 +11,93 @@ import torch
 from dpo_cli.console.text import duration, plural, significant
 from dpo_cli.data.batches import longest_side
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.models.loading import wait_for
-from dpo_cli.models.memory import peak_memory_gib
+from dpo_cli.models.dtype import wait_for
+from dpo_cli.models.memory import DoesNotFitError, alone_too_large, make_room, peak_memory_gib
 from dpo_cli.runs.checkpoint import rng_states, set_rng_states
 from dpo_cli.training.build import trained_batches
-from dpo_cli.training.run import Run
-from dpo_cli.training.step import cut_until_it_fits, forward_backward
+from dpo_cli.training.optimizers import STATE_VALUES
+from dpo_cli.training.parts import Context, Learner, Material
+
+T = TypeVar("T")
+ForwardBackward = Callable[[Context, Learner, list[TokenizedPair]], object]
 
 
-def rehearse_longest(run: Run) -> None:
-    """Forward and backward of the largest pass that can come: memory that will run out does so in the first seconds.
+def until_it_fits(context: Context, learner: Learner, work: Callable[[], T]) -> T:
+    """The result of `work` on a batch; where memory runs out, of the same batch split finer, from the start.
 
-    The batch is cut finer until it fits; weights and random generators stay as they were. OutOfMemoryError where the
+    Gradients and random numbers start again too: the result is that of the finer split and of nothing else.
+    OutOfMemoryError where one pair alone does not fit.
+    """
+    while True:
+        rng = rng_states()
+        try:
+            return work()
+        except DoesNotFitError as error:
+            pairs = error.pairs
+        learner.optimizer.zero_grad(set_to_none=True)
+        set_rng_states(rng)
+        make_room(learner.batcher.device)
+        if len(pairs) == 1:
+            raise alone_too_large(pairs[0])
+        split = learner.batcher.split.finer(pairs)
+        learner.batcher = replace(learner.batcher, split=split)
+        context.reporter.warn(f"memory ran out on a micro-batch of {len(pairs)} pairs; from here on at most {split}")
+
+
+def probe_memory(context: Context, learner: Learner, material: Material, forward_backward: ForwardBackward) -> None:
+    """Forward and backward of the largest micro-batch that can come: memory that will run out does so in seconds.
+
+    The batch is split finer until it fits; weights and random generators stay as they were. OutOfMemoryError where the
     longest pair alone does not fit.
     """
-    trained_on = (pair for batch in trained_batches(run) for pair in batch)
-    longest = sorted(trained_on, key=longest_side, reverse=True)[: run.config.batch_size]
+    trained_on = (pair for batch in trained_batches(material) for pair in batch)
+    longest = sorted(trained_on, key=longest_side, reverse=True)[: context.config.batch_size]
     largest = longest[:1]
-    for pair in longest[1:]:  # as many of the longest as still make one pass
-        if len(run.batching.cut([*largest, pair])) == 1:
+    for pair in longest[1:]:  # as many of the longest as still make one micro-batch
+        if len(learner.batcher.split([*largest, pair])) == 1:
             largest.append(pair)
-    rng = rng_states()
+    rng, device = rng_states(), learner.batcher.device
     # The optimizer's memory comes with the first update: until then something of its size stands in for it.
-    on_cpu = run.device.type == "cpu"
-    stand_in = None if on_cpu else torch.empty(int(_optimizer_gib(run) * 2**28), device=run.device)
-    cut_until_it_fits(run, lambda: forward_backward(run, largest))
+    on_cpu = device.type == "cpu"
+    stand_in = None if on_cpu else torch.empty(int(_optimizer_gib(context, learner) * 2**28), device=device)
+    _work(context, learner, largest, forward_backward)
     del stand_in
-    run.optimizer.zero_grad(set_to_none=True)
     set_rng_states(rng)
 
 
-def rehearse(run: Run) -> None:
-    """Show the lengths of the pairs, rehearse the longest batch, and estimate time and memory of the whole run."""
+def dry_run(context: Context, learner: Learner, material: Material, forward_backward: ForwardBackward) -> None:
+    """Show the lengths of the pairs, try the longest batch, and estimate time and memory of the whole run."""
+    config, reporter, train, held_out = context.config, context.reporter, material.data.train, material.data.held_out
     rows = []
-    for name, lengths in _lengths(run.data.train):
+    for name, lengths in _lengths(train):
         quantiles = np.percentile(lengths, [50, 90, 99, 100], method="nearest").astype(int)
         rows.append([name, *(f"{value:,}" for value in quantiles)])
-    run.reporter.grid(["tokens", "p50", "p90", "p99", "max"], rows)
-    longest = sorted(run.data.train, key=longest_side, reverse=True)[: run.config.batch_size]
-    _forward_backward(run, longest)
-    peak = peak_memory_gib(run.device)
-    typical = [run.data.train[place] for place in next(run.schedule.batches(0, 1))]
+    reporter.grid(["tokens", "p50", "p90", "p99", "max"], rows)
+    longest = sorted(train, key=longest_side, reverse=True)[: config.batch_size]
+    _work(context, learner, longest, forward_backward)
+    peak = peak_memory_gib(learner.batcher.device)
+    typical = material.batch(next(material.schedule.batches(0, 1)))
     started = time.perf_counter()
-    _forward_backward(run, typical)
+    _work(context, learner, typical, forward_backward)
     seconds = time.perf_counter() - started
-    every = run.config.eval_every
-    evaluations = 1 + ((run.total_steps - 1) // every if every else 0)
+    steps, every = material.total_steps, config.eval_every
+    evaluations = 1 + ((steps - 1) // every if every else 0)
     # No backward pass: two of the four forward passes' worth of work that a step is.
-    evaluation = evaluations * len(run.data.held_out) / len(typical) * seconds / 2
-    run.reporter.say()
-    run.reporter.facts(
+    evaluation = evaluations * len(held_out) / len(typical) * seconds / 2
+    of_optimizer = significant(_optimizer_gib(context, learner))
+    reporter.say()
+    reporter.facts(
         [
             ("longest", f"{plural(longest_side(longest[0]), 'token')}: the longest batch fits, forward and backward"),
-            ("memory", f"peak {significant(peak)} GiB so far; the optimizer adds {significant(_optimizer_gib(run))}"),
+            ("memory", f"peak {significant(peak)} GiB so far; the optimizer adds {of_optimizer}"),
             (
                 "time",
-                f"about {duration(seconds * run.total_steps + evaluation)}: {plural(run.total_steps, 'step')} of "
+                f"about {duration(seconds * steps + evaluation)}: {plural(steps, 'step')} of "
                 f"{duration(seconds)}, and {plural(evaluations, 'evaluation')} of "
-                f"{plural(len(run.data.held_out), 'held-out pair')}"
-                + ("; less where reference log-probs are on disk" if run.config.reference.cache != "off" else ""),
+                f"{plural(len(held_out), 'held-out pair')}"
+                + ("; less where reference log-probs are on disk" if config.reference.cache != "off" else ""),
             ),
-            ("dry run", "nothing was trained and nothing written; leave dry_run out to begin"),
+            ("dry run", "nothing was trained and nothing written; leave dry_run out to start"),
         ]
     )
 
@@ -82,13 +111,13 @@ def _lengths(pairs: list[TokenizedPair]) -> list[tuple[str, list[int]]]:
     ]
 
 
-def _forward_backward(run: Run, batch: list[TokenizedPair]) -> None:
-    cut_until_it_fits(run, lambda: forward_backward(run, batch))
-    run.optimizer.zero_grad(set_to_none=True)
-    wait_for(run.device)  # the clock must not stop before the work does
+def _work(context: Context, learner: Learner, batch: list[TokenizedPair], forward_backward: ForwardBackward) -> None:
+    until_it_fits(context, learner, lambda: forward_backward(context, learner, batch))
+    learner.optimizer.zero_grad(set_to_none=True)
+    wait_for(learner.batcher.device)  # the clock must not stop before the work does
 
 
-def _optimizer_gib(run: Run) -> float:
-    """Two float32 values a trained weight for AdamW, one for RMSprop, none for SGD."""
-    values = {"adamw": 2, "rmsprop": 1, "sgd": 0}[run.config.optimizer.name]
-    return values * 4 * sum(weight.numel() for weight in run.trainable) / 2**30
+def _optimizer_gib(context: Context, learner: Learner) -> float:
+    """What the optimizer keeps, in float32."""
+    values = STATE_VALUES.get(context.config.optimizer.name, 2)
+    return values * 4 * sum(weight.numel() for weight in learner.trainable) / 2**30

@@ -1,34 +1,32 @@
 """The preflight: what must hold before the first update, proved on the run's own model, tokenizer and pairs.
 
-Each check is an identity of the mathematics. It fails with the cause and the remedy, or it says nothing; when all
-hold the run says so in one line. Policy and generators are left as they were found.
+Each check is an identity of the mathematics, and the objective names those that hold for it. A check fails with the
+cause and the remedy, or returns a few words; when all hold the run says so in one line. Policy and generators are left
+as they were found.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpo_cli.console.text import safe_text
-from dpo_cli.data.batches import Way, longest_side
+from dpo_cli.data.batches import Layout, longest_side
 from dpo_cli.data.pairs import TextPair
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.errors import CheckpointError
 from dpo_cli.models.loading import undisturbed
-from dpo_cli.models.logps import (
-    TOLERANCES,
-    Batch,
-    causal_model,
-    make_batch,
-    plain_attention,
-)
+from dpo_cli.models.logps import TOLERANCES, MicroBatch, causal_model, make_micro_batch, plain_attention
 from dpo_cli.models.reference import FrozenReference, Reference
-from dpo_cli.objectives.reward_model import HEAD_NAME, head_of, pair_scores, probing
-from dpo_cli.theory.losses import LogRatios, Objective, PairLogps
+from dpo_cli.objectives.objective import Objective
+from dpo_cli.theory.losses import ResponseScores
+from dpo_cli.training.parts import Context, Learner, Material
 
-PAIRS_A_BATCH = 4
+PAIRS_IN_A_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -38,64 +36,63 @@ class PreflightSubject:
     policy: Any
     reference: Reference
     objective: Objective
-    beta: float
     encoder: PairEncoder
     pairs: list[TokenizedPair]  # two batches of real pairs
     texts: list[TextPair]  # their texts, in the same order
     device: torch.device
-    way: Way
+    layout: Layout
     dtype: torch.dtype
     at_start: bool  # false for a resumed run, whose policy has moved
 
     @property
-    def is_reward_model(self) -> bool:
-        """Whether rewards stand where log-probs do: some identities are of probabilities alone."""
-        return head_of(self.policy) is not None
+    def first(self) -> list[TokenizedPair]:
+        """The first of the two batches."""
+        return self.pairs[:PAIRS_IN_A_BATCH]
+
+    @property
+    def second(self) -> list[TokenizedPair]:
+        """The other; the first where there are too few pairs for two."""
+        return self.pairs[PAIRS_IN_A_BATCH : 2 * PAIRS_IN_A_BATCH] or self.first
+
+    def micro_batch(self, pairs: list[TokenizedPair]) -> MicroBatch:
+        """The pairs as one micro-batch in the run's layout."""
+        return make_micro_batch(pairs, self.device, self.layout)
+
+    def scores(self, pairs: list[TokenizedPair]) -> ResponseScores:
+        """The policy's scores, without gradient."""
+        micro_batch = self.micro_batch(pairs)
+        with torch.no_grad():
+            return micro_batch.scores(self.objective.score(self.policy, micro_batch))
+
+    @cached_property
+    def start_scores(self) -> ResponseScores:
+        """The policy's scores of the first batch, as it is found."""
+        return self.scores(self.first)
 
 
-def preflight(subject: PreflightSubject) -> str:
-    """Run every check; the line that says all hold. CheckpointError names the cause and the remedy."""
+def preflight(context: Context, learner: Learner, material: Material, at_start: bool) -> str:
+    """Run every check of the objective; the line that says all hold. CheckpointError names the cause and the remedy."""
+    pairs, texts = choose_pairs(material.data.train, material.data.train_texts)
+    subject = PreflightSubject(
+        learner.policy, learner.reference, learner.objective, material.encoder, pairs, texts, learner.batcher.device,
+        learner.batcher.layout, learner.dtype, at_start,
+    )  # fmt: skip
+    return run_checks(subject)
+
+
+def run_checks(subject: PreflightSubject) -> str:
+    """Run the checks that the objective names, in their order."""
     started = time.perf_counter()
-    first, second = subject.pairs[:PAIRS_A_BATCH], subject.pairs[PAIRS_A_BATCH : 2 * PAIRS_A_BATCH]
     with undisturbed(subject.policy):
-        check_distinct(subject.policy, subject.reference)
-        together = _logps(subject, first)
-        check_finite(together, subject.dtype, may_be_positive=subject.is_reward_model)
-        said = []
-        if subject.at_start:
-            loss, off = check_start(subject, [first, second or first], together)
-            said.append(f"the loss starts at {loss:.4g} and margins at 0 (off by {off:.1g})")
-        with probing(subject.policy):
-            together = _logps(subject, first) if subject.is_reward_model else together
-            said.append(check_gradients(subject, first))
-            if not subject.is_reward_model:
-                said.append(f"the chain rule holds to {check_chain_rule(subject, first):.1g} nats")
-            said.append(f"a pair alone equals the pair in a batch to {check_company(subject, first, together):.1g}")
-            closed = check_closing(subject, first)
-        check_round_trip(subject)
-        said.append(f"{'EOS is scored' if closed else 'no response here is closed'}, tokens read back as the text")
-    return f"preflight passed in {time.perf_counter() - started:.1f} s: " + "; ".join(said)
+        said = [CHECKS[name](subject) for name in subject.objective.checks]
+    return f"preflight passed in {time.perf_counter() - started:.1f} s: " + "; ".join(filter(None, said))
 
 
 def choose_pairs(train: list[TokenizedPair], texts: list[TextPair]) -> tuple[list[TokenizedPair], list[TextPair]]:
     """Two batches of real pairs: the shortest of those whose texts are kept, so that seconds and little memory do."""
 
-    places = sorted(range(len(texts)), key=lambda place: longest_side(train[place]))[: 2 * PAIRS_A_BATCH]
-    return [train[place] for place in places], [texts[place] for place in places]
-
-
-def _batch(subject: PreflightSubject, pairs: list[TokenizedPair]) -> Batch:
-    return make_batch(pairs, subject.device, subject.way)
-
-
-def _logps(subject: PreflightSubject, pairs: list[TokenizedPair]) -> PairLogps:
-    with torch.no_grad():
-        return pair_scores(subject.policy, _batch(subject, pairs))
-
-
-def _both(logps: PairLogps) -> Tensor:
-    """(2, B)."""
-    return torch.stack([logps.chosen, logps.rejected])
+    indices = sorted(range(len(texts)), key=lambda index: longest_side(train[index]))[: 2 * PAIRS_IN_A_BATCH]
+    return [train[index] for index in indices], [texts[index] for index in indices]
 
 
 def check_distinct(policy: Any, reference: Reference) -> None:
@@ -118,63 +115,72 @@ def check_distinct(policy: Any, reference: Reference) -> None:
         )
 
 
-def check_finite(logps: PairLogps, dtype: torch.dtype, may_be_positive: bool = False) -> None:
-    """Every log-prob is a number, and none is above 0; a reward may be."""
-    values = _both(logps)
+def check_reference(subject: PreflightSubject) -> str:
+    """As `check_distinct`, for the run's own reference."""
+    check_distinct(subject.policy, subject.reference)
+    return ""
+
+
+def check_finite(subject: PreflightSubject) -> str:
+    """Every score is a number."""
+    values = subject.start_scores.values
     if not bool(torch.isfinite(values).all()):
-        remedy = "its weights are damaged" if dtype is torch.float32 else "try model.dtype=float32"
-        raise CheckpointError(
-            f"preflight: the model's log-probs are not finite ({values.flatten()[0]:g} first): {remedy}"
-        )
-    if not may_be_positive and bool((values > 1e-3).any()):
-        raise CheckpointError(f"preflight: a log-prob of {float(values.max()):g} is above 0: the head is not a softmax")
+        remedy = "its weights are damaged" if subject.dtype is torch.float32 else "try model.dtype=float32"
+        raise CheckpointError(f"preflight: the model's log-probs are not finite ({values[0]:g} first): {remedy}")
+    return ""
 
 
-def check_start(
-    subject: PreflightSubject, batches: list[list[TokenizedPair]], together: PairLogps
-) -> tuple[float, float]:
-    """Before the policy has moved every log-ratio is 0, and the loss what it is there: ln 2 for DPO.
+def check_not_positive(subject: PreflightSubject) -> str:
+    """No log-prob is above 0."""
+    largest = float(subject.start_scores.values.max())
+    if largest > 1e-3:
+        raise CheckpointError(f"preflight: a log-prob of {largest:g} is above 0: the head is not a softmax")
+    return ""
 
-    Returns the loss, and by how much it or a margin is off at most.
-    """
+
+def check_start(subject: PreflightSubject) -> str:
+    """Before the policy has moved every log-ratio is 0, and the loss what it is there: ln 2 for DPO."""
+    if not subject.at_start:
+        return ""
     worst, loss = 0.0, 0.0
-    for batch in batches:
-        policy = together if batch is batches[0] else _logps(subject, batch)
-        reference = subject.reference.logps(_batch(subject, batch))
-        gap = float((_both(policy) - _both(reference)).abs().max())
-        tokens = int(torch.stack([policy.chosen_tokens, policy.rejected_tokens]).max())
-        if not gap <= TOLERANCES[subject.dtype].of(tokens):
+    for batch in (subject.first, subject.second):
+        policy = subject.start_scores if batch is subject.first else subject.scores(batch)
+        micro_batch = subject.micro_batch(batch)
+        reference = micro_batch.scores(subject.reference.logps(micro_batch))
+        gap = float((policy.values - reference.values).abs().max())
+        if not gap <= TOLERANCES[subject.dtype].of(int(policy.tokens.max())):
             raise CheckpointError(
                 f"preflight: the reference differs from the policy's start by up to {gap:.2f} nats a response: "
                 "they are not the same weights; check that model.adapter is folded into both, that both have one "
                 "dtype, and that model.revision names one commit"
             )
-        ratios = LogRatios.between(policy, reference)
-        still = LogRatios.between(policy, policy)
-        loss = float(subject.objective(policy, ratios).mean())
-        off = abs(loss - float(subject.objective(policy, still).mean()))
-        worst = max(worst, off, float((subject.beta * ratios.margin).abs().max()))
-    return loss, worst
+        outcome, unmoved = subject.objective(policy, reference), subject.objective(policy, policy)
+        loss = float(outcome.losses.mean())
+        off = abs(loss - float(unmoved.losses.mean()))
+        worst = max(worst, off, float(outcome.metrics["rewards/margins"].abs().max()))
+    return f"the loss starts at {loss:.4g} and margins at 0 (off by {worst:.1g})"
 
 
-def check_gradients(subject: PreflightSubject, pairs: list[TokenizedPair]) -> str:
+def check_gradients(subject: PreflightSubject) -> str:
     """With LoRA only adapters train, and at the start a backward pass reaches each of them; returns so in words."""
     weights = {name: weight for name, weight in subject.policy.named_parameters() if weight.requires_grad}
     adapters = {name.split(".lora_")[0] for name in weights if ".lora_" in name}
-    strangers = sorted(name for name in weights if adapters and ".lora_" not in name and HEAD_NAME not in name)
-    if strangers:
+    base = {id(weight) for name, weight in causal_model(subject.policy).named_parameters() if ".lora_" not in name}
+    unwanted = sorted(name for name, weight in weights.items() if adapters and id(weight) in base)
+    if unwanted:
         raise CheckpointError(
-            f"preflight: {len(strangers)} weights of the base train beside the adapters ({safe_text(strangers[0])} "
+            f"preflight: {len(unwanted)} weights of the base train beside the adapters ({safe_text(unwanted[0])} "
             "first): the reference would no longer be where the policy began"
         )
     if not subject.at_start:  # a policy that has learned its pairs may have none left: hinge is flat beyond its margin
         return f"{len(adapters)} adapters train" if adapters else f"{len(weights)} weights train"
-    layout = _batch(subject, pairs)
-    reference = subject.reference.logps(layout)
-    policy = pair_scores(subject.policy, layout)
-    losses = subject.objective(policy, LogRatios.between(policy, reference))
-    if losses.requires_grad:
-        losses.sum().backward()
+    micro_batch = subject.micro_batch(subject.first)
+    reference = micro_batch.scores(subject.reference.logps(micro_batch))
+    with subject.objective.probing(subject.policy):
+        policy = micro_batch.scores(subject.objective.score(subject.policy, micro_batch))
+        losses = subject.objective(policy, reference).losses
+        if losses.requires_grad:
+            losses.sum().backward()
     reached = [name for name, weight in weights.items() if weight.grad is not None and bool(weight.grad.any())]
     if not reached:
         raise CheckpointError(
@@ -200,62 +206,60 @@ def _sequence_logp(model: Any, ids: Tensor, start: int) -> Tensor:
     return each[start - 1 :].sum()
 
 
-def check_chain_rule(subject: PreflightSubject, pairs: list[TokenizedPair]) -> float:
-    """log p(y | x) = log p(x y) - log p(x), on the shortest pair, by another route; returns the difference."""
-    pair = min(pairs, key=lambda one: len(one.prompt) + len(one.chosen))
+def check_chain_rule(subject: PreflightSubject) -> str:
+    """log p(y | x) = log p(x y) - log p(x), on the shortest pair, by another route."""
+    pair = min(subject.first, key=lambda one: len(one.prompt) + len(one.chosen))
     prompt = torch.from_numpy(pair.prompt).long().to(subject.device)
     whole = torch.cat([prompt, torch.from_numpy(pair.chosen).long().to(subject.device)])
     with torch.no_grad():
         difference = _sequence_logp(subject.policy, whole, 1)
         if len(prompt) > 1:
             difference = difference - _sequence_logp(subject.policy, prompt, 1)
-    off = abs(float(difference) - float(_logps(subject, [pair]).chosen[0]))
+    off = abs(float(difference) - float(subject.scores([pair]).pairs().chosen[0]))
     if not off <= TOLERANCES[subject.dtype].of(len(whole)):
         raise CheckpointError(
             f"preflight: log p(response | prompt) is off the chain rule by {off:.2f} nats on row {pair.index}: "
             "the model scores other tokens than it is given, or its forward pass depends on what follows"
         )
-    return off
+    return f"the chain rule holds to {off:.1g} nats"
 
 
-def check_company(subject: PreflightSubject, pairs: list[TokenizedPair], together: PairLogps) -> float:
-    """A pair scored alone has the numbers it has in a batch; returns the largest difference."""
-    worst = 0.0
-    for place in {0, len(pairs) - 1}:
-        alone, company = _both(_logps(subject, [pairs[place]]))[:, 0], _both(together)[:, place]
-        off = float((alone - company).abs().max())
-        tokens = max(len(pairs[place].chosen), len(pairs[place].rejected))
-        if not off <= TOLERANCES[subject.dtype].of(tokens):
+def check_batch_invariance(subject: PreflightSubject) -> str:
+    """A pair scored alone has the numbers it has in a batch."""
+    together, worst = subject.start_scores, 0.0
+    for number in {0, len(subject.first) - 1}:
+        pair = subject.first[number]
+        off = float((subject.scores([pair]).values - together.values[together.units[number]]).abs().max())
+        if not off <= TOLERANCES[subject.dtype].of(max(map(len, pair.responses))):
             raise CheckpointError(
-                f"preflight: row {pairs[place].index} scores {off:.2f} nats differently in a batch than alone: "
-                "this model sees its padding or its neighbours; micro_batch_size=1 with batching=padded avoids it"
+                f"preflight: row {pair.index} scores {off:.2f} nats differently in a batch than alone: "
+                "this model sees its padding or its neighbours; micro_batch_size=1 with layout=padded avoids it"
             )
         worst = max(worst, off)
-    return worst
+    return f"a pair alone equals the pair in a batch to {worst:.1g}"
 
 
-def check_closing(subject: PreflightSubject, pairs: list[TokenizedPair]) -> bool:
-    """Another token in the place of the closing EOS changes the log-prob, all else being equal: so it is scored.
-
-    False where there is none to be scored.
+def check_closing(subject: PreflightSubject) -> str:
+    """Another token in the place of the closing EOS changes the score, all else being equal: so it is scored.
 
     That it is scored once, and as the last token, is what the chain rule says.
     """
     closing = subject.encoder.closing
-    closed = next((one for one in pairs if int(one.chosen[-1]) == closing), None)
-    if closed is None:
-        return False  # every one of them was cut, and the header has said so
+    closed = next((one for one in subject.first if int(one.chosen[-1]) == closing), None)
+    if closed is None:  # every one of them was cut, and the header has said so
+        return "no response here is closed"
     other = closed.chosen.copy()
     other[-1] = next(token for token in range(2) if token != closing)
-    logps = _logps(subject, [closed, replace(closed, chosen=other)]).chosen
+    with subject.objective.probing(subject.policy):
+        logps = subject.scores([closed, replace(closed, chosen=other)]).pairs().chosen
     if float(logps[0]) == float(logps[1]):
         raise CheckpointError(
             f"preflight: the closing EOS of row {closed.index} is not scored: another token there changes nothing"
         )
-    return True
+    return "EOS is scored"
 
 
-def check_round_trip(subject: PreflightSubject) -> None:
+def check_round_trip(subject: PreflightSubject) -> str:
     """The tokens of a response read back as its text, white space aside."""
     decode = subject.encoder.tokenizer.decode
     closing = decode([subject.encoder.closing])
@@ -271,3 +275,18 @@ def check_round_trip(subject: PreflightSubject) -> None:
                     f"preflight: row {pair.index} does not read back from its tokens ({safe_text(read, 60)}): "
                     "the tokenizer loses text, or is not the model's"
                 )
+    return "tokens read back as the text"
+
+
+# Named by an objective's `checks`.
+CHECKS: dict[str, Callable[[PreflightSubject], str]] = {
+    "distinct": check_reference,
+    "finite": check_finite,
+    "not_positive": check_not_positive,
+    "start": check_start,
+    "gradients": check_gradients,
+    "chain_rule": check_chain_rule,
+    "batch_invariance": check_batch_invariance,
+    "closing": check_closing,
+    "round_trip": check_round_trip,
+}

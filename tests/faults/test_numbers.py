@@ -65,14 +65,14 @@ def test_what_is_not_finite_ends_the_run_before_the_update_and_is_never_saved(
 def test_the_pair_whose_loss_is_not_finite_is_named_and_no_other(
     command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, bad = step.pair_scores, 7
+    original, bad = step.response_scores_todo, 7
 
     def for_one_pair(policy: Any, layout: Any) -> Any:
         logps = original(policy, layout)
         here = torch.tensor([pair.index == bad for pair in layout.pairs])
         return type(logps)(torch.where(here, torch.nan, logps.chosen), logps.rejected, *_tokens(logps))
 
-    monkeypatch.setattr(step, "pair_scores", for_one_pair)
+    monkeypatch.setattr(step, "response_scores_todo", for_one_pair)
     with fault(8):
         ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "run"), *WORDS)
         assert ended.code == 5
@@ -170,7 +170,7 @@ def test_a_state_that_is_not_finite_is_never_saved_and_no_healthy_one_removed_fo
 
 def small_memory(monkeypatch: pytest.MonkeyPatch, place: Any, tokens: int, kind: type[Exception]) -> list[int]:
     """A device on which a pass of more than so many tokens runs out of memory, after part of its work."""
-    original, refused = place.pair_scores, []
+    original, refused = place.response_scores_todo, []
 
     def limited(policy: Any, layout: Any) -> Any:
         logps = original(policy, layout)
@@ -181,7 +181,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch, place: Any, tokens: int, kind:
             raise kind("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
         return logps
 
-    monkeypatch.setattr(place, "pair_scores", limited)
+    monkeypatch.setattr(place, "response_scores_todo", limited)
     return refused
 
 
@@ -214,7 +214,7 @@ def test_memory_that_runs_out_in_the_middle_of_a_run_redoes_the_step_from_its_st
 
     def prepare(at: int) -> Callable[[], None]:
         def fine_from() -> None:
-            original, pair_logps = runner.train_step, step.pair_scores
+            original, pair_logps = runner.train_step, step.response_scores_todo
 
             def train_step(run: Any, batch: Any) -> None:
                 if run.step == 2 and at == 0:
@@ -230,7 +230,7 @@ def test_memory_that_runs_out_in_the_middle_of_a_run_redoes_the_step_from_its_st
                 return logps
 
             train_step_now = [-1]
-            runner.train_step, step.pair_scores = train_step, limited
+            runner.train_step, step.response_scores_todo = train_step, limited
 
         return fine_from
 
@@ -283,6 +283,6 @@ def test_other_errors_of_the_device_are_not_taken_for_memory(
     def broken(*_: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(step, "pair_scores", broken)
+    monkeypatch.setattr(step, "response_scores_todo", broken)
     with fault(9), pytest.raises(RuntimeError, match="mat1 and mat2"):
         command("dpo-train", *tiny_words(pairs_file, tmp_path / "run"))

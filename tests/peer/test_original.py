@@ -15,10 +15,10 @@ from dialogues import made_pairs
 from torch import Tensor
 
 from dpo_cli.config.schema import LoraConfig
-from dpo_cli.data.batches import Way
+from dpo_cli.data.batches import Layout
 from dpo_cli.data.tokens import Encoded, PairEncoder, TokenizedPair, token_ids
-from dpo_cli.models.loading import attach_lora
-from dpo_cli.models.logps import make_batch, pair_logps, plain_attention
+from dpo_cli.models.adapters import attach_lora
+from dpo_cli.models.logps import make_micro_batch, pair_logps, plain_attention
 from dpo_cli.models.reference import AdapterOffReference
 from dpo_cli.theory.losses import LOSSES, LogRatios, implicit_rewards
 
@@ -130,7 +130,7 @@ class Numbers:
 
 @pytest.fixture(scope="module")
 def numbers(policy: Any, pairs: list[TokenizedPair]) -> Numbers:
-    batch = make_batch(pairs, torch.device("cpu"), Way.SEGMENTS)
+    batch = make_micro_batch(pairs, torch.device("cpu"), Layout.PACKED_SEGMENTS)
     with torch.no_grad():
         mine, reference = pair_logps(policy, batch), AdapterOffReference(policy).logps(batch)
         theirs = original_forward(policy, pairs)
@@ -182,7 +182,7 @@ def test_adapter_gradients_are_those_of_the_original(policy: Any, pairs: list[To
     theirs = torch.autograd.grad(
         original_loss(original_forward(policy, pairs), numbers.reference).losses.mean(), weights
     )
-    batch = make_batch(pairs, torch.device("cpu"), Way.SEGMENTS)
+    batch = make_micro_batch(pairs, torch.device("cpu"), Layout.PACKED_SEGMENTS)
     ratios = LogRatios.between(pair_logps(policy, batch), AdapterOffReference(policy).logps(batch))
     ours = torch.autograd.grad(LOSSES["sigmoid"](ratios, BETA).mean(), weights)
     for mine, other in zip(ours, theirs, strict=True):

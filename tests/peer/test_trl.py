@@ -29,13 +29,13 @@ from dialogues import pairs_to_compare
 from torch import Tensor
 
 from dpo_cli.config.schema import LoraConfig
-from dpo_cli.data.batches import Way
+from dpo_cli.data.batches import Layout
 from dpo_cli.data.formats import PreferencePair
 from dpo_cli.data.tokens import Encoded, PairEncoder, TokenizedPair, token_ids
-from dpo_cli.models.loading import attach_lora
-from dpo_cli.models.logps import make_batch, pair_logps
+from dpo_cli.models.adapters import attach_lora
+from dpo_cli.models.logps import make_micro_batch, pair_logps
 from dpo_cli.models.reference import AdapterOffReference
-from dpo_cli.theory.losses import LOSSES, LogRatios, PairLogps, loss_dials, sft_loss
+from dpo_cli.theory.losses import LOSSES, LogRatios, PairLogps, loss_options, sft_loss
 
 pytestmark = pytest.mark.peer
 
@@ -80,7 +80,7 @@ def our_loss(name: str, policy: PairLogps, reference: PairLogps) -> Tensor:
     if name == "sft":
         return sft_loss(policy)
     dials = {OUR_NAMES.get(dial, dial): value for dial, value in TRL_LOSSES[name].items()}
-    assert set(dials) <= loss_dials(name)
+    assert set(dials) <= loss_options(name)
     return LOSSES[name](LogRatios.between(policy, reference), BETA, **dials)
 
 
@@ -175,7 +175,7 @@ def ours(trl_python: str, policy: Any, pairs: list[PreferencePair], tiny_tokeniz
     losses: dict[str, list[Tensor]] = {name: [] for name in names}
     logps: tuple[list[PairLogps], list[PairLogps]] = ([], [])
     for start in range(0, len(tokenized), BATCH):
-        batch = make_batch(tokenized[start : start + BATCH], torch.device("cpu"), Way.SEGMENTS)
+        batch = make_micro_batch(tokenized[start : start + BATCH], torch.device("cpu"), Layout.PACKED_SEGMENTS)
         mine, reference = pair_logps(policy, batch), AdapterOffReference(policy).logps(batch)
         logps[0].append(mine.detach())
         logps[1].append(reference)

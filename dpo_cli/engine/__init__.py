@@ -1,0 +1,1 @@
+"""What a run is computed on: one process, or several that act as one."""

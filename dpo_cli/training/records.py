@@ -1,0 +1,260 @@
+"""What a run records while it trains and leaves when it ends: metrics, evaluations, checkpoints, final/, verdict."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dpo_cli.console.text import duration, plural, safe_text, significant
+from dpo_cli.data.tokens import TokenizedPair
+from dpo_cli.errors import DivergedError, StorageError
+from dpo_cli.evaluation.scores import ScoredPairs, Scorer, score_pairs
+from dpo_cli.models.adapters import START_FILE
+from dpo_cli.models.memory import peak_memory_gib
+from dpo_cli.objectives.findings import History, Verdict, assess
+from dpo_cli.runs.checkpoint import (
+    Checkpoint,
+    TrainingState,
+    best_checkpoint,
+    optimizer_tensors,
+    rng_states,
+    save_checkpoint,
+    save_policy,
+    trained_weights,
+)
+from dpo_cli.runs.manifest import weights_sha256
+from dpo_cli.runs.model_card import model_card
+from dpo_cli.runs.replay import describe_replay
+from dpo_cli.storage.durable import write_folder
+from dpo_cli.theory.losses import ResponseScores
+from dpo_cli.theory.metrics import MeanOverPairs
+from dpo_cli.training.guard import require_finite
+from dpo_cli.training.parts import Context, Learner, Material, Progress, Window
+
+
+class Recorder:
+    """Writes what there is to know of a run, on rank 0; every rank computes it."""
+
+    def __init__(self, context: Context, learner: Learner, material: Material, progress: Progress) -> None:
+        self.context, self.learner, self.material, self.progress = context, learner, material, progress
+        self.directory, self.reporter, self.engine = context.directory, context.reporter, context.engine
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether the step just done ends with a line in metrics.jsonl."""
+        step, every = self.progress.step, self.context.config.log_every
+        return (every > 0 and step % every == 0) or step == self.material.total_steps
+
+    @property
+    def evaluation_is_missing(self) -> bool:
+        """Whether the run that this one resumes was stopped in the evaluation after its last step."""
+        step, every = self.progress.step, self.context.config.eval_every
+        if not every or step % every or step in (0, self.material.total_steps):
+            return False
+        return step not in self.progress.evaluated
+
+    # Metrics
+
+    def log_start(self, metrics: dict[str, Tensor]) -> None:
+        """The line of step 0: the first batch before the first update."""
+        start = MeanOverPairs()
+        start.add(metrics)
+        self._write("train", start.means(), lr=0.0)
+
+    def log(self) -> None:
+        """Log the mean over the pairs since the last logged step, sound new alarms, and begin a new window."""
+        learner, progress, window = self.learner, self.progress, self.progress.window
+        learner.guard.look()
+        if window.metrics.pairs == 0:  # every step since the last line was skipped, and each has been said
+            return
+        drift = learner.monitor.drift()
+        alarms = learner.monitor.alarms(drift)
+        self._write(
+            "train",
+            window.metrics.means(),
+            grad_norm=float(window.grad_norm),
+            lr=learner.optimizer.param_groups[0]["lr"],
+            pairs_per_second=window.metrics.pairs / window.seconds,
+            tokens_per_second=window.tokens / window.seconds,
+            **learner.objective.drift_metrics(drift),
+            **({"skipped_steps": progress.skipped_steps} if progress.skipped_steps else {}),
+            **({"alarms": {alarm.name: alarm.text for alarm in alarms}} if alarms else {}),
+        )
+        progress.window = Window()
+        for alarm in alarms:
+            self.reporter.warn(f"step {progress.step}: {alarm.text}")
+        ruin = learner.monitor.ruin(drift)
+        if ruin is not None:
+            checkpoint = self.save()
+            self.reporter.stop()
+            self._show(self._assess())
+            raise DivergedError(
+                f"step {progress.step}: stopped by the monitor (monitor=stop), saved as {checkpoint}: {ruin.text}"
+            )
+
+    def evaluate(self) -> dict[str, float] | None:
+        """Log the mean over all held-out pairs; None where none are held out."""
+        held_out, step = self.material.data.held_out, self.progress.step
+        if not held_out:
+            return None
+        metrics = MeanOverPairs()
+        scores = self._score("evaluating pair", held_out)
+        metrics.add(self.learner.objective(scores.policy, scores.reference).metrics)
+        means = metrics.means()
+        self._write("eval", means)
+        self.progress.evaluated[step] = means["loss"]
+        if not math.isfinite(means["loss"]):
+            self.reporter.warn(f"step {step}: the held-out loss is not finite")
+        return means
+
+    def _score(self, what: str, pairs: list[TokenizedPair]) -> ScoredPairs:
+        learner, context = self.learner, self.context
+        scorer = Scorer(learner.policy, learner.objective, learner.reference, learner.batcher, context.engine)
+        return score_pairs(scorer, pairs, context.poll, self.reporter.working(what, len(pairs)))
+
+    def _write(self, split: str, means: dict[str, float], **more: Any) -> None:
+        """One line of metrics.jsonl, and the console's view of it."""
+        record: dict[str, Any] = {
+            "step": self.progress.step,
+            "epoch": round(self.progress.step / self.material.schedule.steps_per_epoch, 6),
+            "split": split,
+            **means,
+            **more,
+            "peak_memory_gib": peak_memory_gib(self.learner.batcher.device),
+            "seconds": self.progress.seconds,
+        }
+        trouble = self.engine.same(lambda: self.directory.metrics.append(record))
+        if trouble is not None:
+            self.reporter.warn(trouble)
+        self.reporter.record(record)
+
+    # Checkpoints
+
+    def save(self, rng: dict[str, Tensor] | None = None) -> Path:
+        """Write a checkpoint of the run as it stands after its last complete step."""
+        learner, progress, policy = self.learner, self.progress, self.learner.policy
+        learner.guard.look()
+        trained = [(name, weight) for name, weight in policy.named_parameters() if weight.requires_grad]
+        require_finite(trained, progress.step, self.engine)
+        records = self.engine.same(self._flushed)  # a checkpoint counts lines: they must be there after a power cut
+        window = progress.window
+        state = TrainingState(
+            step=progress.step,
+            seconds=progress.seconds,
+            sums=window.metrics.sums(),
+            sums_pairs=window.metrics.pairs,
+            sums_tokens=window.tokens,
+            sums_seconds=window.seconds,
+            records=records,
+            skipped_steps=progress.skipped_steps,
+            data_fingerprint=self.material.data.fingerprint,
+            model_fingerprint=learner.fingerprint,
+            settings=learner.settings,
+            alarms_sounded=learner.monitor.sounded,
+        )
+        checkpoint = Checkpoint(
+            policy=policy,
+            objective=learner.objective,
+            weights=trained_weights(policy, self.engine),
+            optimizer=optimizer_tensors(policy, learner.optimizer, self.engine),
+            rng=rng or rng_states(),
+            window={"last_pairs": learner.monitor.state()},
+            state=state,
+        )
+        keep, folder = self.context.config.keep_checkpoints, self.directory.checkpoints
+        return self.engine.same(lambda: save_checkpoint(folder, checkpoint, keep, progress.held_out_losses))
+
+    def _flushed(self) -> int:
+        self.directory.metrics.flush()
+        return self.directory.metrics.records
+
+    def save_or_continue(self) -> None:
+        """Write a checkpoint; where the disk has no room, say so and try again at the next interval."""
+        try:
+            self.save()
+        except StorageError as error:
+            self.reporter.warn(f"{error}; trying again at the next checkpoint")
+
+    # The end
+
+    def finish(self) -> None:
+        """Evaluate, write final/, and say where everything is."""
+        context, learner, progress, config = self.context, self.learner, self.progress, self.context.config
+        weights = weights_sha256(self.save())
+        said = learner.objective.finish(learner.policy, self._first_scores)
+        if said:
+            self.reporter.say(said)
+        means = self.evaluate()
+        self.reporter.stop()
+        self.engine.same(self.directory.metrics.flush)
+        verdict = self._assess(weights)
+        tensors = trained_weights(learner.policy, self.engine)
+        self.engine.same(lambda: self._write_final(tensors, means))
+        self.reporter.say()
+        memory = f"peak memory {significant(peak_memory_gib(learner.batcher.device))} GiB"
+        skipped = (
+            f", {plural(progress.skipped_steps, 'update')} skipped as not finite" if progress.skipped_steps else ""
+        )
+        self.reporter.facts(
+            [
+                ("done", f"{plural(progress.step, 'step')} in {duration(progress.seconds)}, {memory}{skipped}"),
+                ("adapter" if config.lora.enabled else "model", str(self.directory.final)),
+                *self._best(),
+                *describe_replay(config, weights),
+                ("next", learner.objective.next_command(context.directory.path)),
+            ]
+        )
+        self._show(verdict)
+
+    def _first_scores(self, number: int) -> ResponseScores:
+        return self._score("scoring pair", self.material.data.train[:number]).policy
+
+    def _best(self) -> list[tuple[str, str]]:
+        """The checkpoint with the lowest held-out loss, where that is not the end of the run."""
+        losses = self.progress.held_out_losses
+        best, end = best_checkpoint(self.directory.checkpoints, losses), losses.get(self.progress.step)
+        if best is None or end is None or best[1] >= end:
+            return []
+        return [("best", f"{best[0]}: held-out loss {significant(best[1])}, at the end {significant(end)}")]
+
+    def _assess(self, weights: str | None = None) -> Verdict:
+        """How the run went, by its metrics; kept in the manifest."""
+        config, held_out = self.context.config, len(self.material.data.held_out)
+        records = self.engine.same(self.directory.metrics.read)
+        history = History.of(records, held_out, config.optimizer.lr, self.learner.objective.beta)
+        verdict = assess(history, self.learner.objective.findings)
+        ended = {
+            "weights_sha256": weights, "skipped_steps": self.progress.skipped_steps, "verdict": verdict.as_dict(),
+        }  # fmt: skip
+        self.engine.same(lambda: self.directory.write_manifest({**self.directory.read_manifest(), **ended}))
+        return verdict
+
+    def _show(self, verdict: Verdict) -> None:
+        self.reporter.say(f"verdict  {verdict.color}: {verdict.summary}", style=verdict.color)
+        for finding in verdict.findings:
+            self.reporter.say(f"  {finding.name}: {finding.reason}", style=finding.color)
+            self.reporter.say(f"    next: {finding.next_step}")
+
+    def _write_final(self, tensors: dict[str, Tensor], means: dict[str, float] | None) -> None:
+        """Write final/ beside and rename it: a folder that is there is whole."""
+        config, learner, material = self.context.config, self.learner, self.material
+
+        def write(beside: Path) -> None:
+            save_policy(learner.policy, beside, learner.objective, tensors)
+            if config.model.adapter is not None:  # without it the adapter would sit on the wrong base
+                note = json.dumps({"sft_adapter": config.model.adapter})
+                (beside / START_FILE).write_text(note, encoding="utf-8")
+            try:
+                material.encoder.tokenizer.save_pretrained(str(beside))
+            except Exception as error:  # the tokenizers library has no kind of its own for a full disk
+                raise OSError(str(error)) from None
+            card = model_card(config, material.source, learner.objective, means, len(material.data.train))
+            (beside / "README.md").write_text(card, encoding="utf-8")
+
+        try:
+            write_folder(self.directory.final, write)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(f"{self.directory.final}: cannot be written ({safe_text(error)})") from None
