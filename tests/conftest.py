@@ -145,8 +145,8 @@ def assembled(pairs_file: Path, tmp_path: Path) -> Callable[..., Assembled]:
 
 def assemble(*words: str) -> Assembled:
     """The parts of a run with these words, in its output_dir."""
-    from dpo_cli.config.composition import composed_run, parse_overrides
-    from dpo_cli.config.schema import run_config
+    from dpo_cli.config.composition import composed, parse_overrides
+    from dpo_cli.config.schema import RunConfig, run_config
     from dpo_cli.console.reporter import Reporter
     from dpo_cli.engine.engine import SINGLE
     from dpo_cli.runs.run_directory import RunDirectory
@@ -154,15 +154,29 @@ def assemble(*words: str) -> Assembled:
     from dpo_cli.training.parts import Context, Progress
     from dpo_cli.training.records import Recorder
 
-    config = run_config(composed_run(parse_overrides(list(words))).container)
+    config = run_config(composed("train", parse_overrides(list(words)), RunConfig).container)
     directory = RunDirectory(Path(config.output_dir))
     directory.create()
     context = Context(config, directory, Reporter(), SINGLE, lambda: None)
     learner, material, choices = build(context, None, None)
     progress = Progress()
-    return Assembled(
-        context, learner, material, choices, progress, Recorder(context, learner, material, progress)
-    )
+    return Assembled(context, learner, material, choices, progress, Recorder(context, learner, material, progress))
+
+
+def stop_in(monkeypatch: pytest.MonkeyPatch, where: int | str) -> None:
+    """Have SIGTERM arrive in the micro-batch with that number, from 1, or in the first evaluation."""
+    from dpo_cli.training import records, runner
+
+    module, name = (records, "score_pairs") if where == "evaluation" else (runner, "one_forward_pass")
+    original, seen = getattr(module, name), []
+
+    def interrupted(*arguments: Any) -> Any:
+        seen.append(1)
+        if len(seen) == (1 if where == "evaluation" else where):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, name, interrupted)
 
 
 def tiny_words(pairs: Path, folder: Path) -> list[str]:

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny_models import pair
 from torch import nn
 
+from dpo_cli.engine.engine import SINGLE
 from dpo_cli.errors import DivergedError
 from dpo_cli.training.guard import NonFiniteGuard
 
-BATCH = [pair(2, 2, 2, seed) for seed in (11, 12)]
+ROWS = [11, 12]
 
 
 def optimizer() -> torch.optim.Optimizer:
@@ -20,7 +20,7 @@ def step(guard: NonFiniteGuard, number: int, value: float) -> None:
     """One update with a gradient of that value."""
     weight = guard.optimizer.param_groups[0]["params"][0]
     weight.grad = torch.full((3,), value)
-    guard.before_update(number, BATCH, torch.tensor([1.0, abs(value)]), weight.grad.norm())
+    guard.before_update(number, ROWS, torch.tensor([1.0, abs(value)]), weight.grad.norm())
     guard.optimizer.step()
     guard.optimizer.zero_grad()
 
@@ -78,14 +78,14 @@ def test_a_fused_optimizer_gets_its_step_counts_back_beside_the_weights() -> Non
     fused = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     model.weight.grad = torch.ones(2, 2)
     fused.step()
-    stored = optimizer_tensors(model, fused)
+    stored = optimizer_tensors(model, fused, SINGLE)
     restored = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     # The meta device stands for a GPU: a step count left on the CPU would be read there as an address of the device.
     with torch.device("meta"):
         elsewhere = nn.Linear(2, 2, bias=False)
     on_meta = torch.optim.AdamW(elsewhere.parameters(), lr=0.1)
     on_meta.param_groups[0]["fused"] = True
-    _restore_optimizer(stored, elsewhere, on_meta)
+    _restore_optimizer(stored, elsewhere, on_meta, None, SINGLE)
     assert {value.device.type for value in on_meta.state[elsewhere.weight].values()} == {"meta"}
-    _restore_optimizer(stored, model, restored)
+    _restore_optimizer(stored, model, restored, None, SINGLE)
     assert torch.equal(restored.state[model.weight]["exp_avg"], fused.state[model.weight]["exp_avg"])

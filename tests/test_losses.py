@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_cli.config.schema import LOSS_DIALS
-from dpo_cli.objectives.table import make_objective
 from dpo_cli.theory.losses import (
     LOSSES,
     LogRatios,
@@ -18,6 +17,7 @@ from dpo_cli.theory.losses import (
     hinge,
     implicit_rewards,
     loss_options,
+    make_loss,
     robust,
     sigmoid,
     sigmoid_norm,
@@ -127,7 +127,7 @@ FAMILY = [
 
 @pytest.mark.parametrize(("name", "dials", "expected"), FAMILY)
 def test_every_loss_gives_its_golden_numbers(name: str, dials: dict[str, float], expected: list[float]) -> None:
-    assert make_objective(name, BETA, **dials)(POLICY, GOLDEN).tolist() == pytest.approx(expected, rel=2e-5, abs=2e-6)
+    assert make_loss(name, BETA, **dials)(POLICY, GOLDEN).tolist() == pytest.approx(expected, rel=2e-5, abs=2e-6)
 
 
 def test_the_table_of_dials_in_the_config_is_that_of_the_functions() -> None:
@@ -139,7 +139,7 @@ def test_the_table_of_dials_in_the_config_is_that_of_the_functions() -> None:
 def test_autograd_of_every_loss_agrees_with_finite_differences(
     name: str, dials: dict[str, float], expected: list[float]
 ) -> None:
-    objective = make_objective(name, BETA, **dials)
+    loss = make_loss(name, BETA, **dials)
     tokens = (GOLDEN.chosen_tokens, GOLDEN.rejected_tokens)
     chosen = torch.tensor([0.3, -1.1, 2.0], dtype=torch.float64, requires_grad=True)
     rejected = torch.tensor([-0.2, 0.4, -1.3], dtype=torch.float64, requires_grad=True)
@@ -156,7 +156,7 @@ def test_at_the_start_every_loss_pulls_chosen_above_rejected(
 ) -> None:
     chosen, rejected = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
     ratios = LogRatios(chosen, rejected, torch.tensor([4]), torch.tensor([4]))
-    make_objective(name, BETA, **dials)(POLICY, ratios).sum().backward()
+    make_loss(name, BETA, **dials)(POLICY, ratios).sum().backward()
     assert chosen.grad is not None and rejected.grad is not None
     # A step against the gradient moves d = c - r by grad_r - grad_c, which must be up.
     pull = float(rejected.grad - chosen.grad)
@@ -183,7 +183,7 @@ def test_hinge_is_zero_exactly_where_the_margin_reaches_one(margin: float) -> No
 
 def test_discopop_stays_finite_where_the_margin_is_far_below_zero() -> None:
     # b d = -100: exp(100) m with m = sigmoid(-2000) = 0 is 0, and the logistic part 100.
-    got = make_objective("discopop", BETA, temperature=0.05)(POLICY, ratios_of(torch.tensor([-1000.0])))
+    got = make_loss("discopop", BETA, temperature=0.05)(POLICY, ratios_of(torch.tensor([-1000.0])))
     assert got.tolist() == pytest.approx([100.0])
 
 
@@ -199,7 +199,7 @@ def test_losses_a_token_see_the_length_and_losses_of_sums_do_not() -> None:
 
 def test_sft_weight_adds_the_negative_log_likelihood_a_token() -> None:
     # -log pi(y+)/n+ = [0.5/2, 10/4, 1/5] = [0.25, 2.5, 0.2], a tenth of each on top of the DPO loss
-    got = make_objective("sigmoid", BETA, sft_weight=0.1, label_smoothing=0.0)(POLICY, GOLDEN)
+    got = make_loss("sigmoid", BETA, sft_weight=0.1, label_smoothing=0.0)(POLICY, GOLDEN)
     assert got.tolist() == pytest.approx([0.693147 + 0.025, 0.313262 + 0.25, 0.126928 + 0.02], abs=1e-6)
 
 

@@ -174,19 +174,19 @@ def test_deterministic_holds_within_a_run_and_not_after_it(
 def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept_and_named(
     command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpo_cli.training import run as parts
-    from dpo_cli.training import runner
+    from dpo_cli.objectives import preference
+    from dpo_cli.training import records as recording
 
-    original = parts.pair_metrics
+    original = preference.pair_metrics
 
     def worse_after_two(*arguments: Any) -> dict[str, torch.Tensor]:
         found = original(*arguments)
         return {**found, "loss": found["loss"] + abs(len(seen_steps) - 2)}
 
     seen_steps: list[int] = []
-    score = runner.score_pairs
-    monkeypatch.setattr(parts, "pair_metrics", worse_after_two)
-    monkeypatch.setattr(runner, "score_pairs", lambda run, *rest: (seen_steps.append(1), score(run, *rest))[1])
+    score = recording.score_pairs
+    monkeypatch.setattr(preference, "pair_metrics", worse_after_two)
+    monkeypatch.setattr(recording, "score_pairs", lambda run, *rest: (seen_steps.append(1), score(run, *rest))[1])
     more = ("max_steps=6", "save_every=1", "eval_every=1", "keep_checkpoints=1")
     ended = command("dpo-train", *words(pairs_file, tmp_path / "run", *more))
     assert ended.code == 0, ended.err
@@ -303,13 +303,13 @@ def test_the_best_checkpoint_stays_the_best_where_a_stop_fell_into_its_evaluatio
     import os
     import signal
 
-    from dpo_cli.training import runner
+    from dpo_cli.training import records as recording
 
     more = ("optimizer.lr=0.3", "optimizer.warmup_steps=0", "max_steps=6", "save_every=2", "eval_every=2")
     more = (*more, "keep_checkpoints=1")
     assert command("dpo-train", *words(pairs_file, tmp_path / "straight", *more)).code == 0
     kept = [path.name for path in checkpoints(tmp_path / "straight" / "checkpoints")]
-    original, seen = runner.score_pairs, []
+    original, seen = recording.score_pairs, []
 
     def stopped(*arguments: Any) -> Any:
         seen.append(1)
@@ -317,7 +317,7 @@ def test_the_best_checkpoint_stays_the_best_where_a_stop_fell_into_its_evaluatio
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
-    monkeypatch.setattr(runner, "score_pairs", stopped)
+    monkeypatch.setattr(recording, "score_pairs", stopped)
     for stop_at in (1, 2):
         seen.clear()
         run = tmp_path / str(stop_at)

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TOPICS, Ended, records, run_of, sample_rows, tiny_words, write_jsonl
-from dpo_cli.objectives.reward_model import pair_rewards
-from dpo_cli.training.run import Run
+from conftest import TOPICS, Assembled, Ended, records, run_of, sample_rows, stop_in, tiny_words, write_jsonl
 from safetensors.torch import load_file, save_file
 from tiny_models import CPU, LORA, VOCABULARY, pair, tiny
 from torch import Tensor
@@ -22,28 +18,30 @@ from torch import Tensor
 from dpo_cli.data.batches import Layout
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import CheckpointError
-from dpo_cli.labelling.rules import RULES
 from dpo_cli.models.adapters import attach_lora
-from dpo_cli.models.logps import Batch, make_micro_batch, plain_attention
+from dpo_cli.models.logps import MicroBatch, make_micro_batch, plain_attention
 from dpo_cli.objectives.findings import History
 from dpo_cli.objectives.reward import (
     HEAD_FILE,
+    Reward,
     attach_head,
     head_of,
     load_head,
+    response_rewards,
     save_head,
 )
-from dpo_cli.objectives.table import make_objective
-from dpo_cli.theory.losses import LogRatios, PairLogps
+from dpo_cli.theory.losses import LogRatios, PairLogps, make_loss
 from dpo_cli.training import preflight as preflight_module
-from dpo_cli.training.preflight import check_closing, check_gradients, preflight
-from dpo_cli.training.runner import train_step
+from dpo_cli.training.preflight import check_closing, check_gradients, run_checks
 
 Command = Callable[..., Ended]
-Assembled = Callable[..., Run]
 LN2 = 0.6931471805599453
 TIMINGS = {"seconds", "pairs_per_second", "tokens_per_second", "peak_memory_gib"}
 LEARNING = ("objective=reward", "optimizer.lr=1e-2", "optimizer.warmup_steps=0")  # so that a few steps show
+
+
+def rewards_of(policy: Any, micro_batch: MicroBatch) -> PairLogps:
+    return micro_batch.scores(response_rewards(policy, micro_batch)).pairs()
 
 
 def trained_reward(pairs: Path, folder: Path, *words: str) -> Path:
@@ -115,8 +113,8 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3", "mixtral"])
-@pytest.mark.parametrize("way", [*Layout])
-def test_a_reward_is_read_at_the_last_token_however_the_batch_is_laid_out(family: str, way: Layout) -> None:
+@pytest.mark.parametrize("layout", [*Layout])
+def test_a_reward_is_read_at_the_last_token_however_the_batch_is_laid_out(family: str, layout: Layout) -> None:
     policy = reward_model(family)
     weight = head_of(policy).weight  # type: ignore[union-attr]
     with torch.no_grad():
@@ -127,19 +125,21 @@ def test_a_reward_is_read_at_the_last_token_however_the_batch_is_laid_out(family
             for side_of in [(one.chosen, one.rejected)]
         ]
         expected = torch.stack(sides, 1)
-        together = both(pair_rewards(policy, make_micro_batch(PAIRS, CPU, way)))
+        together = both(rewards_of(policy, make_micro_batch(PAIRS, CPU, layout)))
     assert float(expected.std()) > 1  # so that agreeing says something
     assert float((together - expected).abs().max()) <= 5e-5 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("way", [*Layout])
-def test_a_reward_depends_on_every_token_of_prompt_and_response_and_on_none_of_the_other_response(way: Layout) -> None:
+@pytest.mark.parametrize("layout", [*Layout])
+def test_a_reward_depends_on_every_token_of_prompt_and_response_and_on_none_of_the_other_response(
+    layout: Layout,
+) -> None:
     policy = reward_model()
     one = pair(4, 5, 3)
 
     def reward_of_chosen(changed: TokenizedPair) -> float:
         with torch.no_grad():
-            return float(pair_rewards(policy, make_micro_batch([changed], CPU, way)).chosen[0])
+            return float(rewards_of(policy, make_micro_batch([changed], CPU, layout)).chosen[0])
 
     def another(ids: Any, place: int) -> Any:
         values = ids.tolist()
@@ -160,9 +160,9 @@ def test_the_gradient_by_the_head_is_minus_sigmoid_of_minus_the_margin_times_the
     policy = reward_model()
     head = head_of(policy)
     assert head is not None
-    rewards = pair_rewards(policy, make_micro_batch(PAIRS[:4], CPU, Layout.PACKED_SEGMENTS))
+    rewards = rewards_of(policy, make_micro_batch(PAIRS[:4], CPU, Layout.PACKED_SEGMENTS))
     ratios = LogRatios.between(rewards, zeros_like(rewards))
-    (got,) = torch.autograd.grad(make_objective("sigmoid", 1.0)(rewards, ratios).sum(), head.weight)
+    (got,) = torch.autograd.grad(make_loss("sigmoid", 1.0)(rewards, ratios).sum(), head.weight)
     with torch.no_grad():
         apart = torch.stack(
             [last_hidden(policy, one.prompt, one.chosen) - last_hidden(policy, one.prompt, one.rejected)
@@ -187,14 +187,14 @@ def given(chosen: list[float], rejected: list[float]) -> PairLogps:
 def test_the_loss_is_the_same_function_as_dpos_with_the_reward_in_the_place_of_beta_times_the_log_ratio() -> None:
     # r+ - r- = ln 3: sigmoid is 3/4 and the loss ln 4/3; 0: ln 2; -ln 3: ln 4.
     rewards = given([math.log(3) + 5, 0.7, -2.0], [5.0, 0.7, -2.0 + math.log(3)])
-    losses = make_objective("sigmoid", 1.0)(rewards, LogRatios.between(rewards, zeros_like(rewards)))
+    losses = make_loss("sigmoid", 1.0)(rewards, LogRatios.between(rewards, zeros_like(rewards)))
     assert losses.tolist() == pytest.approx([math.log(4 / 3), LN2, math.log(4)], rel=1e-5)
     # A policy with beta log pi/pi_ref = r, whatever the reference: its DPO loss is that number.
     reference = given([-12.0, -3.0, -8.0], [-9.0, -20.0, -8.5])
     policy = given(
         (reference.chosen + rewards.chosen / 0.1).tolist(), (reference.rejected + rewards.rejected / 0.1).tolist()
     )
-    of_dpo = make_objective("sigmoid", 0.1)(policy, LogRatios.between(policy, reference))
+    of_dpo = make_loss("sigmoid", 0.1)(policy, LogRatios.between(policy, reference))
     assert of_dpo.tolist() == pytest.approx(losses.tolist(), rel=1e-4)
 
 
@@ -209,14 +209,16 @@ def test_a_run_starts_at_ln2_with_every_reward_exactly_zero(run: Path) -> None:
     assert first["rewards/accuracies"] == 0.5
 
 
-def test_the_first_update_moves_the_head_alone_the_second_b_and_the_third_a(assembled: Assembled) -> None:
+def test_the_first_update_moves_the_head_alone_the_second_b_and_the_third_a(
+    assembled: Callable[..., Assembled],
+) -> None:
     # dL/dh = -sigmoid(-m) w, which is 0 while w is: no adapter has a gradient. With w it reaches B; the gradient of A
     # is multiplied by B, and B is 0 until the second update.
     run = assembled(*LEARNING, "beta=1")
     for movers in ({"head"}, {"head", "B"}, {"head", "B", "A"}):
-        before = {name: weight.detach().clone() for name, weight in run.policy.named_parameters()}
-        train_step(run, run.data.train[:4])
-        for name, weight in run.policy.named_parameters():
+        before = {name: weight.detach().clone() for name, weight in run.learner.policy.named_parameters()}
+        run.step(run.material.data.train[:4])
+        for name, weight in run.learner.policy.named_parameters():
             part = "head" if "reward_head" in name else "B" if "lora_B" in name else "A" if "lora_A" in name else "base"
             assert (not torch.equal(weight, before[name])) == (part in movers), name
 
@@ -309,23 +311,11 @@ def test_a_stopped_run_resumes_to_the_same_bytes_head_included(
     monkeypatch: pytest.MonkeyPatch,
     forward_pass: int | str,
 ) -> None:
-    from dpo_cli.evaluation import scores
-    from dpo_cli.training import step
-
-    place = scores if forward_pass == "evaluation" else step
-    original, seen = place.response_scores_todo, []
-
-    def interrupted(*arguments: Any) -> Any:
-        seen.append(1)
-        if len(seen) == (1 if forward_pass == "evaluation" else forward_pass):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
-
     words = [*tiny_words(train_file, tmp_path / "stopped"), *LEARNING, *STOPPED]
-    monkeypatch.setattr(place, "response_scores_todo", interrupted)
-    stopped = command("dpo-train", *words)
+    with monkeypatch.context() as patched:
+        stop_in(patched, forward_pass)
+        stopped = command("dpo-train", *words)
     assert stopped.code == 75, stopped.err
-    monkeypatch.setattr(place, "response_scores_todo", original)
     resumed = command("dpo-train", *words, "resume=auto")
     assert resumed.code == 0, resumed.err
     saved = ("adapter_model.safetensors", HEAD_FILE)
@@ -488,8 +478,9 @@ def test_no_word_of_a_verdict_on_a_reward_model_is_of_nats() -> None:
             for step in range(12)
         ]  # fmt: skip
         held_out = {"step": 11, "split": "eval", "loss": 2.0, "rewards/accuracies": 0.5, "rewards/margins": 0.01}
-        history = History.of([*train_records, held_out], 40, 1e-3, 1.0, "sigmoid", "reward")
-        said |= {rule.name: rule.reason(history) + rule.next_step(history) for rule in RULES if rule.holds(history)}
+        history = History.of([*train_records, held_out], 40, 1e-3, 1.0)
+        rules = [rule for rule in Reward.findings if rule.holds(history)]
+        said |= {rule.name: rule.reason(history) + rule.next_step(history) for rule in rules}
     assert {"lr_too_high", "not_learning", "overfit", "length_driven"} <= set(said)
     for name, words in said.items():
         assert not [word for word in ("nats", "beta", "answers", "sigmoid_norm") if word in words], (name, words)
@@ -534,21 +525,21 @@ def test_answers_of_a_reward_model_are_refused(run: Path, command: Command) -> N
 # The preflight
 
 
-def subject_of(run: Run) -> Any:
-    pairs, texts = preflight_module.choose_pairs(run.data.train, run.data.train_texts)
+def subject_of(run: Assembled) -> Any:
+    pairs, texts = preflight_module.choose_pairs(run.material.data.train, run.material.data.train_texts)
     return preflight_module.PreflightSubject(
-        run.policy, run.reference, run.objective, run.config.beta, run.encoder, pairs, texts, run.device,
-        run.batching.way, run.dtype.value, at_start=True,
+        run.learner.policy, run.learner.reference, run.learner.objective, run.material.encoder, pairs, texts,
+        run.learner.batcher.device, run.learner.batcher.layout, run.learner.dtype, at_start=True,
     )  # fmt: skip
 
 
 @pytest.fixture
-def subject(assembled: Assembled) -> Any:
+def subject(assembled: Callable[..., Assembled]) -> Any:
     return subject_of(assembled(*LEARNING, "beta=1"))
 
 
 def test_the_preflight_passes_and_leaves_the_head_at_zero_without_a_gradient(subject: Any) -> None:
-    said = preflight(subject)
+    said = run_checks(subject)
     assert "(off by 0); gradient reaches all 14 adapters and nothing else; a pair alone equals" in said
     assert "chain rule" not in said
     head = head_of(subject.policy)
@@ -559,23 +550,23 @@ def test_the_preflight_passes_and_leaves_the_head_at_zero_without_a_gradient(sub
 def test_an_adapter_outside_the_forward_pass_is_named(subject: Any) -> None:
     subject.policy.add_module("ghost", torch.nn.ModuleDict({"lora_B": torch.nn.Linear(2, 2)}))
     with pytest.raises(CheckpointError, match=r"no gradient reaches 1 of 15 adapters \(ghost first\)"):
-        preflight(subject)
+        run_checks(subject)
 
 
 def test_a_base_weight_that_trains_beside_head_and_adapters_is_named(subject: Any) -> None:
     next(weight for name, weight in subject.policy.named_parameters() if "norm" in name).requires_grad_(True)
     with pytest.raises(CheckpointError, match="1 weights of the base train beside the adapters"):
-        check_gradients(subject, subject.pairs[:4])
+        check_gradients(subject)
 
 
-def test_a_reward_that_is_read_before_the_closing_token_is_refused(
-    subject: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def too_early(model: Any, batch: Batch) -> PairLogps:
-        return pair_rewards(model, replace(batch, ends=batch.ends - 1))
+class TooEarly(Reward):
+    """A reward model that is read one token before the last."""
 
-    with preflight_module.probing(subject.policy):
-        check_closing(subject, subject.pairs[:4])
-    monkeypatch.setattr(preflight_module, "response_scores_todo", too_early)
+    def score(self, policy: Any, micro_batch: MicroBatch) -> torch.Tensor:
+        return super().score(policy, replace(micro_batch, ends=micro_batch.ends - 1))
+
+
+def test_a_reward_that_is_read_before_the_closing_token_is_refused(subject: Any) -> None:
+    assert check_closing(subject) == "EOS is scored"
     with pytest.raises(CheckpointError, match=r"the closing EOS of row \d+ is not scored"):
-        preflight(subject)
+        run_checks(replace(subject, objective=TooEarly()))

@@ -1,22 +1,18 @@
 """The runner: where a run starts, what moves and what does not, and that a stopped run goes on to the same bytes."""
 
 import json
-import os
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Ended, records, sample_rows, tiny_words, write_jsonl
-from dpo_cli.training.run import Run
+from conftest import Assembled, Ended, records, sample_rows, stop_in, tiny_words, write_jsonl
 from safetensors.torch import load_file
 from tiny_models import tiny
 
 from dpo_cli.runs.checkpoint import checkpoints, validate
-from dpo_cli.training.runner import train_step
 
 Command = Callable[..., Ended]
 Trained = Callable[..., Path]
@@ -73,87 +69,87 @@ def test_training_raises_the_margin_of_the_pairs_it_sees(trained: Trained) -> No
     assert logged[-1]["rewards/accuracies"] == 1.0
 
 
-def test_the_first_step_moves_b_and_leaves_a(assembled: Callable[..., Run]) -> None:
+def test_the_first_step_moves_b_and_leaves_a(assembled: Callable[..., Assembled]) -> None:
     run = assembled()
-    before = {name: weight.detach().clone() for name, weight in run.policy.named_parameters()}
-    train_step(run, run.data.train[:4])
-    for name, weight in run.policy.named_parameters():
+    before = {name: weight.detach().clone() for name, weight in run.learner.policy.named_parameters()}
+    run.step(run.material.data.train[:4])
+    for name, weight in run.learner.policy.named_parameters():
         moved = not torch.equal(weight, before[name])
         assert moved == ("lora_B" in name), name
 
 
-def test_the_reference_never_moves(assembled: Callable[..., Run]) -> None:
+def test_the_reference_never_moves(assembled: Callable[..., Assembled]) -> None:
     run = assembled()
-    reference = run.reference.model  # type: ignore[attr-defined]
+    reference = run.learner.reference.model  # type: ignore[attr-defined]
     before = {name: value.clone() for name, value in reference.state_dict().items()}
     for start in (0, 4, 8):
-        train_step(run, run.data.train[start : start + 4])
+        run.step(run.material.data.train[start : start + 4])
     assert all(torch.equal(value, before[name]) for name, value in reference.state_dict().items())
     assert all(not weight.requires_grad and weight.grad is None for weight in reference.parameters())
     assert not reference.training
     shared = {weight.data_ptr() for weight in reference.parameters()}
-    assert not shared & {weight.data_ptr() for weight in run.policy.parameters()}
+    assert not shared & {weight.data_ptr() for weight in run.learner.policy.parameters()}
 
 
-def gradients(run: Run, batch: int) -> dict[str, torch.Tensor]:
+def gradients(run: Assembled, batch: int) -> dict[str, torch.Tensor]:
     """The gradient of one step, caught before the optimizer uses it."""
     caught: dict[str, torch.Tensor] = {}
 
     def catch(*_: Any, **__: Any) -> None:
-        caught.update({n: p.grad.clone() for n, p in run.policy.named_parameters() if p.grad is not None})
+        caught.update({n: p.grad.clone() for n, p in run.learner.policy.named_parameters() if p.grad is not None})
 
-    run.optimizer.step = catch  # type: ignore[method-assign, assignment]
-    run.config.max_grad_norm = 1e9
-    train_step(run, run.data.train[:batch])
+    run.learner.optimizer.step = catch  # type: ignore[method-assign, assignment]
+    run.context.config.max_grad_norm = 1e9
+    run.step(run.material.data.train[:batch])
     return caught
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(assembled: Callable[..., Run], size: int) -> None:
-    # 7 pairs in pieces of 2 or 3 leave a short last piece, which must not weigh more.
+def test_the_gradient_does_not_depend_on_how_the_batch_is_split(assembled: Callable[..., Assembled], size: int) -> None:
+    # 7 pairs in micro-batches of 2 or 3 leave a short last one, which must not weigh more.
     whole = gradients(assembled("micro_batch_size=7"), 7)
-    cut = gradients(assembled(f"micro_batch_size={size}"), 7)
-    assert whole.keys() == cut.keys()
+    split = gradients(assembled(f"micro_batch_size={size}"), 7)
+    assert whole.keys() == split.keys()
     for name, value in whole.items():
-        assert torch.allclose(value, cut[name], atol=1e-7, rtol=1e-4), name
+        assert torch.allclose(value, split[name], atol=1e-7, rtol=1e-4), name
 
 
 def test_the_gradient_of_a_batch_is_the_mean_of_its_pairs_whatever_batch_size_says(
-    assembled: Callable[..., Run],
+    assembled: Callable[..., Assembled],
 ) -> None:
     # A ragged last batch of 3 under batch_size=4 divides by 3.
     batch = gradients(assembled(), 3)
     singles = []
     for place in range(3):
         run = assembled()
-        run.data.train[:] = run.data.train[place:] + run.data.train[:place]
+        run.material.data.train[:] = run.material.data.train[place:] + run.material.data.train[:place]
         singles.append(gradients(run, 1))
     for name, value in batch.items():
         mean = (singles[0][name] + singles[1][name] + singles[2][name]) / 3
         assert torch.allclose(value, mean, atol=1e-7, rtol=1e-4), name
 
 
-def test_a_step_leaves_no_gradient_behind(assembled: Callable[..., Run]) -> None:
+def test_a_step_leaves_no_gradient_behind(assembled: Callable[..., Assembled]) -> None:
     run = assembled()
-    train_step(run, run.data.train[:4])
-    assert all(weight.grad is None for weight in run.policy.parameters())
+    run.step(run.material.data.train[:4])
+    assert all(weight.grad is None for weight in run.learner.policy.parameters())
 
 
-def test_a_gradient_longer_than_max_grad_norm_is_scaled_down_to_it(assembled: Callable[..., Run]) -> None:
+def test_a_gradient_longer_than_max_grad_norm_is_scaled_down_to_it(assembled: Callable[..., Assembled]) -> None:
     run, caught = assembled(), []
-    run.config.max_grad_norm = 1e-3
-    run.optimizer.step = lambda: caught.append(  # type: ignore[method-assign, assignment, misc]
-        sum(float((weight.grad**2).sum()) for weight in run.trainable if weight.grad is not None) ** 0.5
+    run.context.config.max_grad_norm = 1e-3
+    run.learner.optimizer.step = lambda: caught.append(  # type: ignore[method-assign, assignment, misc]
+        sum(float((weight.grad**2).sum()) for weight in run.learner.trainable if weight.grad is not None) ** 0.5
     )
-    train_step(run, run.data.train[:4])
-    assert run.window.grad_norm > 1e-3  # what is logged is the norm before
+    run.step(run.material.data.train[:4])
+    assert run.progress.window.grad_norm > 1e-3  # what is logged is the norm before
     assert caught == [pytest.approx(1e-3, rel=1e-3)]
 
 
-def test_gradient_checkpointing_changes_nothing(assembled: Callable[..., Run]) -> None:
+def test_gradient_checkpointing_changes_nothing(assembled: Callable[..., Assembled]) -> None:
     plain, run = gradients(assembled(), 4), assembled("engine.gradient_checkpointing=true")
     forwards: list[int] = []
-    run.policy.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
+    run.learner.policy.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
     checkpointed = gradients(run, 4)
     assert len(forwards) == 2  # once forward, once more in the backward pass
     assert all(torch.allclose(value, checkpointed[name], atol=1e-7) for name, value in plain.items())
@@ -236,28 +232,16 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     trained: Trained, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward_pass: int | str
 ) -> None:
     """Stopped by a signal in the middle of a step or an evaluation, with dropout on and a half-full log window."""
-    from dpo_cli.evaluation import scores
-    from dpo_cli.training import step
-
     words = ("max_steps=5", "micro_batch_size=2", "lora.dropout=0.1", "log_every=2", "eval_every=3", "save_every=2")
     straight = trained("straight", *words)
-    place = scores if forward_pass == "evaluation" else step
-    original, seen = place.response_scores_todo, []
-
-    def interrupted(*arguments: Any) -> Any:
-        seen.append(1)
-        if len(seen) == (1 if forward_pass == "evaluation" else forward_pass):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
-
     stopped_words = [*tiny_words(tmp_path / "pairs.jsonl", tmp_path / "stopped"), *words]
-    monkeypatch.setattr(place, "response_scores_todo", interrupted)
-    stopped = command("dpo-train", *stopped_words)
+    with monkeypatch.context() as patched:
+        stop_in(patched, forward_pass)
+        stopped = command("dpo-train", *stopped_words)
     assert stopped.code == 75, stopped.err
     assert stopped.err.startswith("error: stopped by SIGTERM at step ")
     done = int(stopped.err.split("at step ")[1].split(";")[0])
     assert checkpoints(tmp_path / "stopped" / "checkpoints")[-1].name == f"step-{done:08d}"  # nothing done is lost
-    monkeypatch.setattr(place, "response_scores_todo", original)
     resumed = command("dpo-train", *stopped_words, "resume=auto")
     assert resumed.code == 0, resumed.err
     for name in ("adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors"):
@@ -265,7 +249,9 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     assert without_timings(straight) == without_timings(tmp_path / "stopped")
 
 
-def test_resume_auto_without_a_checkpoint_begins_anew(trained: Trained, command: Command, pairs_file: Path) -> None:
+def test_resume_auto_without_a_checkpoint_starts_from_the_beginning(
+    trained: Trained, command: Command, pairs_file: Path
+) -> None:
     import shutil
 
     run = trained()
@@ -274,7 +260,7 @@ def test_resume_auto_without_a_checkpoint_begins_anew(trained: Trained, command:
     shutil.rmtree(run / "checkpoints")  # as a crash before the first save leaves it
     ended = command("dpo-train", *tiny_words(pairs_file, run), "resume=auto")
     assert ended.code == 0, ended.err
-    assert f"no checkpoint in {run} yet: beginning anew" in ended.out
+    assert f"no checkpoint in {run} yet: starting from the beginning" in ended.out
     assert without_timings(run) == once
 
 
@@ -302,7 +288,7 @@ def test_a_second_run_in_the_same_directory_is_refused(trained: Trained, command
     run = trained()
     ended = command("dpo-train", *tiny_words(pairs_file, run))
     assert ended.code == 2
-    assert ended.err == f"error: output_dir={run}: holds a run already; resume=auto goes on with it\n"
+    assert ended.err == f"error: output_dir={run}: holds a run already; resume=auto continues it\n"
 
 
 def stopped_run(run: Path) -> Path:
@@ -349,7 +335,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(
     assert explicit.code == 4 and "adapter_model.safetensors" in explicit.err
     ended = command("dpo-train", *tiny_words(pairs_file, run), "resume=auto")
     assert ended.code == 0 and "passed over a checkpoint" in ended.out
-    assert "going on from" in ended.out and "at step 2" in ended.out
+    assert "resuming from" in ended.out and "at step 2" in ended.out
 
 
 def test_a_manifest_that_names_files_elsewhere_is_refused(trained: Trained) -> None:
@@ -370,37 +356,36 @@ def test_old_checkpoints_go_and_new_ones_stay(trained: Trained) -> None:
 
 
 def test_a_failed_save_leaves_earlier_checkpoints(
-    trained: Trained, assembled: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    trained: Trained, assembled: Callable[..., Assembled], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dpo_cli.errors import StorageError
     from dpo_cli.runs import checkpoint
-    from dpo_cli.training import runner
 
     run = assembled()
-    runner.save(run)
-    run.step = 1
+    run.recorder.save()
+    run.progress.step = 1
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(StorageError, match="No space left on device"):
-        runner.save(run)
-    left = list(run.directory.checkpoints.iterdir())
+        run.recorder.save()
+    left = list(run.context.directory.checkpoints.iterdir())
     assert [path.name for path in left] == ["step-00000000"]
     validate(left[0])
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_a_weight_moves(assembled: Callable[..., Run]) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_weight_moves(assembled: Callable[..., Assembled]) -> None:
     from dpo_cli.errors import DivergedError
 
     run = assembled()
     with torch.no_grad():
-        next(p for n, p in run.policy.named_parameters() if "lora_B" in n).fill_(float("inf"))
-    before = {name: weight.detach().clone() for name, weight in run.policy.named_parameters()}
+        next(p for n, p in run.learner.policy.named_parameters() if "lora_B" in n).fill_(float("inf"))
+    before = {name: weight.detach().clone() for name, weight in run.learner.policy.named_parameters()}
     with pytest.raises(DivergedError, match=r"step 1: the loss of rows .* of the data is not finite .*not touched"):
-        train_step(run, run.data.train[:4])
-    assert all(torch.equal(weight, before[name]) for name, weight in run.policy.named_parameters())
+        run.step(run.material.data.train[:4])
+    assert all(torch.equal(weight, before[name]) for name, weight in run.learner.policy.named_parameters())
 
 
 def test_ranked_responses_train_with_every_comparison_of_a_prompt_in_one_batch(

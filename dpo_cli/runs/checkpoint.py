@@ -305,7 +305,14 @@ def optimizer_tensors(policy: Any, optimizer: torch.optim.Optimizer, engine: Eng
     tensors = {}
     for name, parameter in _trainable(policy):
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}|{key}"] = engine.full(value).detach().cpu().contiguous()
+            if isinstance(value, Tensor):
+                tensors[f"{name}|{key}"] = engine.full(value).detach().cpu().contiguous()
+            elif isinstance(value, int | float):  # float64 says that it is a plain number
+                tensors[f"{name}|{key}"] = torch.tensor(value, dtype=torch.float64)
+            elif value is not None:
+                raise TypeError(
+                    f"{type(optimizer).__name__}: {key} is {type(value).__name__}, not a tensor or a number"
+                )
     return tensors
 
 
@@ -388,7 +395,9 @@ def _restore_optimizer(
             raise CheckpointError(f"{OPTIMIZER}: {safe_text(full_name)} holds no numbers of the optimizer")
         # AdamW keeps its step count on the CPU, whatever the device; a fused one keeps it beside the weights.
         beside = value.ndim or optimizer.param_groups[0].get("fused")
-        optimizer.state[parameter][key] = engine.like(parameter, value) if beside else value
+        plain = value.ndim == 0 and value.dtype == torch.float64
+        restored = value.item() if plain else engine.like(parameter, value) if beside else value
+        optimizer.state[parameter][key] = restored
 
 
 def _same_names(file: Path, stored: set[str], expected: set[str]) -> None:

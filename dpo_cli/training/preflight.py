@@ -226,16 +226,18 @@ def check_chain_rule(subject: PreflightSubject) -> str:
 
 def check_batch_invariance(subject: PreflightSubject) -> str:
     """A pair scored alone has the numbers it has in a batch."""
-    together, worst = subject.start_scores, 0.0
-    for number in {0, len(subject.first) - 1}:
-        pair = subject.first[number]
-        off = float((subject.scores([pair]).values - together.values[together.units[number]]).abs().max())
-        if not off <= TOLERANCES[subject.dtype].of(max(map(len, pair.responses))):
-            raise CheckpointError(
-                f"preflight: row {pair.index} scores {off:.2f} nats differently in a batch than alone: "
-                "this model sees its padding or its neighbours; micro_batch_size=1 with layout=padded avoids it"
-            )
-        worst = max(worst, off)
+    worst = 0.0
+    with subject.objective.probing(subject.policy):
+        together = subject.scores(subject.first)
+        for number in {0, len(subject.first) - 1}:
+            pair = subject.first[number]
+            off = float((subject.scores([pair]).values - together.values[together.units[number]]).abs().max())
+            if not off <= TOLERANCES[subject.dtype].of(max(map(len, pair.responses))):
+                raise CheckpointError(
+                    f"preflight: row {pair.index} scores {off:.2f} nats differently in a batch than alone: "
+                    "this model sees its padding or its neighbours; micro_batch_size=1 with layout=padded avoids it"
+                )
+            worst = max(worst, off)
     return f"a pair alone equals the pair in a batch to {worst:.1g}"
 
 

@@ -5,16 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from dpo_cli.training.verdict import judge
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_cli.labelling.rules import RULES
-from dpo_cli.labelling.rules import RULES as VERDICT_RULES
-from dpo_cli.objectives.alarms import ENOUGH
+from dpo_cli.objectives.alarms import ENOUGH, preference_alarms
 from dpo_cli.objectives.drift import correlation, kl_per_token, measure_drift
-from dpo_cli.objectives.findings import History
-from dpo_cli.theory.losses import LogRatios
+from dpo_cli.objectives.findings import History, Verdict, assess, finding_rules
+from dpo_cli.objectives.preference import Preference, columns_of
+from dpo_cli.objectives.reward import Reward
+from dpo_cli.theory.losses import LogRatios, make_loss
 from dpo_cli.training.monitor import WINDOW, Monitor
 
 
@@ -23,6 +22,10 @@ def ratios(chosen: Any, rejected: Any, chosen_tokens: Any = 10, rejected_tokens:
     width = max(column.numel() for column in columns)
     tokens = [torch.as_tensor(value, dtype=torch.float32).expand(width) for value in (chosen_tokens, rejected_tokens)]
     return LogRatios(*(column.expand(width) for column in columns), *tokens)
+
+
+def monitor(mode: str = "warn", beta: float = 0.1, loss: str = "sigmoid") -> Monitor:
+    return Monitor(Preference(beta, make_loss(loss, beta), loss), mode)
 
 
 # Drift
@@ -89,72 +92,72 @@ ALARMS = {
 }
 
 
-@pytest.mark.parametrize("name", [rule.name for rule in RULES])
+@pytest.mark.parametrize("name", [rule.name for rule in preference_alarms("sigmoid")])
 def test_every_alarm_sounds_when_it_should_and_not_otherwise(name: str) -> None:
     triggers, quiet = ALARMS[name]
-    radar = Monitor(0.1, "warn")
-    radar.add(triggers)
-    assert name in [alarm.name for alarm in radar.alarms(radar.drift())]
-    calm = Monitor(0.1, "warn")
-    calm.add(quiet)
+    watch = monitor("warn")
+    watch.add(columns_of(triggers))
+    assert name in [alarm.name for alarm in watch.alarms(watch.drift())]
+    calm = monitor("warn")
+    calm.add(columns_of(quiet))
     assert name not in [alarm.name for alarm in calm.alarms(calm.drift())]
 
 
 def test_an_alarm_gives_its_numbers_and_a_remedy_and_sounds_once() -> None:
-    radar = Monitor(0.1, "warn")
-    radar.add(ALARMS["displacement"][0])
-    alarms = {alarm.name: alarm for alarm in radar.alarms(radar.drift())}
+    watch = monitor("warn")
+    watch.add(columns_of(ALARMS["displacement"][0]))
+    alarms = {alarm.name: alarm for alarm in watch.alarms(watch.drift())}
     assert alarms["displacement"].text == (
         "chosen fell 40 nats a response (4.00 a token) while the margin grows: likelihood displacement; "
         "a smaller optimizer.lr or loss.sft_weight=0.1 usually stops it"
     )
-    assert radar.alarms(radar.drift()) == []
+    assert watch.alarms(watch.drift()) == []
 
 
 def test_stop_ends_a_run_for_what_holds_now_said_before_or_not() -> None:
-    radar = Monitor(0.1, "stop")
-    radar.restore(torch.zeros(4, 0), ["displacement"])
-    radar.add(ALARMS["displacement"][0])
-    ruin = radar.ruin(radar.drift())
+    watch = monitor("stop")
+    watch.restore(torch.zeros(4, 0), ["displacement"])
+    watch.add(columns_of(ALARMS["displacement"][0]))
+    ruin = watch.ruin(watch.drift())
     assert ruin is not None and ruin.name == "displacement"
-    warned, calm = Monitor(0.1, "warn"), Monitor(0.1, "stop")
-    warned.add(ALARMS["displacement"][0])
-    calm.add(ALARMS["length"][0])  # an alarm, and no ruin
+    warned, calm = monitor("warn"), monitor("stop")
+    warned.add(columns_of(ALARMS["displacement"][0]))
+    calm.add(columns_of(ALARMS["length"][0]))  # an alarm, and no ruin
     assert warned.ruin(warned.drift()) is None and calm.ruin(calm.drift()) is None
 
 
 def test_a_reward_model_is_warned_in_words_of_its_own() -> None:
     for name, (triggers, _) in ALARMS.items():
-        radar = Monitor(1.0, "stop", objective="reward")
-        radar.add(triggers)
-        alarms = {alarm.name: alarm.text for alarm in radar.alarms(radar.drift())}
-        assert radar.ruin(radar.drift()) is None and alarms.keys() <= {"length", "saturated"}
+        watch = Monitor(Reward(), "stop")
+        watch.add(columns_of(triggers))
+        alarms = {alarm.name: alarm.text for alarm in watch.alarms(watch.drift())}
+        assert watch.ruin(watch.drift()) is None and alarms.keys() <= {"length", "saturated"}
         if name == "length":
             assert "balance the lengths of the pairs" in alarms["length"]
             assert "policy" not in alarms["length"] and "loss=" not in alarms["length"]
 
 
 def test_saturation_is_a_matter_of_the_sigmoid_loss() -> None:
-    radar = Monitor(2.0, "warn", loss="sigmoid_norm")
-    radar.add(ALARMS["saturated"][0])
-    assert "saturated" not in [alarm.name for alarm in radar.alarms(radar.drift())]
+    watch = monitor("warn", 2.0, "sigmoid_norm")
+    watch.add(columns_of(ALARMS["saturated"][0]))
+    assert "saturated" not in [alarm.name for alarm in watch.alarms(watch.drift())]
 
 
 def test_off_is_silent_and_few_pairs_prove_nothing() -> None:
-    off, young = Monitor(0.1, "off"), Monitor(0.1, "warn")
-    off.add(ALARMS["displacement"][0])
-    young.add(ratios([-40.0] * (ENOUGH - 1), -90.0))
+    off, young = monitor("off"), monitor("warn")
+    off.add(columns_of(ALARMS["displacement"][0]))
+    young.add(columns_of(ratios([-40.0] * (ENOUGH - 1), -90.0)))
     assert off.alarms(off.drift()) == [] == young.alarms(young.drift())
 
 
 def test_the_window_forgets_and_survives_a_checkpoint() -> None:
-    radar = Monitor(0.1, "warn")
-    radar.add(ratios([-40.0] * 10, -90.0))
-    radar.add(ratios([0.0] * WINDOW, 0.0))
-    assert radar.drift().chosen_nats == 0.0 and radar.drift().pairs == WINDOW
-    again = Monitor(0.1, "warn")
-    again.restore(radar.state(), ["far"])
-    assert again.drift() == radar.drift() and again.sounded == ["far"]
+    watch = monitor("warn")
+    watch.add(columns_of(ratios([-40.0] * 10, -90.0)))
+    watch.add(columns_of(ratios([0.0] * WINDOW, 0.0)))
+    assert watch.drift().chosen_nats == 0.0 and watch.drift().pairs == WINDOW
+    again = monitor("warn")
+    again.restore(watch.state(), ["far"])
+    assert again.drift() == watch.drift() and again.sounded == ["far"]
 
 
 # Verdict
@@ -175,7 +178,6 @@ def history(
     skipped: int = 0,
     worst: float = 0.7,
     start: float = math.log(2),
-    name: str = "sigmoid",
 ) -> History:
     """A healthy history, but for what a test changes."""
     train = [
@@ -189,7 +191,11 @@ def history(
         for step in range(21)
     ]  # fmt: skip
     end = {"split": "eval", "step": 20, "rewards/accuracies": accuracy, "rewards/margins": margin, "loss": loss}
-    return History.of([*train, end] if held_out else train, held_out, lr=5e-5, beta=0.1, loss=name)
+    return History.of([*train, end] if held_out else train, held_out, lr=5e-5, beta=0.1)
+
+
+def judged(name: str = "sigmoid", **changes: Any) -> Verdict:
+    return assess(history(**changes), finding_rules(in_nats=True, loss=name))
 
 
 VERDICTS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
@@ -216,30 +222,30 @@ VERDICTS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
 }
 
 
-@pytest.mark.parametrize("name", [rule.name for rule in VERDICT_RULES])
+@pytest.mark.parametrize("name", [rule.name for rule in finding_rules(in_nats=True)])
 def test_every_verdict_is_given_when_it_should_and_not_otherwise(name: str) -> None:
     triggers, quiet = VERDICTS[name]
-    found = judge(history(**triggers))  # type: ignore[arg-type]
+    found = judged(**triggers)
     assert name in [finding.name for finding in found.findings]
     assert found.color != "green"
-    assert name not in [finding.name for finding in judge(history(**quiet)).findings]  # type: ignore[arg-type]
+    assert name not in [finding.name for finding in judged(**quiet).findings]
 
 
 @pytest.mark.parametrize("changes", [{"loss": 1.2}, {"worst": 2.5}])
 def test_a_loss_that_explodes_reads_as_too_high_a_rate(changes: dict[str, float]) -> None:
-    assert [finding.name for finding in judge(history(**changes)).findings] == ["lr_too_high"]  # type: ignore[arg-type]
+    assert [finding.name for finding in judged(**changes).findings] == ["lr_too_high"]
 
 
-def test_what_was_learned_by_heart_was_learned_and_what_hardly_moved_was_not() -> None:
+def test_memorised_pairs_were_learned_and_what_hardly_moved_was_not() -> None:
     chance = {"accuracy": 0.51, "margin": 0.001, "train_accuracy": 0.98}
-    still = judge(history(**chance, chosen=0.001, rejected=0.001))
-    moved = judge(history(**chance, chosen=-0.2))
+    still = judged(**chance, chosen=0.001, rejected=0.001)
+    moved = judged(**chance, chosen=-0.2)
     assert [finding.name for finding in still.findings] == ["not_learning"]
     assert [finding.name for finding in moved.findings] == ["overfit"]
 
 
 def test_a_handful_of_held_out_pairs_gives_no_green_light() -> None:
-    verdict = judge(history(accuracy=0.0, held_out=1, margin=-0.1, train_accuracy=0.1))
+    verdict = judged(accuracy=0.0, held_out=1, margin=-0.1, train_accuracy=0.1)
     assert verdict.color == "yellow" and [finding.name for finding in verdict.findings] == ["chance"]
     assert verdict.findings[0].reason == "1 held-out pair cannot tell this accuracy from a coin's"
     assert "(95% interval 0 to 0.79, 1 pair)" in verdict.summary
@@ -248,23 +254,23 @@ def test_a_handful_of_held_out_pairs_gives_no_green_light() -> None:
 def test_the_loss_is_judged_by_where_it_started_whatever_the_loss() -> None:
     # ipo starts at 25, bco_pair at 2 ln 2: neither is an explosion.
     for start, now in ((25.0, 20.0), (2 * math.log(2), 1.3)):
-        assert judge(history(start=start, loss=now, worst=now, name="ipo")).color == "green"
-    assert judge(history(saturated=0.8, name="sigmoid_norm")).color == "green"
+        assert judged("ipo", start=start, loss=now, worst=now).color == "green"
+    assert judged("sigmoid_norm", saturated=0.8).color == "green"
 
 
 def test_a_healthy_run_is_green_with_its_numbers() -> None:
-    verdict = judge(history())
+    verdict = judged()
     assert (verdict.color, verdict.findings) == ("green", [])
     assert verdict.summary == "held-out accuracy 0.7 (95% interval 0.63 to 0.76, 200 pairs), margin 0.5"
 
 
 def test_red_comes_first_and_colors_the_run() -> None:
-    verdict = judge(history(correlation=0.9, chosen=-0.9))
+    verdict = judged(correlation=0.9, chosen=-0.9)
     assert verdict.color == "red"
     assert [finding.color for finding in verdict.findings] == ["red", "yellow"]
     assert verdict.findings[0].next_step.startswith("optimizer.lr=5e-06; ")
 
 
 def test_without_held_out_pairs_nothing_is_green() -> None:
-    verdict = judge(history(held_out=0))
+    verdict = judged(held_out=0)
     assert verdict.color == "yellow" and verdict.summary.startswith("no held-out pairs")
