@@ -1,0 +1,76 @@
+"""Weights & Biases: online with a key and a network, else offline in the run directory, to upload later.
+
+The library is kept from asking, printing, and sending what is not a record: code, git, packages, machine, console.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_cli.trackers.tracker import Start, reachable
+
+# How a run ended, in the exit codes of wandb: finished, killed, failed.
+EXIT_CODES = {"finished": 0, "stopped": 255, "failed": 1}
+
+
+class WeightsAndBiases:
+    """A run with the id of trackers.json."""
+
+    package = "wandb"
+
+    def __init__(self, options: Mapping[str, Any], start: Start) -> None:
+        # Read when the package is imported. Error reports would go to wandb.
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        settings = wandb.Settings(
+            console="off", silent=True, symlink=False, init_timeout=30, finish_timeout=60, save_code=False,
+            disable_code=True, disable_git=True, x_disable_meta=True, x_disable_stats=True,
+            x_disable_machine_info=True, x_save_requirements=False,
+        )  # fmt: skip
+        self._teardown = wandb.teardown
+        try:
+            offline = self._why_offline(options["mode"], wandb.setup().settings.base_url)
+            if offline and options["mode"] == "online":
+                raise RuntimeError(offline)
+            self._online = not offline
+            self._run = wandb.init(
+                project=options["project"], entity=options["entity"], name=options["name"] or start.name, id=start.id,
+                resume="allow", mode="online" if self._online else "offline", dir=str(start.directory),
+                config=start.config, settings=settings, reinit="create_new",
+            )  # fmt: skip
+        except BaseException:
+            wandb.teardown()
+            raise
+        if offline:
+            start.warn(f"tracker=wandb: offline ({offline}); upload with: wandb sync {self._run.settings.sync_dir}")
+
+    @staticmethod
+    def _why_offline(mode: str, url: str) -> str:
+        """Why the run cannot be online, or nothing."""
+        from wandb.sdk.lib.wbauth import authenticate_session
+
+        if mode == "offline":
+            return "tracker.wandb.mode=offline"
+        if mode == "auto" and (wanted := os.environ.get("WANDB_MODE", "online")) != "online":
+            return f"WANDB_MODE={wanted}"
+        if authenticate_session(host=url, source="dpo-train", prompt=False, update_session=False) is None:
+            return "no API key: set WANDB_API_KEY or run `wandb login`"
+        return f"{url} does not answer" if mode == "auto" and not reachable(url) else ""
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Add to the row of the step; a step before the last one that wandb knows keeps its first row."""
+        self._run.log(metrics, step=step)
+
+    def alarm(self, step: int, name: str, text: str) -> None:
+        """Add the text under alarms/<name>; online also an alert, which wandb can mail."""
+        self._run.log({f"alarms/{name}": text}, step=step)
+        if self._online:
+            self._run.alert(title=f"{name} at step {step}", text=text)
+
+    def finish(self, step: int, summary: dict[str, Any]) -> None:
+        """Put the summary into the run's, upload, and end the process that wandb has started."""
+        self._run.summary.update(summary)
+        self._run.finish(exit_code=EXIT_CODES[summary["status"]])
+        self._teardown()
