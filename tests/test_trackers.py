@@ -8,9 +8,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -232,13 +232,105 @@ def test_wandb_is_online_only_with_a_key_and_a_server_that_answers(
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
 
-def test_wandb_that_must_be_online_without_a_key_says_so_and_never_asks(
-    start: Callable[..., Trackers], wandb_home: None
+@pytest.mark.parametrize("mode", ["auto", "online"])
+def test_wandb_without_a_key_is_offline_and_never_asks(
+    start: Callable[..., Trackers], wandb_home: None, mode: str
 ) -> None:
     told: list[str] = []
-    trackers = start({"wandb": options("wandb", mode="online")}, warnings=told)
-    trackers.record(train(0))
-    assert told == ["tracker=wandb: records nothing from here on (no API key: set WANDB_API_KEY or run `wandb login`)"]
+    start({"wandb": options("wandb", mode=mode)}, warnings=told).finish(SUMMARY)
+    reason = "offline (no API key: set WANDB_API_KEY or run `wandb login`)"
+    assert [line.partition(";")[0] for line in told] == [f"tracker=wandb: {reason}"]
+
+
+class Server(BaseHTTPRequestHandler):
+    """As much of the server of Weights & Biases as a run asks of it; keeps what it is sent."""
+
+    protocol_version = "HTTP/1.1"
+    received: ClassVar[list[tuple[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.received.append((body.get("operationName", self.path), body.get("variables", body)))
+        sent = body.get("variables", {})
+        named = {"id": "p", "name": "dpo-cli", "entity": {"id": "e", "name": "me"}}
+        bucket = {
+            "id": "b",
+            "name": sent.get("name"),
+            "displayName": "x",
+            "config": "{}",
+            "historyLineCount": 0,
+            "project": named,
+        }
+        files = [{"name": name, "uploadUrl": ""} for name in sent.get("files", [])]
+        answers = {
+            "RunResumeStatus": {"model": named | {"bucket": None}},
+            "UpsertBucket": {"upsertBucket": {"bucket": bucket, "inserted": True}},
+            "CreateRunFiles": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}},
+        }
+        self.answer({"data": answers.get(body.get("operationName"), {})})
+
+    def do_GET(self) -> None:
+        self.answer({})
+
+    def answer(self, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_wandb_online_sends_records_alerts_config_and_summary_and_nothing_else(
+    start: Callable[..., Trackers],
+    wandb_home: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(Server, "received", [])
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        trackers = start({"wandb": options("wandb", project="p", entity="me")})
+        trackers.record(train(0, alarms={"length": "answers grow"}))
+        trackers.record(evaluation(0))
+        trackers.finish(SUMMARY | {"status": "failed"})
+        server.shutdown()
+        serving.join()
+    [created, *_] = [sent for name, sent in Server.received if name == "UpsertBucket"]
+    given = {key: value for key, value in created.items() if value is not None}
+    config = json.loads(given.pop("config"))
+    run_id = given.pop("name")
+    assert given == {"project": "p", "entity": "me", "displayName": "demo", "program": "dpo-train"}
+    assert {key: value["value"] for key, value in config.items() if key != "_wandb"} == CONFIG
+    assert set(config["_wandb"]["value"]) <= {"t", "m", "cli_version", "python_version"}
+    [alert] = [sent for name, sent in Server.received if name == "NotifyScriptableRunAlert"]
+    assert (alert["runName"], alert["title"], alert["text"]) == (run_id, "length at step 0", "answers grow")
+    streams = [sent for name, sent in Server.received if name.endswith("/file_stream")]
+    files = {file for sent in streams for file in sent.get("files", {})}
+    assert files == {"wandb-history.jsonl", "wandb-summary.json"}
+    [row] = [
+        json.loads(line) for sent in streams for line in sent["files"].get("wandb-history.jsonl", {}).get("content", [])
+    ]
+    expected = {"_step": 0, "loss": 1.0, "eval/loss": 2.0, "alarms/length": "answers grow"}
+    assert {key: row[key] for key in expected} == expected
+    last = json.loads(
+        [
+            sent["files"]["wandb-summary.json"]["content"][-1]
+            for sent in streams
+            if "wandb-summary.json" in sent["files"]
+        ][-1]
+    )
+    assert (last["verdict"], last["status"], last["findings"]) == ("green", "failed", SUMMARY["findings"])
+    assert [sent["exitcode"] for sent in streams if "exitcode" in sent] == [1]
+    names = {name for name, _ in Server.received if "/" not in name}
+    assert names == {"RunResumeStatus", "UpsertBucket", "NotifyScriptableRunAlert", "CreateRunFiles"}
+    assert capfd.readouterr() == ("", "")
 
 
 def free_port() -> int:
@@ -321,7 +413,7 @@ def test_a_tracker_that_fails_warns_once_and_the_others_go_on(
     for step in range(4):
         trackers.record(train(step))
     trackers.finish(SUMMARY)
-    assert told == ["tracker=broken: records nothing from here on ([Errno 28] No space left)"]
+    assert told == ["tracker=broken: failed and is off ([Errno 28] No space left)"]
     assert len((tmp_path / "run" / "toy.txt").read_text().splitlines()) == 2
     assert [step for step, _ in scalars(events(tmp_path / "run" / "tensorboard"), "loss")] == [0, 1, 2, 3]
 
@@ -336,7 +428,7 @@ def test_a_full_disk_under_tensorboard_warns_once(start: Callable[..., Trackers]
         for step in range(3):
             trackers.record(train(step))
         trackers.finish(SUMMARY)
-    assert told == ["tracker=tensorboard: records nothing from here on ([Errno 28] No space left on device)"]
+    assert told == ["tracker=tensorboard: failed and is off ([Errno 28] No space left on device)"]
 
 
 def test_a_folder_that_cannot_be_made_and_a_package_that_cannot_be_imported_warn_once(
@@ -350,8 +442,8 @@ def test_a_folder_that_cannot_be_made_and_a_package_that_cannot_be_imported_warn
     trackers.finish(SUMMARY)
     folder = tmp_path / "run" / "tensorboard"
     assert told == [
-        f"tracker=tensorboard: records nothing from here on ([Errno 17] File exists: '{folder}')",
-        "tracker=wandb: records nothing from here on (import of wandb halted; None in sys.modules)",
+        f"tracker=tensorboard: failed and is off ([Errno 17] File exists: '{folder}')",
+        "tracker=wandb: failed and is off (import of wandb halted; None in sys.modules)",
     ]
 
 

@@ -89,7 +89,7 @@ class Trackers:
             return call()
         except Exception as error:  # whatever a library raises: the run is worth more
             self._open.pop(name, None)
-            self._warn(f"tracker={name}: records nothing from here on ({safe_text(first_line(error), limit=200)})")
+            self._warn(f"tracker={name}: failed and is off ({safe_text(first_line(error), limit=300)})")
             return None
 
 

@@ -5,8 +5,9 @@ The library is kept from asking, printing, and sending what is not a record: cod
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.trackers.tracker import Start, reachable
 
 # How a run ended, in the exit codes of wandb: finished, killed, failed.
@@ -25,24 +26,33 @@ class WeightsAndBiases:
         import wandb
 
         settings = wandb.Settings(
-            console="off", silent=True, symlink=False, init_timeout=30, finish_timeout=60, save_code=False,
-            disable_code=True, disable_git=True, x_disable_meta=True, x_disable_stats=True,
-            x_disable_machine_info=True, x_save_requirements=False,
+            silent=True, console="off", symlink=False, init_timeout=30, finish_timeout=30, finish_timeout_raises=True,
+            program="dpo-train", save_code=False, disable_code=True, disable_git=True, x_disable_meta=True,
+            x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
         )  # fmt: skip
         self._teardown = wandb.teardown
+
+        def init(mode: Literal["online", "offline"]) -> Any:
+            return wandb.init(
+                project=options["project"], entity=options["entity"], name=options["name"] or start.name, id=start.id,
+                resume="allow", mode=mode, dir=str(start.directory), config=start.config, settings=settings,
+                reinit="create_new",
+            )  # fmt: skip
+
         try:
             offline = self._why_offline(options["mode"], wandb.setup().settings.base_url)
-            if offline and options["mode"] == "online":
-                raise RuntimeError(offline)
-            self._online = not offline
-            self._run = wandb.init(
-                project=options["project"], entity=options["entity"], name=options["name"] or start.name, id=start.id,
-                resume="allow", mode="online" if self._online else "offline", dir=str(start.directory),
-                config=start.config, settings=settings, reinit="create_new",
-            )  # fmt: skip
+            if not offline:
+                try:
+                    self._run = init("online")
+                except Exception as error:  # a wrong key, a server that has gone: what is recorded can go up later
+                    offline = safe_text(first_line(error), limit=200)
+                    wandb.teardown()  # its process still holds the id
+            if offline:
+                self._run = init("offline")
         except BaseException:
             wandb.teardown()
             raise
+        self._online = not offline
         if offline:
             start.warn(f"tracker=wandb: offline ({offline}); upload with: wandb sync {self._run.settings.sync_dir}")
 
@@ -71,6 +81,11 @@ class WeightsAndBiases:
 
     def finish(self, step: int, summary: dict[str, Any]) -> None:
         """Put the summary into the run's, upload, and end the process that wandb has started."""
-        self._run.summary.update(summary)
-        self._run.finish(exit_code=EXIT_CODES[summary["status"]])
-        self._teardown()
+        try:
+            self._run.summary.update(summary)
+            self._run.finish(exit_code=EXIT_CODES[summary["status"]])
+        except TimeoutError:
+            folder = self._run.settings.sync_dir
+            raise RuntimeError(f"the server took not everything; upload with: wandb sync {folder}") from None
+        finally:
+            self._teardown()

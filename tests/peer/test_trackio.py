@@ -109,4 +109,4 @@ def test_a_store_that_cannot_be_written_warns_once(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("in the way")
     run(tmp_path, RECORD, tmp_path, OPTIONS, None, 0)
     [told] = json.loads((tmp_path / "told.json").read_text())
-    assert told.startswith("tracker=trackio: records nothing from here on (")
+    assert told.startswith("tracker=trackio: failed and is off (")
