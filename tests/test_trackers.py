@@ -283,25 +283,28 @@ class Server(BaseHTTPRequestHandler):
         pass
 
 
-def test_wandb_online_sends_records_alerts_config_and_summary_and_nothing_else(
-    start: Callable[..., Trackers],
-    wandb_home: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture
+def server(wandb_home: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    """A running `Server`, known to wandb with a key for it."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setattr(Server, "received", [])
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        serving = threading.Thread(target=server.serve_forever)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        serving = threading.Thread(target=running.serve_forever)
         serving.start()
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-        trackers = start({"wandb": options("wandb", project="p", entity="me")})
-        trackers.record(train(0, alarms={"length": "answers grow"}))
-        trackers.record(evaluation(0))
-        trackers.finish(SUMMARY | {"status": "failed"})
-        server.shutdown()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{running.server_port}")
+        yield running
+        running.shutdown()
         serving.join()
+
+
+def test_wandb_online_sends_records_alerts_config_and_summary_and_nothing_else(
+    start: Callable[..., Trackers], server: ThreadingHTTPServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trackers = start({"wandb": options("wandb", project="p", entity="me")})
+    trackers.record(train(0, alarms={"length": "answers grow"}))
+    trackers.record(evaluation(0))
+    trackers.finish(SUMMARY | {"status": "failed"})
     [created, *_] = [sent for name, sent in Server.received if name == "UpsertBucket"]
     given = {key: value for key, value in created.items() if value is not None}
     config = json.loads(given.pop("config"))
@@ -331,6 +334,39 @@ def test_wandb_online_sends_records_alerts_config_and_summary_and_nothing_else(
     names = {name for name, _ in Server.received if "/" not in name}
     assert names == {"RunResumeStatus", "UpsertBucket", "NotifyScriptableRunAlert", "CreateRunFiles"}
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_server_that_refuses_the_run_leaves_it_offline(
+    start: Callable[..., Trackers], wandb_home: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo_cli.trackers.wandb.PATIENCE", 0.5)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
+    told: list[str] = []
+    trackers = start({"wandb": options("wandb", mode="online")}, warnings=told)
+    trackers.record(train(0))
+    trackers.finish(SUMMARY)
+    [line] = told
+    assert line.startswith("tracker=wandb: offline (")
+    folder = Path(line.rpartition(" ")[2])
+    [file] = folder.glob("*.wandb")
+    assert [items(row.history.item)["loss"] for row in wandb_records(file) if row.HasField("history")] == [1.0]
+
+
+def test_a_server_that_goes_away_neither_stops_nor_holds_the_run(
+    start: Callable[..., Trackers], server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo_cli.trackers.wandb.PATIENCE", 5)
+    told: list[str] = []
+    trackers = start({"wandb": options("wandb")}, warnings=told)
+    server.shutdown()
+    server.server_close()
+    trackers.record(train(0))
+    trackers.finish(SUMMARY)
+    [folder] = (tmp_path / "run" / "wandb").glob("run-*")
+    assert told == [
+        f"tracker=wandb: failed and is off (the server has not taken everything; upload with: wandb sync {folder})"
+    ]
 
 
 def free_port() -> int:

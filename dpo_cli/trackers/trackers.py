@@ -51,10 +51,10 @@ def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
 class Trackers:
     """The open trackers; one that fails is told of once and not called again."""
 
-    def __init__(self, warn: Callable[[str], None]) -> None:
+    def __init__(self, warn: Callable[[str], None], last_step: int = 0) -> None:
         self._open: dict[str, Tracker] = {}
         self._warn = warn
-        self._last_step = 0
+        self._last_step = last_step
 
     def open(self, name: str, options: Mapping[str, Any], start: Start) -> None:
         """Open a tracker and keep it, where that succeeds."""
@@ -75,7 +75,10 @@ class Trackers:
         self._each(lambda tracker: tracker.alarm(step, name, text))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Pass on what the run ended with and close; `summary["status"]` is finished, stopped or failed."""
+        """Pass on what the run ended with and close; `summary["status"]` is finished, stopped or failed.
+
+        It may wait half a minute for a server: what the run itself has to save comes before.
+        """
         plain = json.loads(json.dumps(dict(summary), default=str))
         self._each(lambda tracker: tracker.finish(self._last_step, plain))
         self._open.clear()
@@ -106,7 +109,7 @@ def open_trackers(
     `resumed_at` is the step of the checkpoint that the run resumes from: its trackers go on, too. `config` is plain
     data whose secrets are redacted.
     """
-    trackers = Trackers(warn)
+    trackers = Trackers(warn, resumed_at or 0)
     if options:
         run_id, name = _identity(directory / "trackers.json", run_name, resumed_at is not None, warn)
         start = Start(directory.resolve(), name, run_id, config, resumed_at, warn)

@@ -4,6 +4,7 @@ The library is kept from asking, printing, and sending what is not a record: cod
 """
 
 import os
+import shlex
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from dpo_cli.trackers.tracker import Start, reachable
 
 # How a run ended, in the exit codes of wandb: finished, killed, failed.
 EXIT_CODES = {"finished": 0, "stopped": 255, "failed": 1}
+PATIENCE = 30  # seconds that a server may take to open a run, and to take its last records
 
 
 class WeightsAndBiases:
@@ -26,9 +28,9 @@ class WeightsAndBiases:
         import wandb
 
         settings = wandb.Settings(
-            silent=True, console="off", symlink=False, init_timeout=30, finish_timeout=30, finish_timeout_raises=True,
-            program="dpo-train", save_code=False, disable_code=True, disable_git=True, x_disable_meta=True,
-            x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
+            silent=True, console="off", symlink=False, program="dpo-train", init_timeout=PATIENCE,
+            finish_timeout=PATIENCE, finish_timeout_raises=True, save_code=False, disable_code=True, disable_git=True,
+            x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
         )  # fmt: skip
         self._teardown = wandb.teardown
 
@@ -53,8 +55,9 @@ class WeightsAndBiases:
             wandb.teardown()
             raise
         self._online = not offline
+        self._upload = f"upload with: wandb sync {safe_text(shlex.quote(self._run.settings.sync_dir))}"
         if offline:
-            start.warn(f"tracker=wandb: offline ({offline}); upload with: wandb sync {self._run.settings.sync_dir}")
+            start.warn(f"tracker=wandb: offline ({offline}); {self._upload}")
 
     @staticmethod
     def _why_offline(mode: str, url: str) -> str:
@@ -67,7 +70,7 @@ class WeightsAndBiases:
             return f"WANDB_MODE={wanted}"
         if authenticate_session(host=url, source="dpo-train", prompt=False, update_session=False) is None:
             return "no API key: set WANDB_API_KEY or run `wandb login`"
-        return f"{url} does not answer" if mode == "auto" and not reachable(url) else ""
+        return f"{safe_text(url)} does not answer" if mode == "auto" and not reachable(url) else ""
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Add to the row of the step; a step before the last one that wandb knows keeps its first row."""
@@ -85,7 +88,6 @@ class WeightsAndBiases:
             self._run.summary.update(summary)
             self._run.finish(exit_code=EXIT_CODES[summary["status"]])
         except TimeoutError:
-            folder = self._run.settings.sync_dir
-            raise RuntimeError(f"the server took not everything; upload with: wandb sync {folder}") from None
+            raise RuntimeError(f"the server has not taken everything; {self._upload}") from None
         finally:
             self._teardown()
