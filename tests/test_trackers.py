@@ -60,8 +60,9 @@ def wandb_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    for name in ("WANDB_SILENT", "WANDB_ERROR_REPORTING"):  # the tracker sets them: undone after the test
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     yield
     assert [child.name() for child in psutil.Process().children() if "wandb" in child.name()] == []
     assert [thread.name for thread in threading.enumerate() if "wandb" in thread.name] == []
@@ -184,6 +185,7 @@ def test_wandb_offline_holds_the_run_and_a_resumed_one_has_its_id(
     trackers.record(train(0))
     trackers.record(train(1, alarms={"length": "answers grow"}))
     trackers.record(evaluation(1))
+    print("a line of the console")
     trackers.finish(SUMMARY)
     run_id = json.loads((tmp_path / "run" / "trackers.json").read_text())["id"]
     [folder] = (tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}")
@@ -211,7 +213,7 @@ def test_wandb_offline_holds_the_run_and_a_resumed_one_has_its_id(
     resumed.record(train(2))
     resumed.finish(SUMMARY | {"status": "stopped"})
     assert len(list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}"))) == 2
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("a line of the console\n", "")
 
 
 def test_wandb_is_online_only_with_a_key_and_a_server_that_answers(
@@ -331,6 +333,8 @@ def test_wandb_online_sends_records_alerts_config_and_summary_and_nothing_else(
     )
     assert (last["verdict"], last["status"], last["findings"]) == ("green", "failed", SUMMARY["findings"])
     assert [sent["exitcode"] for sent in streams if "exitcode" in sent] == [1]
+    uploads = {file for name, sent in Server.received if name == "CreateRunFiles" for file in sent["files"]}
+    assert uploads == {"config.yaml", "wandb-summary.json"}
     names = {name for name, _ in Server.received if "/" not in name}
     assert names == {"RunResumeStatus", "UpsertBucket", "NotifyScriptableRunAlert", "CreateRunFiles"}
     assert capfd.readouterr() == ("", "")

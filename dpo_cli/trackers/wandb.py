@@ -28,9 +28,9 @@ class WeightsAndBiases:
         import wandb
 
         settings = wandb.Settings(
-            silent=True, console="off", symlink=False, program="dpo-train", init_timeout=PATIENCE,
-            finish_timeout=PATIENCE, finish_timeout_raises=True, save_code=False, disable_code=True, disable_git=True,
-            x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
+            program="dpo-train", console="off", symlink=False, save_code=False, x_save_requirements=False,
+            x_disable_machine_info=True, x_disable_stats=True, init_timeout=PATIENCE, finish_timeout=PATIENCE,
+            finish_timeout_raises=True,
         )  # fmt: skip
         self._teardown = wandb.teardown
 
