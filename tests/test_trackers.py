@@ -27,6 +27,24 @@ KEY = "0123456789" * 4
 SUMMARY = {"status": "finished", "verdict": "green", "findings": ["learned", "held out agrees"], "final": Path("final")}
 
 
+KILLED = """
+import sys
+from pathlib import Path
+import psutil
+from dpo_cli.trackers.trackers import open_trackers
+
+options = {"project": "p", "entity": None, "name": None, "mode": "offline"}
+trackers = open_trackers({"wandb": options}, Path(sys.argv[1]), "demo", {}, None, print)
+[core] = psutil.Process().children()
+core.kill()
+psutil.wait_procs([core])
+for step in range(100):
+    trackers.record({"step": step, "split": "train", "loss": 0.5})
+trackers.finish({"status": "finished"})
+print("done")
+"""
+
+
 def options(name: str, **changed: Any) -> dict[str, Any]:
     """The options of the packaged YAML, some changed."""
     return yaml.safe_load((CONF / f"{name}.yaml").read_text())[name] | changed
@@ -360,7 +378,7 @@ def test_a_server_that_refuses_the_run_leaves_it_offline(
 def test_a_server_that_goes_away_neither_stops_nor_holds_the_run(
     start: Callable[..., Trackers], server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_cli.trackers.wandb.PATIENCE", 5)
+    monkeypatch.setattr("dpo_cli.trackers.wandb.PATIENCE", 3)
     told: list[str] = []
     trackers = start({"wandb": options("wandb")}, warnings=told)
     server.shutdown()
@@ -371,6 +389,14 @@ def test_a_server_that_goes_away_neither_stops_nor_holds_the_run(
     assert told == [
         f"tracker=wandb: failed and is off (the server has not taken everything; upload with: wandb sync {folder})"
     ]
+
+
+def test_when_the_process_of_wandb_dies_the_run_goes_on_without_it(tmp_path: Path, wandb_home: None) -> None:
+    ended = subprocess.run([sys.executable, "-c", KILLED, tmp_path], capture_output=True, text=True, check=True)
+    assert ended.stderr == ""
+    [offline, failed, last] = ended.stdout.splitlines()
+    assert offline.startswith("tracker=wandb: offline (")
+    assert (failed, last) == ("tracker=wandb: failed and is off (Connection lost)", "done")
 
 
 def free_port() -> int:
@@ -417,6 +443,9 @@ class Toy:
     def finish(self, step: int, summary: dict[str, Any]) -> None:
         self._add(f"{step} {summary['status']}")
 
+    def close(self) -> None:
+        self._add("closed")
+
     def _add(self, line: str) -> None:
         with self.file.open("a") as file:
             file.write(line + "\n")
@@ -433,7 +462,7 @@ def test_a_tracker_is_added_with_a_class_and_an_entry(
     trackers.finish({"status": "stopped"})
     trackers.record(train(1))  # closed: goes nowhere
     assert (tmp_path / "run" / "toy.txt").read_text().splitlines() == [
-        "demo 0.1 None", "0 {'loss': 0.5}", "0 drift: far", "0 {'eval/loss': 0.25}", "0 stopped",
+        "demo 0.1 None", "0 {'loss': 0.5}", "0 drift: far", "0 {'eval/loss': 0.25}", "0 stopped", "closed",
     ]  # fmt: skip
 
 
@@ -454,7 +483,7 @@ def test_a_tracker_that_fails_warns_once_and_the_others_go_on(
         trackers.record(train(step))
     trackers.finish(SUMMARY)
     assert told == ["tracker=broken: failed and is off ([Errno 28] No space left)"]
-    assert len((tmp_path / "run" / "toy.txt").read_text().splitlines()) == 2
+    assert (tmp_path / "run" / "toy.txt").read_text().splitlines()[-1] == "closed"
     assert [step for step, _ in scalars(events(tmp_path / "run" / "tensorboard"), "loss")] == [0, 1, 2, 3]
 
 

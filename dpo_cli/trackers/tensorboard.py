@@ -50,8 +50,11 @@ class TensorBoard:
         self._text(step, f"alarms/{name}", text)
 
     def finish(self, step: int, summary: dict[str, Any]) -> None:
-        """Write the summary as text and close the file."""
+        """Write the summary as text."""
         self._text(step, "summary", as_markdown(summary))
+
+    def close(self) -> None:
+        """Close the file."""
         self._writer.close()
 
     def _text(self, step: int, tag: str, text: str) -> None:

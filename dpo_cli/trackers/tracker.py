@@ -35,7 +35,10 @@ class Tracker(Protocol):
         """Add an alarm in words."""
 
     def finish(self, step: int, summary: dict[str, Any]) -> None:
-        """Add what the run ended with, as plain data, and close; `step` is the last one recorded."""
+        """Add what the run ended with, as plain data; `step` is the last one recorded."""
+
+    def close(self) -> None:
+        """Let go of files and processes: the last call, after `finish` or after any call that raised."""
 
 
 def as_markdown(summary: dict[str, Any]) -> str:

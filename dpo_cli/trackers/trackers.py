@@ -8,8 +8,8 @@ import importlib.util
 import json
 import re
 import uuid
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,8 @@ class Trackers:
 
     def open(self, name: str, options: Mapping[str, Any], start: Start) -> None:
         """Open a tracker and keep it, where that succeeds."""
-        opened = self._safely(name, lambda: TRACKERS[name](options, start))
-        if opened is not None:
-            self._open[name] = opened
+        with self._guarded(name):
+            self._open[name] = TRACKERS[name](options, start)
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Pass on one line of metrics.jsonl as it is, with the alarms in it."""
@@ -81,19 +80,27 @@ class Trackers:
         """
         plain = json.loads(json.dumps(dict(summary), default=str))
         self._each(lambda tracker: tracker.finish(self._last_step, plain))
-        self._open.clear()
+        for name in list(self._open):
+            self._close(name)
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._open.items()):
-            self._safely(name, partial(call, tracker))
+            with self._guarded(name):
+                call(tracker)
 
-    def _safely(self, name: str, call: Callable[[], Any]) -> Any:
+    @contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
         try:
-            return call()
-        except Exception as error:  # whatever a library raises: the run is worth more
-            self._open.pop(name, None)
+            yield
+        except (Exception, SystemExit) as error:  # whatever a library raises: the run is worth more
             self._warn(f"tracker={name}: failed and is off ({safe_text(first_line(error), limit=300)})")
-            return None
+            self._close(name)
+
+    def _close(self, name: str) -> None:
+        tracker = self._open.pop(name, None)
+        if tracker is not None:
+            with suppress(Exception, SystemExit):  # wandb exits with the code of its own process
+                tracker.close()
 
 
 def open_trackers(

@@ -69,8 +69,13 @@ class Trackio:
             self._run.alert(name, text, step=step)
 
     def finish(self, step: int, summary: dict[str, Any]) -> None:
-        """Add the summary as an alert of level info, and close."""
+        """Add the summary as an alert of level info, and wait until all is stored."""
         with _quietly():
             level = self._trackio.AlertLevel.INFO
             self._run.alert(f"run {summary['status']}", as_markdown(summary), level, step=step)
+            self._run.finish()
+
+    def close(self) -> None:
+        """Let trackio forget the run, or it prints when Python exits."""
+        with _quietly():
             self._trackio.finish()

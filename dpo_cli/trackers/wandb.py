@@ -83,11 +83,13 @@ class WeightsAndBiases:
             self._run.alert(title=f"{name} at step {step}", text=text)
 
     def finish(self, step: int, summary: dict[str, Any]) -> None:
-        """Put the summary into the run's, upload, and end the process that wandb has started."""
+        """Put the summary into the run's and upload."""
+        self._run.summary.update(summary)
         try:
-            self._run.summary.update(summary)
             self._run.finish(exit_code=EXIT_CODES[summary["status"]])
         except TimeoutError:
             raise RuntimeError(f"the server has not taken everything; {self._upload}") from None
-        finally:
-            self._teardown()
+
+    def close(self) -> None:
+        """End the process that wandb has started."""
+        self._teardown()
