@@ -14,7 +14,7 @@ FLOORS = [
     {"paths", "signals"},
     {"config"},
     {"storage"},
-    {"data"},
+    {"data", "trackers"},
     {"models"},
     {"objectives"},
     {"runs"},

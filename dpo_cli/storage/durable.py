@@ -14,7 +14,8 @@ from pathlib import Path
 UNFINISHED = ".tmp-"
 # Only names that this program makes are swept: a run directory may lie in a folder of somebody else's.
 OURS = re.compile(
-    r"\.tmp-(?:removed-)?(?:step-\d+|final)(?:-\d+)?|\.tmp-(?:config\.yaml|manifest\.json|reference_logps\.bin)"
+    r"\.tmp-(?:removed-)?(?:step-\d+|final)(?:-\d+)?"
+    r"|\.tmp-(?:config\.yaml|manifest\.json|trackers\.json|reference_logps\.bin)"
 )
 
 

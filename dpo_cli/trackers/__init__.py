@@ -1,0 +1,1 @@
+"""Where the records of a run go besides metrics.jsonl and the console."""
