@@ -139,13 +139,13 @@ def test_the_table_of_dials_in_the_config_is_that_of_the_functions() -> None:
 def test_autograd_of_every_loss_agrees_with_finite_differences(
     name: str, dials: dict[str, float], expected: list[float]
 ) -> None:
-    loss = make_loss(name, BETA, **dials)
+    preference = make_loss(name, BETA, **dials)
     tokens = (GOLDEN.chosen_tokens, GOLDEN.rejected_tokens)
     chosen = torch.tensor([0.3, -1.1, 2.0], dtype=torch.float64, requires_grad=True)
     rejected = torch.tensor([-0.2, 0.4, -1.3], dtype=torch.float64, requires_grad=True)
 
     def loss(c: Tensor, r: Tensor) -> Tensor:
-        return objective(POLICY, LogRatios(c, r, *tokens)).sum()
+        return preference(POLICY, LogRatios(c, r, *tokens)).sum()
 
     assert torch.autograd.gradcheck(loss, (chosen, rejected), eps=1e-6, atol=1e-6)
 
