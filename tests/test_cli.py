@@ -28,11 +28,15 @@ MISTAKES = [
      "(choices: llama, qwen, smollm2, tiny)"),
     ("data=pairs.jsonl", "data=pairs.jsonl: no such choice; for a file write data=jsonl data.train=pairs.jsonl "
      "(choices: hh, jsonl, sample, ultrafeedback)"),
-    ("beta=-1", "beta=-1.0: must be above 0; 0.1 is usual, higher stays closer to the reference"),
-    ("beta=0", "beta=0.0: must be above 0; 0.1 is usual, higher stays closer to the reference"),
+    ("beta=-1", "beta=-1: must be above 0; 0.1 is usual, higher stays closer to the reference"),
+    ("beta=0", "beta=0: must be above 0; 0.1 is usual, higher stays closer to the reference"),
     ("beta=abc", "beta=abc: must be a number"),
     ("beta=nan", "beta=nan: must be a finite number"),
     ("beta=null", "beta=null: must be a number"),
+    ("beta=true", "beta=true: must be a number"),
+    ("beta=\"1\"", "beta=1: must be a number"),
+    ("batch_size=true", "batch_size=true: must be a whole number"),
+    ("dry_run=1", "dry_run=1: must be true or false"),
     ("seed=1.5", "seed=1.5: must be a whole number"),
     ("batch_size=0", "batch_size=0: must be at least 1"),
     ("micro_batch_size=many", "micro_batch_size=many: must be auto or at least 1"),
@@ -42,14 +46,14 @@ MISTAKES = [
     ("data.max_prompt_length=512",
      "data.max_prompt_length=512: must be below data.max_length=512, or no response fits"),
     ("loss.label_smoothing=0.5",
-     "loss.label_smoothing=0.5: must be in [0, 0.5): the share of labels taken to be wrong"),
-    ("loss.temperature=0.1", "loss.temperature=0.1: the loss sigmoid does not use it; it is a dial of discopop"),
+     "loss.label_smoothing=0.5: must be in [0, 0.5); the share of labels taken to be wrong"),
+    ("loss.temperature=0.1", "loss.temperature=0.1: the loss sigmoid does not use it; it is an option of discopop"),
     ("loss.name=exo_pair", "loss.label_smoothing=0.0: must be above 0 for exo_pair, which compares with the smoothed "
      "label; 1e-3 is usual"),
     ("loss.name=discopop", "loss.temperature=null: the loss discopop needs it; loss=discopop chooses the loss together "
-     "with its dials"),
-    ("radar=loud", "radar=loud: choose one of warn, stop, off"),
-    ("optimizer.lr=0", "optimizer.lr=0.0: must be above 0; 5e-5 is usual with LoRA"),
+     "with its options"),
+    ("monitor=loud", "monitor=loud: choose one of warn, stop, off"),
+    ("optimizer.lr=0", "optimizer.lr=0: must be above 0; 5e-5 is usual with LoRA"),
     ("lora.target_modules=3", "lora.target_modules=3: must be all-linear or a list of module names, for instance "
      "[q_proj,v_proj]"),
     ("model.dtype=bf16", "model.dtype=bf16: choose one of auto, float32, bfloat16, float16; "
@@ -227,7 +231,7 @@ def test_a_sweep_is_every_combination() -> None:
 def test_a_sweep_is_checked_whole_before_its_first_run(command: Command, tmp_path: Path, pairs_file: Path) -> None:
     words = tiny_words(pairs_file, tmp_path / "run")
     ended = command("dpo-train", "-m", "beta=0.1,-1", *words[:-1])
-    assert ended.code == 2 and ended.err.startswith("error: beta=-1.0: must be above 0") and ended.out == ""
+    assert ended.code == 2 and ended.err.startswith("error: beta=-1: must be above 0") and ended.out == ""
     ended = command("dpo-train", "-m", "beta=0.1,0.2", *words)
     assert ended.err == "error: output_dir: the runs of a sweep cannot share one; leave it out\n"
 
