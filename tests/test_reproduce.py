@@ -374,6 +374,6 @@ def test_a_sweep_shows_its_configs_and_stops(command: Command, pairs_file: Path,
     import sys
 
     sweep = [word for word in words(pairs_file, tmp_path) if not word.startswith("output_dir")]
-    program = [sys.executable, "-c", "from dpo_cli.cli import train; train()", "-m", *sweep, "beta=0.1,0.2", "--config"]
+    program = [sys.executable, "-c", "from dpo_cli.cli import train; train()", "-m", *sweep, "beta=0.1,0.2", "--print-config"]
     done = subprocess.run(program, capture_output=True, cwd=tmp_path, text=True, check=True)
     assert done.stdout.count("\nobjective: dpo\n") == 2 and not (tmp_path / "outputs").exists()

@@ -131,7 +131,7 @@ def _objective(subject: Subject, beta: float) -> Objective:
 def _data_dials(config: EvalConfig, subject: Subject, overrides: list[tuple[str, Any]]) -> Any:
     """The data to evaluate on: a chosen group, or what the run held out, with `data.*` overrides on top."""
     if config.data is not None:
-        dials = data_config(config.data)
+        dials = config.data
     elif subject.run is not None:
         container = to_container(subject.run)["data"]
         for key, value in overrides:
@@ -173,12 +173,12 @@ def _way(
 ) -> Way:
     """The way the run made its batches, so that the numbers are the run's own; else one that both models can take."""
     settled = settled_in(subject.directory.read_manifest()) if subject.directory else None
-    own = config.batching == "auto" and config.reference_model is None
+    own = config.layout == "auto" and config.reference_model is None
     if own and settled is not None and settled.device == device.type:
         return Way(settled.way)
-    chosen: Way = remembered_way(config.batching, base, data.held_out, device, digest).value
+    chosen: Way = remembered_way(config.layout, base, data.held_out, device, digest).value
     if not subject.is_adapter:
-        of_policy = remembered_way(config.batching, policy, data.held_out, device, model_digest(policy)).value
+        of_policy = remembered_way(config.layout, policy, data.held_out, device, model_digest(policy)).value
         return chosen if of_policy is chosen else Way.PADDED
     return chosen
 

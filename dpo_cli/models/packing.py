@@ -67,7 +67,7 @@ def choose_way(asked: str, policy: Any, pairs: Sequence[TokenizedPair], device: 
                 return Decision(way, f"{names[way]}; {words}, measured")
             reasons.append(f"by {way} {found}")
     if asked == "packed":
-        raise ConfigError(f"batching=packed: this model cannot take packed rows ({'; '.join(reasons)}); choose auto")
+        raise ConfigError(f"layout=packed: this model cannot take packed rows ({'; '.join(reasons)}); choose auto")
     return Decision(Way.PADDED, f"packed rows do not suit this model: {'; '.join(reasons)}")
 
 

@@ -31,7 +31,7 @@ class Rule:
     name: str
     holds: Callable[[Drift], bool]
     says: Callable[[Drift], str]
-    ruins: bool = False  # whether radar=stop ends the run for it
+    ruins: bool = False  # whether monitor=stop ends the run for it
 
 
 RULES = (
@@ -131,7 +131,7 @@ class Radar:
         return [Alarm(rule.name, rule.says(drift)) for rule in new]
 
     def ruin(self, drift: Drift) -> Alarm | None:
-        """Under radar=stop the alarm that ends the run: one that means ruin and holds now, said before or not."""
+        """Under monitor=stop the alarm that ends the run: one that means ruin and holds now, said before or not."""
         if self.mode != "stop" or drift.pairs < ENOUGH:
             return None
         holding = (rule for rule in self._rules if rule.ruins and rule.holds(drift))

@@ -228,7 +228,7 @@ def check_company(subject: PreflightSubject, pairs: list[TokenizedPair], togethe
         if not off <= TOLERANCES[subject.dtype].of(tokens):
             raise CheckpointError(
                 f"preflight: row {pairs[place].index} scores {off:.2f} nats differently in a batch than alone: "
-                "this model sees its padding or its neighbours; micro_batch_size=1 with batching=padded avoids it"
+                "this model sees its padding or its neighbours; micro_batch_size=1 with layout=padded avoids it"
             )
         worst = max(worst, off)
     return worst

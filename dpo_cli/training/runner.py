@@ -235,7 +235,7 @@ def put_together(
             f"{checkpoint}: was trained on other weights than model.name_or_path={safe_text(source.name)} holds now"
         )
     if settled is None or settled.device != device.value.type:
-        way = remembered_way(config.batching, policy, data.train, device.value, digest, keep=not config.dry_run)
+        way = remembered_way(config.layout, policy, data.train, device.value, digest, keep=not config.dry_run)
     else:
         way = Decision(Way(settled.way), "as the run began")
     if config.objective == "reward":
@@ -279,7 +279,7 @@ def put_together(
         pairs_a_pass=settled.pairs_a_pass if settled is not None and settled.device == device.value.type else None,
         schedule=schedule,
         total_steps=schedule.total_steps(config.epochs, config.max_steps),
-        radar=Radar(config.beta, config.radar, config.loss.name, config.objective),
+        radar=Radar(config.beta, config.monitor, config.loss.name, config.objective),
     )
     show_header(run, cut_words, reference_of(run), memory)
     if checkpoint is not None and state is not None:
@@ -434,7 +434,7 @@ def log_train(run: Run) -> None:
         checkpoint = save(run)
         run.reporter.stop()
         _show_verdict(run, _judge(run))
-        raise DivergedError(f"step {run.step}: stopped by the radar (radar=stop), saved as {checkpoint}: {ruin.text}")
+        raise DivergedError(f"step {run.step}: stopped by the radar (monitor=stop), saved as {checkpoint}: {ruin.text}")
 
 
 def log_eval(run: Run) -> dict[str, float] | None:
