@@ -135,8 +135,10 @@ def read_words(command: str, words: list[str]) -> Words:
         elif word.startswith("-"):
             from dpo_cli.config.schema import did_you_mean
 
-            hint = did_you_mean(flag, [*switches, *needs]) or "; values are given as key=value"
-            raise ConfigError(f"'{word}': no such flag{hint}, see dpo-{command} --help")
+            hint = (
+                did_you_mean(flag, [*switches, *needs]) or f"; values are given as key=value, see dpo-{command} --help"
+            )
+            raise ConfigError(f"'{word}': no such flag{hint}")
         else:
             read = replace(read, overrides=(*read.overrides, word))
     return read

@@ -32,14 +32,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 COMPOSE = """
 from dpo_cli.config import composition
 from dpo_cli.config.composition import composed, conf_dir, groups, parse_overrides
-from dpo_cli.config.schema import EvalSchema, RunConfig, run_config
+from dpo_cli.config.schema import EvalConfig, RunConfig, run_config
 number = 0
 for group, choices in groups().items():
     for choice in choices:
         words = [f"{group}={choice}"] + (["data.train=x"] if choice == "jsonl" else [])
         run_config(composed("train", parse_overrides(words), RunConfig).container)
         number += 1
-composed("eval", [], EvalSchema)
+composed("eval", [], EvalConfig)
 from dpo_cli.data.files import local_path, read_rows
 rows = len(list(read_rows(local_path("sample:train")))), len(list(read_rows(local_path("sample:test"))))
 print(conf_dir(), number, *rows)

@@ -151,7 +151,9 @@ def check_overrides(overrides: list[Override], schema: type, own: Path | None = 
         if override.is_add() and not in_mapping:
             raise ConfigError(f"'{written}': '{key}' exists already; write it without the plus sign")
         if key in known_groups and not override.is_sweep_override():
-            _check_choice(key, override.value(), known_groups[key])
+            value = override.value()
+            if value is not None or not (key == "experiment" or _optional(schema, key)):
+                _check_choice(key, value, known_groups[key])
 
 
 def _check_choice(group: str, value: Any, choices: list[str]) -> None:
@@ -159,9 +161,9 @@ def _check_choice(group: str, value: Any, choices: list[str]) -> None:
         for one in value:
             _check_choice(group, one, choices)
         return
-    if value is None or str(value) in choices:
+    if str(value) in choices:
         return
-    option = str(value)
+    option = "null" if value is None else str(value)
     hint = did_you_mean(option, choices)
     if group == "model" and "/" in option:
         hint = f"; for a path or hub id write model.name_or_path={option}"
@@ -208,7 +210,7 @@ def composed(config_name: str, overrides: list[Override], schema: type, own: Pat
     Types and ranges are checked where the plain container becomes a dataclass (schema.py).
     """
     check_overrides(overrides, schema, own)
-    optional = [key for key, field in schema_fields(schema).items() if type(None) in get_args(field.annotation)]
+    optional = [key for key in schema_fields(schema) if _optional(schema, key)]
     try:
         with _searched(own):
             words = [word for override in overrides for word in _hydra_words(override, optional)]
@@ -233,15 +235,21 @@ def composed(config_name: str, overrides: list[Override], schema: type, own: Pat
         first, _, second = key.partition(".")
         hint = suggest_key(key, schema)
         if first == second:
-            raise ConfigError(f"{choice.where(first)}: '/{first}/...' in defaults; in a file of {first}/ write _base")
+            raise ConfigError(
+                f"{choice.where(f'{first}.defaults')}: '/{first}/...' in defaults; in a file of {first}/ write _base"
+            )
         raise ConfigError(f"{choice.where(key)}: unknown key '{key}'{hint}")
     return choice
+
+
+def _optional(schema: type, key: str) -> bool:
+    return type(None) in get_args(schema_fields(schema)[key].annotation)
 
 
 def _hydra_words(override: Override, optional: list[str]) -> list[str]:
     """An override in the words that Hydra takes."""
     key, word = override.key_or_group, (override.input_line or "").lstrip("+")
-    if key in groups() and override.value_type is None and override.value() is None:
+    if key in groups() and not override.is_sweep_override() and override.value() is None:
         return []  # null of a group is nothing chosen
     # A key of a mapping that is empty in the YAML file, or of a group of which nothing is chosen, is added.
     added = key.startswith("data.columns.") or ("." in key and key.split(".")[0] in optional)
@@ -326,7 +334,9 @@ def read_command_line(
         if isinstance(value, list) and not _takes_a_list(key, value, schema):
             word = f"{key}={','.join(map(override_value, value))}"
             if not many:
-                raise ConfigError(f"{place}: '{key}: {override_value(value)}': several values need -m")
+                raise ConfigError(
+                    f"{place}: '{key}: {override_value(value)}': {'several values need -m' if command == 'train' else 'one value is needed'}"
+                )
         places[key] = place
         before += parse_overrides([word])
     return CommandLine(command, before + overrides, places, own)

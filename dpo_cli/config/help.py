@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config.composition import composed, conf_dir, groups
+from dpo_cli.config.composition import SEVERAL, composed, conf_dir, groups
 from dpo_cli.config.files import keys_and_lines, override_value
 from dpo_cli.config.schema import SCHEMAS, group_of, schema_fields
 from dpo_cli.config.versions import flat
 
 WIDTH = 80
-INDENT = 28  # columns of key=default
+INDENT = 30  # columns of key=default
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,10 @@ class Page:
     common: tuple[str, ...]  # the keys of the short help; a group stands for its keys
     examples: tuple[tuple[str, str], ...]
     result: str
-    codes: str = "0 done, 2 command line, 3 data, 4 checkpoint or model, 6 memory, 7 storage"
+    codes: str = (
+        "0 done, 2 command line, 3 data, 4 checkpoint or model, 6 memory, 7 storage, 75 stopped by a signal (run again "
+        "to continue), 130 Ctrl-C"
+    )
 
 
 PAGES = {
@@ -100,7 +103,7 @@ PAGES = {
 FLAGS = (
     (
         "--config FILE.yaml",
-        "a file of overrides (beta: 0.1, data: jsonl, optimizer: {lr: 1e-4}); the command line wins",
+        "overrides, a key: value a line, nested keys too; the command line wins",
     ),
     (
         "--config-dir DIR",
@@ -153,9 +156,14 @@ def default_choices(command: str) -> dict[str, str | None]:
 def _keys(command: str, everything: bool) -> str:
     """The keys with default and comment: those that are common, or all, group by group."""
     rows = key_rows(command)
-    if not everything:
-        rows = {key: rows[key] for key in PAGES[command].common}
-    return "\n".join(_row(f"{key}={default}", comment) for key, (default, comment) in rows.items())
+    shown = [*rows] if everything else PAGES[command].common
+    lines = []
+    for before, key in zip(["", *shown], shown, strict=False):
+        if everything and before and before.split(".")[0] != key.split(".")[0] and ("." in key or "." in before):
+            lines.append("")
+        default, comment = rows[key]
+        lines.append(_row(f"{key}={default}", comment))
+    return "\n".join(lines)
 
 
 def key_rows(command: str) -> dict[str, tuple[str, str]]:
@@ -163,15 +171,18 @@ def key_rows(command: str) -> dict[str, tuple[str, str]]:
     schema = SCHEMAS[command]
     values = flat(composed(command, [], schema).container)
     chosen = default_choices(command)
-    rows = dict(_of_file(conf_dir() / f"{command}.yaml", "", values))
+    rows = _of_file(conf_dir() / f"{command}.yaml", "", values)
     for group in (name for name, field in schema_fields(schema).items() if group_of(field.annotation)):
-        # The default choice says best what a key means; where it is silent, the shared part, then the others do.
-        first = [conf_dir() / group / f"{name}.yaml" for name in (chosen.get(group), "_base") if name]
-        for file in [*first, *sorted((conf_dir() / group).glob("*.yaml"))]:
-            if file.is_file() and (file in first or chosen.get(group) in (None, "none")):
-                for key, row in _of_file(file, f"{group}.", values).items():
-                    rows[key] = row if not rows.get(key, ("", ""))[1] else rows[key]
-    return rows
+        # What all choices share says best what a key means; where it is silent, the default choice does. Where nothing
+        # is chosen by default, every choice may add keys.
+        names = [f"{name}.yaml" for name in ("_base", chosen.get(group)) if name]
+        names += [file.name for file in sorted((conf_dir() / group).glob("*.yaml")) if group in SEVERAL]
+        for name in names:
+            file = conf_dir() / group / name
+            for key, (default, comment) in (_of_file(file, f"{group}.", values) if file.is_file() else {}).items():
+                rows[key] = (default, rows.get(key, ("", ""))[1] or comment)
+    unexplained = {key: value for key, (value, comment) in rows.items() if not comment}
+    return rows | {key: (value, f"set by choosing {key.split('.')[0]}=") for key, value in unexplained.items()}
 
 
 def _of_file(file: Path, prefix: str, values: dict[str, Any]) -> dict[str, tuple[str, str]]:
@@ -189,11 +200,11 @@ def _of_file(file: Path, prefix: str, values: dict[str, Any]) -> dict[str, tuple
 
 def _row(left: str, text: str) -> str:
     """A column of keys and one of words; a key that is too long stands on a line of its own."""
-    lines = textwrap.wrap(text, WIDTH - INDENT - 2) or [""]
+    lines = textwrap.wrap(text, WIDTH - INDENT - 2, break_on_hyphens=False) or [""]
     if len(left) >= INDENT - 1:
         return "\n".join([f"  {left}", *(" " * (INDENT + 2) + line for line in lines if line)])
     return "\n".join([f"  {left:<{INDENT}}{lines[0]}".rstrip(), *(" " * (INDENT + 2) + line for line in lines[1:])])
 
 
 def _example(words: str, text: str) -> str:
-    return f"  {words:<48} {text}".rstrip()
+    return f"  {words:<45} {text}".rstrip()

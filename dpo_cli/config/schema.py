@@ -524,8 +524,11 @@ def _build(container: Mapping[str, Any], schema: type[Config], prefix: str) -> C
         name, inside = str(first["loc"][0]), len(first["loc"]) > 1
         key = prefix + name
         if first["type"] == "missing":
-            message = f"{key} has no value; give it one on the command line or in its YAML file"
-            raise ConfigError(message) from None
+            group, choice = prefix.split(".")[:2] if prefix.count(".") == 2 else ("", "")
+            how = (
+                f"choose {group}={choice} with it" if choice else "give it one on the command line or in its YAML file"
+            )
+            raise ConfigError(f"{key} has no value; {how}") from None
         rule = _rule(first, schema_fields(schema)[name], inside)
         raise FieldError(key, container[name], rule) from None
 
