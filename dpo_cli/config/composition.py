@@ -334,9 +334,8 @@ def read_command_line(
         if isinstance(value, list) and not _takes_a_list(key, value, schema):
             word = f"{key}={','.join(map(override_value, value))}"
             if not many:
-                raise ConfigError(
-                    f"{place}: '{key}: {override_value(value)}': {'several values need -m' if command == 'train' else 'one value is needed'}"
-                )
+                how = "several values need -m" if command == "train" else "one value is needed"
+                raise ConfigError(f"{place}: '{key}: {override_value(value)}': {how}")
         places[key] = place
         before += parse_overrides([word])
     return CommandLine(command, before + overrides, places, own)

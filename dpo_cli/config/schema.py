@@ -524,10 +524,9 @@ def _build(container: Mapping[str, Any], schema: type[Config], prefix: str) -> C
         name, inside = str(first["loc"][0]), len(first["loc"]) > 1
         key = prefix + name
         if first["type"] == "missing":
-            group, choice = prefix.split(".")[:2] if prefix.count(".") == 2 else ("", "")
-            how = (
-                f"choose {group}={choice} with it" if choice else "give it one on the command line or in its YAML file"
-            )
+            made = re.fullmatch(r"(\w+)\.(\w+)\.", prefix)  # tracker.wandb. where that choice was not made
+            how = "give it one on the command line or in its YAML file"
+            how = f"choose {made[1]}={made[2]} with it" if made else how
             raise ConfigError(f"{key} has no value; {how}") from None
         rule = _rule(first, schema_fields(schema)[name], inside)
         raise FieldError(key, container[name], rule) from None
