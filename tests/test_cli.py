@@ -1,5 +1,6 @@
 """The command line: every mistake ends in one line with the thing, its value, what to do, and the right exit code."""
 
+import io
 import json
 import re
 import shlex
@@ -13,12 +14,14 @@ import pytest
 import yaml
 from conftest import Ended, records, sample_rows, tiny_words, write_jsonl
 
+from dpo_cli.commands.sweep import Job, Result, show_table
 from dpo_cli.config.composition import check_overrides, composed, conf_dir, groups, parse_overrides, sweep
 from dpo_cli.config.files import override_value
 from dpo_cli.config.help import PAGES, key_rows
 from dpo_cli.config.schema import SCHEMAS, RunConfig, group_of, run_config, walk
 from dpo_cli.config.versions import flat
-from dpo_cli.console.text import shell_word
+from dpo_cli.console.reporter import Reporter
+from dpo_cli.console.text import shell_word, significant
 
 Command = Callable[..., Ended]
 
@@ -450,19 +453,49 @@ def test_a_sweep_is_checked_whole_before_its_first_run(command: Command, tmp_pat
     assert ended.err == "error: output_dir: the runs of a sweep cannot share one; leave it out\n"
 
 
-def test_a_sweep_runs_each_in_a_directory_of_its_own(tmp_path: Path, pairs_file: Path) -> None:
-    words = [word for word in tiny_words(pairs_file, tmp_path) if not word.startswith("output_dir")]
+def test_a_sweep_runs_each_in_a_directory_of_its_own_and_ends_in_a_table(tmp_path: Path, pairs_file: Path) -> None:
+    words = [word for word in tiny_words(pairs_file, tmp_path) if not word.startswith(("output_dir", "optimizer"))]
     code = "import sys; from dpo_cli.cli import train; train()"
     ended = subprocess.run(
-        [sys.executable, "-c", code, "-m", "beta=0.1,0.5", *words], cwd=tmp_path, capture_output=True, text=True,
-        check=False,
+        [sys.executable, "-c", code, "-m", "beta=0.1,0.5", "optimizer.lr=1e-3,1e30", *words], cwd=tmp_path,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == 5, ended.stderr
     runs = sorted((tmp_path / "outputs" / "tiny-jsonl").iterdir())
-    assert len(runs) == 2
-    betas = [json.loads((run / "manifest.json").read_text()) for run in runs]
-    assert len({tuple(one["argv"]) for one in betas}) == 2
-    assert all(records(run)[-1]["split"] == "eval" for run in runs)
+    manifests = [json.loads((run / "manifest.json").read_text()) for run in runs]
+    assert len({tuple(one["argv"]) for one in manifests}) == 4
+    *_, heading, first, second, third, fourth, best, loss, margin = ended.stdout.splitlines()
+    assert heading.split() == ["beta", "optimizer.lr", "loss", "accuracy", "margin", "margin/beta", "verdict", "run"]
+    lines = [line.split() for line in (first, second, third, fourth)]
+    assert [line[:2] for line in lines] == [["0.1", "0.001"], ["0.1", "1e+30"], ["0.5", "0.001"], ["0.5", "1e+30"]]
+    assert lines[1][2:] == ["exit", "5", str(runs[1].relative_to(tmp_path))]
+    for place, beta in ((0, 0.1), (2, 0.5)):
+        last = records(runs[place])[-1]
+        shown = [word for word in lines[place] if word != "*"]
+        assert shown[2:5] == [significant(last[key]) for key in ("loss", "rewards/accuracies", "rewards/margins")]
+        assert shown[5] == significant(last["rewards/margins"] / beta)
+        assert shown[6:] == [manifests[place]["verdict"]["color"], str(runs[place].relative_to(tmp_path))]
+    accuracies = [records(runs[place])[-1]["rewards/accuracies"] for place in (0, 2)]
+    assert ["*" in line for line in (lines[0], lines[2])] == [one == max(accuracies) for one in accuracies]
+    assert best.startswith("* has the highest held-out accuracy") and "its 95% interval is" in best
+    assert loss == "loss is comparable only between runs of the same loss and beta"
+    assert margin.startswith("margin is beta times how far the policy moved the pair apart")
+
+
+def test_of_equal_accuracies_the_lower_loss_is_best_where_losses_compare(tmp_path: Path) -> None:
+    def result(loss: float, accuracy: float, *words: str) -> Result:
+        config = run_config(composed("train", parse_overrides([*words]), RunConfig).container)
+        evaluation = {"loss": loss, "rewards/accuracies": accuracy, "rewards/margins": 0.2}
+        return Result(Job((), {"seed": "1"}, config, "job"), 0, tmp_path, evaluation, {})
+
+    def starred(*results: Result) -> list[bool]:
+        stream = io.StringIO()
+        show_table(results, Reporter(stream))
+        return ["*" in line for line in stream.getvalue().splitlines()[2 : 2 + len(results)]]
+
+    assert starred(result(0.6, 0.7), result(0.5, 0.7), result(0.4, 0.6)) == [False, True, False]
+    assert starred(result(0.6, 0.7), result(0.5, 0.7, "beta=0.2"), result(0.4, 0.6)) == [True, True, False]
+    assert starred(result(0.6, 0.7), result(0.5, 0.7, "loss=ipo")) == [True, True]
 
 
 def test_stdout_that_closes_early_does_not_stop_the_run(tmp_path: Path, pairs_file: Path) -> None:

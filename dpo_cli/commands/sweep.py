@@ -1,7 +1,6 @@
 """A sweep of dpo-train: one run after the other, and a table of how they ended."""
 
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import safe_text, significant
+from dpo_cli.theory.statistics import proportion_estimate
 
 STOPPED = (75, 130)  # exit codes of a user who wants no further run
 
@@ -117,17 +117,26 @@ def show_table(results: Sequence[Result], reporter: Reporter) -> None:
         rows.append(
             [
                 *(result.job.swept[key] for key in swept),
-                f"{result.verdict}{' *' if result in best else ''}".strip(),
-                str(result.directory or ""),
                 _number(result.evaluation.get("loss")),
-                _number(result.accuracy),
+                f"{_number(result.accuracy)}{' *' if result in best else '  '}",
                 _number(margin),
                 *([] if one_beta else [_number(per_beta)]),
+                result.verdict,
+                str(result.directory or ""),
             ]
         )
-    headings = [*swept, "verdict", "run", "loss", "accuracy", "margin", *([] if one_beta else ["margin/beta"])]
+    middle = ["loss", "accuracy  ", "margin", *([] if one_beta else ["margin/beta"])]
+    rows.insert(0, [*swept, *middle, "verdict", "run"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     reporter.say()
-    reporter.grid(headings, rows, left=len(swept) + 2)
+    for row in rows:  # lines rather than a grid: a terminal may break them, a copied directory stays whole
+        cells = zip(row, widths, strict=True)
+        words = len(swept), len(swept) + len(middle)
+        aligned = [
+            cell.rjust(width) if words[0] <= place < words[1] else cell.ljust(width)
+            for place, (cell, width) in enumerate(cells)
+        ]
+        reporter.say("  ".join(aligned).rstrip())
     for sentence in notes(whole, best):
         reporter.say(sentence)
 
@@ -154,14 +163,13 @@ def notes(whole: Sequence[Result], best: Sequence[Result]) -> list[str]:
     """What the numbers of a sweep can and cannot say, in words."""
     if not best:
         return ["no run has held-out numbers to compare"]
-    said = [f"* the highest held-out accuracy{', shared' if len(best) > 1 else ''}"]
+    said = [f"* has the highest held-out accuracy{', shared' if len(best) > 1 else ''}"]
     data = best[0].manifest.get("data")
     held_out = data.get("held_out") if isinstance(data, dict) else None
     pairs = held_out.get("kept") if isinstance(held_out, dict) else None
     if isinstance(pairs, int) and pairs > 0 and best[0].accuracy is not None:
-        share = min(max(best[0].accuracy, 1 / (pairs + 2)), 1 - 1 / (pairs + 2))
-        error = 1.96 * math.sqrt(share * (1 - share) / pairs)
-        said[0] += f"; on {pairs:,} pairs its 95% interval is about +-{error:.2g}"
+        interval = proportion_estimate(best[0].accuracy * pairs, pairs)
+        said[0] += f"; on {pairs:,} pairs its 95% interval is {interval.low:.2g} to {interval.high:.2g}"
     if not _comparable_loss(whole):
         said.append("loss is comparable only between runs of the same loss and beta")
     if len({result.job.config.beta for result in whole}) > 1:
