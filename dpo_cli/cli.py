@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dpo_cli.errors import ConfigError, DpoError, OutOfMemoryError, StorageError
 
 if TYPE_CHECKING:
-    from dpo_cli.config.composition import CommandLine
+    from dpo_cli.config.command_line import CommandLine
     from dpo_cli.console.reporter import Reporter
 
 
@@ -102,7 +102,7 @@ class Words:
 
     def read(self) -> "CommandLine":
         """The overrides of file and command line, checked as far as they can be without composing."""
-        from dpo_cli.config.composition import read_command_line
+        from dpo_cli.config.command_line import read_command_line
 
         return read_command_line(self.command, [*self.overrides], self.config, self.config_dir, self.many)
 
@@ -161,7 +161,7 @@ def _print(config: object) -> int:
 
 
 def _train(words: Words) -> int:
-    from dpo_cli.config.composition import run_of
+    from dpo_cli.config.command_line import run_of
 
     line = words.read()
     if words.many:
@@ -184,7 +184,8 @@ def _train(words: Words) -> int:
 
 def _sweep(words: Words, line: "CommandLine") -> int:
     from dpo_cli.commands.sweep import Job, run_sweep
-    from dpo_cli.config.composition import parse_overrides, run_of, sweep
+    from dpo_cli.config.command_line import run_of
+    from dpo_cli.config.composition import parse_overrides, sweep
     from dpo_cli.console.reporter import Reporter
 
     swept = [override.key_or_group for override in line.overrides if override.is_sweep_override()]
@@ -251,7 +252,7 @@ def _sample(words: Words) -> int:
 
 
 def _label(words: Words) -> int:
-    from dpo_cli.config.composition import refuse_unused
+    from dpo_cli.config.command_line import refuse_unused
     from dpo_cli.config.schema import LabelConfig
 
     line = words.read()
@@ -274,7 +275,7 @@ def _label(words: Words) -> int:
 
 
 def _rank(words: Words) -> int:
-    from dpo_cli.config.composition import refuse_unused
+    from dpo_cli.config.command_line import refuse_unused
     from dpo_cli.config.schema import RankConfig, schema_keys
 
     line = words.read()

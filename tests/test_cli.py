@@ -356,6 +356,8 @@ def test_a_file_of_overrides_is_words_that_the_command_line_wins_over(
         ("- beta\n", "run.yaml line 1: must be keys with values, such as beta: 0.1"),
         ("beta: [0.1\n", "run.yaml line 2: not valid YAML (expected ',' or ']', but got '<stream end>')"),
         ("a: &a {b: 1}\nc: *a\n", "run.yaml: holds a YAML alias; a config is data only"),
+        ("model.trust_remote_code: true\n", "run.yaml line 1: model.trust_remote_code: true runs Python of others; say "
+         "so on the command line: model.trust_remote_code=true"),
         ("version: 9\n", "run.yaml: written by a newer dpo-cli (config version 9; this one reads up to 2); update "
          "dpo-cli"),
     ],

@@ -7,9 +7,9 @@ before the packaged one on Hydra's search path; a user's file (`--config`) is wo
 
 import itertools
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -24,26 +24,20 @@ from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dpo_cli.config.files import keys_and_lines, override_value, overrides_in
+from dpo_cli.config.files import keys_and_lines
 from dpo_cli.config.objectives import OBJECTIVES, ObjectiveRules
 from dpo_cli.config.schema import (
-    FREE_KEYS,
     SCHEMAS,
-    FieldError,
     RunConfig,
-    config_of,
     did_you_mean,
     group_of,
-    read_config,
-    run_config,
     schema_fields,
     schema_keys,
     suggest_key,
-    to_container,
     unknown_keys,
 )
 from dpo_cli.console.text import first_line, hydra_quoted, safe_text
-from dpo_cli.errors import CheckpointError, ConfigError
+from dpo_cli.errors import ConfigError
 from dpo_cli.paths import user_path
 
 Config = TypeVar("Config")
@@ -189,18 +183,19 @@ class Composed:
     own: Path | None = None  # the folder of --config-dir
 
     def where(self, key: str) -> str:
-        """The YAML file and line that set a key, the user's before the packaged ones."""
-        files = [f"{group}/{choice}.yaml" for group, choice in self.choices.items() if choice != "None"]
-        files += [f"{group}/_base.yaml" for group in self.choices] + [file.name for file in conf_dir().glob("*.yaml")]
-        for folder in (self.own, conf_dir()):
-            for name in files if folder is not None else ():
-                file = folder / name  # type: ignore[operator]
-                if not file.is_file():
-                    continue
-                package = "" if "/" not in name or name.startswith("experiment/") else f"{name.split('/')[0]}."
-                for found, _, line in keys_and_lines(file.read_text(encoding="utf-8"), name):
-                    if key in (found, package + found):
-                        return f"{_shown(file, self.own)} line {line}"
+        """The YAML file and line that set a key."""
+        chosen = [f"{group}/{choice}.yaml" for group, choice in self.choices.items() if choice != "None"]
+        shared = [f"{group}/_base.yaml" for group in self.choices]
+        # What is applied last sets the value.
+        for name in [*reversed(chosen), *shared, *(file.name for file in conf_dir().glob("*.yaml"))]:
+            folders = [folder for folder in (self.own, conf_dir()) if folder and (folder / name).is_file()]
+            if not folders:
+                continue
+            file = folders[0] / name
+            package = "" if "/" not in name or name.startswith("experiment/") else f"{name.split('/')[0]}."
+            for found, _, line in keys_and_lines(file.read_text(encoding="utf-8"), name):
+                if key in (found, package + found):
+                    return f"{_shown(file, self.own)} line {line}"
         return "conf/"
 
 
@@ -267,115 +262,16 @@ def _not_composed(error: Exception, own: Path | None) -> str:
     return f"the command line does not compose: {words}"
 
 
-@dataclass(frozen=True)
-class CommandLine:
-    """What a user gave: overrides, from a file of --config and from the command line itself, and a folder of groups."""
-
-    command: str  # train, eval, sample, label, rank
-    overrides: list[Override]
-    places: dict[str, str] = field(default_factory=dict)  # keys that stand in the file of --config -> file and line
-    own: Path | None = None  # the folder of --config-dir
-
-    @property
-    def given(self) -> dict[str, str]:
-        """Each key that was given, as it was written."""
-        return {override.key_or_group: override.input_line or "" for override in self.overrides}
-
-    def composed(self) -> Composed:
-        """The container with everything applied; ConfigError for keys and choices that do not exist."""
-        with self.placed():
-            return composed(self.command, self.overrides, SCHEMAS[self.command], self.own)
-
-    def check(self) -> None:
-        """ConfigError for the first key or choice that does not exist."""
-        with self.placed():
-            check_overrides(self.overrides, SCHEMAS[self.command], self.own)
-
-    def config(self, schema: type[Config]) -> Config:
-        """The checked config."""
-        choice = self.composed()
-        with self.placed(choice):
-            return config_of(choice.container, schema)
-
-    @contextmanager
-    def placed(self, choice: Composed | None = None) -> Iterator[None]:
-        """Within, an error about a key that the user wrote into a file says in which line."""
-        try:
-            yield
-        except ConfigError as error:
-            for override in self.overrides:
-                key, written = override.key_or_group, override.input_line or ""
-                if key in self.places and (str(error).startswith(f"{key}=") or f"'{written}'" in str(error)):
-                    raise ConfigError(f"{self.places[key]}: {error}") from None
-            if choice is not None and isinstance(error, FieldError) and error.key not in self.given:
-                place = choice.where(error.key)
-                if self.own is not None and place.startswith(f"{self.own.name}/"):
-                    raise ConfigError(f"{place}: {error}") from None
-            raise
-
-
-def read_command_line(
-    command: str, words: list[str], file: str | None = None, folder: str | None = None, many: bool = False
-) -> CommandLine:
-    """The words of a command line, the file of --config before them and the folder of --config-dir.
-
-    A list in the file is one value where the key takes a list, else values to try, which need -m.
-    """
-    own = user_dir(folder) if folder is not None else None
-    schema = SCHEMAS[command]
-    overrides = parse_overrides(words)
-    given = {override.key_or_group for override in overrides}
-    places: dict[str, str] = {}
-    before: list[Override] = []
-    for key, (value, place) in (overrides_in(file, set(schema_keys(schema))) if file is not None else {}).items():
-        if key in given:
-            continue
-        word = f"{key}={override_value(value)}"
-        if isinstance(value, list) and not _takes_a_list(key, value, schema):
-            word = f"{key}={','.join(map(override_value, value))}"
-            if not many:
-                how = "several values need -m" if command == "train" else "one value is needed"
-                raise ConfigError(f"{place}: '{key}: {override_value(value)}': {how}")
-        places[key] = place
-        before += parse_overrides([word])
-    return CommandLine(command, before + overrides, places, own)
-
-
-def _takes_a_list(key: str, value: list[Any], schema: type) -> bool:
-    """Whether a list is one value of a key, and not several values to try."""
-    if not value or any(isinstance(part, list) for part in value):
-        return not value
-    *parents, leaf = key.split(".")
-    fields: Any = schema
-    for parent in parents:
-        fields = (
-            group_of(schema_fields(fields)[parent].annotation) if fields and parent in schema_fields(fields) else None
-        )
-    field = schema_fields(fields).get(leaf) if fields else None
-    return key in SEVERAL or field is None or "list[" in str(field.annotation)
-
-
-def composed_run(line: CommandLine | list[Override]) -> Composed:
-    """The config of dpo-train, with what its objective fixes."""
-    if not isinstance(line, CommandLine):
-        line = CommandLine("train", line)
-    choice = line.composed()
+def composed_run(overrides: list[Override], own: Path | None = None) -> Composed:
+    """The config of dpo-train, with the defaults of its objective; ConfigError for a group that it does not use."""
+    choice = composed("train", overrides, RunConfig, own)
     rules = OBJECTIVES.get(str(choice.container.get("objective")), ObjectiveRules())
-    for key, written in line.given.items():
+    given = {override.key_or_group: override.input_line for override in overrides}
+    for key, written in given.items():
         if key.split(".")[0] in rules.unused:
             raise ConfigError(f"{written}: {rules.unused[key.split('.')[0]]}")
-    choice.container.update({key: value for key, value in rules.defaults.items() if key not in line.given})
+    choice.container.update({key: value for key, value in rules.defaults.items() if key not in given})
     return choice
-
-
-def run_of(line: CommandLine) -> tuple[RunConfig, str]:
-    """The checked config of a run of dpo-train, and the name of its job: <model>-<data>, or replay."""
-    choice = composed_run(line)
-    if choice.container.get("replay") is not None:
-        return replayed(line, choice), "replay"
-    with line.placed(choice):
-        config = run_config(choice.container)
-    return config, f"{choice.choices['model']}-{choice.choices['data']}{OBJECTIVES[config.objective].suffix}"
 
 
 def sweep(overrides: list[Override]) -> list[list[str]]:
@@ -390,43 +286,3 @@ def sweep(overrides: list[Override]) -> list[list[str]]:
         else:
             columns.append([override.input_line or ""])
     return [list(words) for words in itertools.product(*columns)]
-
-
-def replayed(line: CommandLine, choice: Composed) -> RunConfig:
-    """The config of the run that `replay=` names.
-
-    ConfigError for a key that would make it another run. A config from a file does not get to run code: that a model's
-    Python may run must be said on this command line again.
-    """
-    asked = str(choice.container["replay"])
-    if not asked.strip():
-        raise ConfigError("replay=: is empty; name a run directory")
-    run = user_path(asked, CheckpointError, "replay")
-    earlier = read_config(run / "config.yaml")
-    container = to_container(earlier)
-    trusted = "model.trust_remote_code"
-    for key, written in line.given.items():
-        if key not in (*FREE_KEYS, "device", trusted):
-            allowed = ", ".join(key for key in (*FREE_KEYS, "device") if not key.startswith("tracker."))
-            raise ConfigError(f"{written}: replay={safe_text(run)} runs a config as it was; with it go {allowed}")
-        parent, _, leaf = (key if not key.startswith("tracker") else "tracker").rpartition(".")
-        (container[parent] if parent else container)[leaf] = (choice.container[parent] if parent else choice.container)[
-            leaf
-        ]
-    if earlier.model.trust_remote_code and not (
-        trusted in line.given and choice.container["model"]["trust_remote_code"]
-    ):
-        raise ConfigError(
-            f"replay={safe_text(run)}: that run trusted the Python of its model's authors; to do so again, "
-            f"add {trusted}=true"
-        )
-    for key in ("output_dir", "resume", "dry_run", "verify_resume"):  # of that run's own life, not of its config
-        container[key] = choice.container[key]
-    return run_config(container)
-
-
-def refuse_unused(line: CommandLine, keys: Collection[str], why: str) -> None:
-    """ConfigError for a key that would change nothing here."""
-    for key, written in line.given.items():
-        if key in keys:
-            raise ConfigError(f"{written}: {why}; leave it out")
