@@ -42,7 +42,7 @@ MODES: dict[str, list[str]] = {
     "packed, reference in the loop": ["reference.cache=off"],
     "packed, adapter switched off": ["reference=adapter_off", "reference.cache=off"],
     "packed, cached, checkpointed": ["engine.gradient_checkpointing=true"],
-    "padded, cached reference": ["batching=padded"],
+    "padded, cached reference": ["layout=padded"],
     "packed, cached, float32": ["model.dtype=float32"],
     "packed, in the loop, float32": ["model.dtype=float32", "reference.cache=off"],
 }

@@ -158,7 +158,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=240, help="prompts that are sampled and labelled")
     parser.add_argument("--answers", type=int, default=2, help="to a prompt; of more than two the best and the worst")
     parser.add_argument(
-        "--labels", default="drawn", choices=("drawn", "best"), help="best suits a judge unsure of itself"
+        "--labels", default="sampled", choices=("sampled", "best"), help="best suits a judge unsure of itself"
     )
     parser.add_argument("--compared", type=int, default=100, help="held-out prompts that the policies answer")
     parser.add_argument("--betas", nargs="+", default=["0.03", "0.1", "0.3"])

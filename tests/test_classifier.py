@@ -114,8 +114,8 @@ def test_what_is_no_reward_model_is_refused(command: Command, tmp_path: Path, ti
         (("by=reward", f"judge={tmp_path / 'two'}"), 4, f"{tmp_path / 'two'}: has 2 labels; a reward model has one"),
         (("by=implicit", f"judge={tmp_path / 'one'}"), 2,
          f"judge={tmp_path / 'one'}: is a reward model; by=reward asks it"),
-        (("by=reward", f"judge={tmp_path / 'one'}", "batching=packed"), 2,
-         "batching=packed: a reward model that is no run of this program has one way to be read"),
+        (("by=reward", f"judge={tmp_path / 'one'}", "layout=packed"), 2,
+         "layout=packed: a reward model that is no run of this program has one way to be read"),
         (("by=reward", "judge=dpo-cli/tiny-random"), 2,
          "judge=dpo-cli/tiny-random: is no reward model; by=implicit takes a DPO run's own reward, and dpo-train "
          "objective=reward trains a reward model"),

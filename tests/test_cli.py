@@ -1,5 +1,6 @@
 """The command line: every mistake ends in one line with the thing, its value, what to do, and the right exit code."""
 
+import io
 import json
 import re
 import shlex
@@ -7,13 +8,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from conftest import Ended, records, sample_rows, tiny_words, write_jsonl
 
-from dpo_cli.config.composition import composed, groups, parse_overrides, sweep
-from dpo_cli.config.schema import RunConfig, run_config
-from dpo_cli.console.text import shell_word
+from dpo_cli.commands.sweep import Job, Result, show_table
+from dpo_cli.config.composition import check_overrides, composed, conf_dir, groups, parse_overrides, sweep
+from dpo_cli.config.files import override_value
+from dpo_cli.config.help import PAGES, key_rows
+from dpo_cli.config.schema import SCHEMAS, RunConfig, group_of, run_config, walk
+from dpo_cli.config.versions import flat
+from dpo_cli.console.reporter import Reporter
+from dpo_cli.console.text import shell_word, significant
 
 Command = Callable[..., Ended]
 
@@ -28,11 +36,15 @@ MISTAKES = [
      "(choices: llama, qwen, smollm2, tiny)"),
     ("data=pairs.jsonl", "data=pairs.jsonl: no such choice; for a file write data=jsonl data.train=pairs.jsonl "
      "(choices: hh, jsonl, sample, ultrafeedback)"),
-    ("beta=-1", "beta=-1.0: must be above 0; 0.1 is usual, higher stays closer to the reference"),
-    ("beta=0", "beta=0.0: must be above 0; 0.1 is usual, higher stays closer to the reference"),
+    ("beta=-1", "beta=-1: must be above 0; 0.1 is usual, higher stays closer to the reference"),
+    ("beta=0", "beta=0: must be above 0; 0.1 is usual, higher stays closer to the reference"),
     ("beta=abc", "beta=abc: must be a number"),
     ("beta=nan", "beta=nan: must be a finite number"),
     ("beta=null", "beta=null: must be a number"),
+    ("beta=true", "beta=true: must be a number"),
+    ("beta=\"1\"", "beta=1: must be a number"),
+    ("batch_size=true", "batch_size=true: must be a whole number"),
+    ("dry_run=1", "dry_run=1: must be true or false"),
     ("seed=1.5", "seed=1.5: must be a whole number"),
     ("batch_size=0", "batch_size=0: must be at least 1"),
     ("micro_batch_size=many", "micro_batch_size=many: must be auto or at least 1"),
@@ -42,14 +54,14 @@ MISTAKES = [
     ("data.max_prompt_length=512",
      "data.max_prompt_length=512: must be below data.max_length=512, or no response fits"),
     ("loss.label_smoothing=0.5",
-     "loss.label_smoothing=0.5: must be in [0, 0.5): the share of labels taken to be wrong"),
-    ("loss.temperature=0.1", "loss.temperature=0.1: the loss sigmoid does not use it; it is a dial of discopop"),
+     "loss.label_smoothing=0.5: must be in [0, 0.5); the share of labels taken to be wrong"),
+    ("loss.temperature=0.1", "loss.temperature=0.1: the loss sigmoid does not use it; it is an option of discopop"),
     ("loss.name=exo_pair", "loss.label_smoothing=0.0: must be above 0 for exo_pair, which compares with the smoothed "
      "label; 1e-3 is usual"),
     ("loss.name=discopop", "loss.temperature=null: the loss discopop needs it; loss=discopop chooses the loss together "
-     "with its dials"),
-    ("radar=loud", "radar=loud: choose one of warn, stop, off"),
-    ("optimizer.lr=0", "optimizer.lr=0.0: must be above 0; 5e-5 is usual with LoRA"),
+     "with its options"),
+    ("monitor=loud", "monitor=loud: choose one of warn, stop, off"),
+    ("optimizer.lr=0", "optimizer.lr=0: must be above 0; 5e-5 is usual with LoRA"),
     ("lora.target_modules=3", "lora.target_modules=3: must be all-linear or a list of module names, for instance "
      "[q_proj,v_proj]"),
     ("model.dtype=bf16", "model.dtype=bf16: choose one of auto, float32, bfloat16, float16; "
@@ -188,14 +200,225 @@ def test_help_typos_and_missing_files_are_answered_without_torch(word: str, code
     assert ended.stderr.splitlines()[-1] == "False"
 
 
-def test_help_lists_every_group_and_choice(command: Command) -> None:
-    page = command("dpo-train", "--help").out
+COMMANDS = {"train": "dpo-train", "eval": "dpo-eval", "sample": "dpo-sample", "label": "dpo-label", "rank": "dpo-rank"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_what_conf_says(command: Command, name: str) -> None:
+    """Every key of the schema, its composed default and its comment in conf/; no line is wider than 100 columns."""
+    short, page = (command(COMMANDS[name], flag).out for flag in ("--help", "--help-all"))
+    values = flat(composed(name, [], SCHEMAS[name]).container)
+    together = " ".join(page.split())
+    leaves = [key for key, field, _ in walk(SCHEMAS[name]) if group_of(field.annotation) is None]
+    for key in leaves:
+        assert re.search(rf"^  {re.escape(key)}=\S", page, re.M), key
+        if key in values:
+            assert re.search(rf"^  {re.escape(key)}={re.escape(override_value(values[key]))}( |$)", page, re.M), key
+    for line in (conf_dir() / f"{name}.yaml").read_text().splitlines():
+        documented = re.fullmatch(r"\w+: *\S+ +# (.*)", line)
+        if documented:
+            assert " ".join(documented[1].split()) in together, line
     for group, choices in groups().items():
         block = re.search(rf"^  {group} +(.*(?:\n {{13}}.*)*)", page, re.M)
-        assert block and [word.rstrip("*") for word in block[1].split()] == choices
-    assert all(len(line) <= 110 for line in page.splitlines() if "YAML files in" not in line)
-    assert "dpo-train model=qwen data=hh beta=0.1" in page
-    assert command("dpo-eval", "--help").out.startswith("dpo-eval: score a finished run")
+        known = group in SCHEMAS[name].__dataclass_fields__ or (group, name) == ("experiment", "train")
+        assert bool(block) == known
+        assert block is None or [word.rstrip("*") for word in block[1].split()] == choices
+    assert all(len(line) <= 100 for line in (short + page).splitlines())
+    assert len(short.splitlines()) < 80 and "--help-all" in short
+    assert f"\n\nExamples\n  dpo-{name}" in page and "\nExit codes: 0 done, 2 command line" in page
+
+
+def test_every_common_key_and_every_example_of_the_help_exists() -> None:
+    assert PAGES.keys() == SCHEMAS.keys()
+    for name, page in PAGES.items():
+        assert set(page.common) <= key_rows(name).keys()
+        for words, _ in page.examples:
+            assert words.split()[0] == f"dpo-{name}"
+            check_overrides(parse_overrides([word for word in words.split()[1:] if word != "-m"]), SCHEMAS[name])
+
+
+def test_help_marks_the_default_of_each_group(command: Command) -> None:
+    page = command("dpo-train", "--help").out
+    assert "\n  model      llama  qwen  smollm2*  tiny\n" in page and "  adamw*  rmsprop  sgd\n" in page
+    assert "  beta=0.1                      how close the policy stays to the reference" in page
+
+
+# A user's own YAML
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Writes files of the user's, beside whom the command runs."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(**files: str) -> None:
+        for name, content in files.items():
+            path = Path(*name.split("__")).with_suffix(".yaml")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+
+    return write
+
+
+def printed(ended: Ended) -> dict[str, Any]:
+    assert ended.code == 0, ended.err
+    container: dict[str, Any] = yaml.safe_load(ended.out)
+    return container
+
+
+def test_groups_of_the_users_folder_are_found_before_the_packaged_ones(
+    command: Command, own: Callable[..., None]
+) -> None:
+    own(
+        my_conf__data__mine="defaults: [_base, _self_]\ntrain: pairs.jsonl\nmax_length: 300\n",
+        my_conf__data__hh="defaults: [_base, _self_]\ntrain: my-hh.jsonl\n",
+        my_conf__experiment__big="# @package _global_\nbeta: 0.7\noptimizer:\n  lr: 1e-4\n",
+    )
+    words = ("--config-dir", "my_conf", "--print-config")
+    run = printed(command("dpo-train", *words, "data=mine", "experiment=big"))
+    assert run["data"]["train"] == "pairs.jsonl" and run["data"]["max_length"] == 300
+    assert run["data"]["eval_fraction"] == 0.1 and run["beta"] == 0.7 and run["optimizer"]["lr"] == 1e-4
+    assert printed(command("dpo-train", *words, "data=hh"))["data"]["train"] == "my-hh.jsonl"
+    assert printed(command("dpo-train", "data=hh", "--print-config"))["data"]["train"] == "Anthropic/hh-rlhf"
+    assert "\n  data       hh  jsonl  mine  sample*  ultrafeedback\n" in command("dpo-train", "--help", *words[:2]).out
+
+
+USER_MISTAKES = [
+    ("data=typo", "my_conf/data/typo.yaml line 2: unknown key 'data.trian'; did you mean 'data.train'?"),
+    ("data=small", "my_conf/data/small.yaml line 2: data.max_length=1: must be at least 2"),
+    ("data=broken", "my_conf/data/broken.yaml line 2: not valid YAML (expected ',' or ']', but got '<stream end>')"),
+    ("data=parent", "my_conf/data/parent.yaml line 1: Could not load 'data/_bse'."),
+    ("data=absolute", "my_conf/data/absolute.yaml line 1: '/data/...' in defaults; in a file of data/ write _base"),
+    ("data=mne", "data=mne: no such choice; did you mean 'mine'? (choices: absolute, broken, hh, jsonl, mine, parent, "
+     "sample, small, typo, ultrafeedback)"),
+    ("experiment=off", "my_conf/experiment/off.yaml line 3: monitor=false: choose one of warn, stop, off; in YAML "
+     "write 'off' in quotes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("word", "says"), USER_MISTAKES)
+def test_a_mistake_in_the_users_folder_is_one_line_with_its_place(
+    command: Command, own: Callable[..., None], word: str, says: str
+) -> None:
+    own(
+        my_conf__data__mine="defaults: [_base, _self_]\ntrain: x\n",
+        my_conf__data__typo="defaults: [_base, _self_]\ntrian: x\n",
+        my_conf__data__small="defaults: [_base, _self_]\nmax_length: 1\ntrain: x\n",
+        my_conf__data__broken="train: [x\n",
+        my_conf__data__parent="defaults: [_bse, _self_]\ntrain: x\n",
+        my_conf__data__absolute="defaults: [/data/_base, _self_]\ntrain: x\n",
+        my_conf__experiment__off="# @package _global_\nbeta: 0.2\nmonitor: off\n",
+    )
+    ended = command("dpo-train", "--config-dir", "my_conf", word)
+    assert (ended.code, ended.err) == (2, f"error: {says}\n")
+
+
+def test_a_folder_that_holds_no_groups_is_refused_in_words(command: Command, own: Callable[..., None]) -> None:
+    known = "data, engine, experiment, lora, loss, model, optimizer, reference, tracker"
+    own(a__models__x="", b__data__x="", b__train="beta: 1\n", a__run="beta: 0.1\n")
+    for words, says in (
+        (["--config-dir", "nowhere"], "--config-dir nowhere: no such folder"),
+        (["--config-dir=a"], f"--config-dir a: holds no folder of a group ({known}); 'models' is not one; did you mean "
+         "'model'?"),
+        (["--config-dir", "b"], "--config-dir b: train.yaml is not read; put overrides into a file for --config"),
+        (["--config-dir"], "'--config-dir': give a folder of your own groups, such as --config-dir my_conf"),
+        (["--config-dir", "a", "--config-dir", "b"], "'--config-dir' is given twice; give it once"),
+        (["--config", "--print-config"], "'--config': give a file of overrides, such as --config run.yaml; "
+         "--print-config shows the composed config"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml: cannot be read (No such file or directory)"),
+        (["--confg", "a/run.yaml"], "'--confg': no such flag; did you mean '--config'?"),
+    ):  # fmt: skip
+        ended = command("dpo-train", *words)
+        assert (ended.code, ended.err) == (2, f"error: {says}\n")
+
+
+def test_a_file_of_overrides_is_words_that_the_command_line_wins_over(
+    command: Command, own: Callable[..., None]
+) -> None:
+    own(run="beta: 0.3\ndata: jsonl\ndata.train: 'my pairs, all.jsonl'\ndata.columns: {chosen: good}\n"
+            "optimizer: {lr: 1e-4, betas: [0.8, 0.9]}\nmonitor: off\nlora: off\n")  # fmt: skip
+    run = printed(command("dpo-train", "--config", "run.yaml", "beta=0.4", "--print-config"))
+    assert run["beta"] == 0.4 and run["monitor"] == "off" and run["lora"]["enabled"] is False
+    assert run["data"]["train"] == "my pairs, all.jsonl" and run["data"]["columns"] == {"chosen": "good"}
+    assert run["optimizer"]["lr"] == 1e-4 and run["optimizer"]["betas"] == [0.8, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("beta: 0.2\nbta: 1\n", "run.yaml line 2: unknown key 'bta' in 'bta=1'; did you mean 'beta'?"),
+        ("optimizer:\n  lr: -1\n", "run.yaml line 2: optimizer.lr=-1: must be above 0; 5e-5 is usual with LoRA"),
+        ("beta: '0.1'\n", "run.yaml line 1: beta=0.1: must be a number"),
+        ("model: qwn\n", "run.yaml line 1: model=qwn: no such choice; did you mean 'qwen'? (choices: llama, qwen, "
+         "smollm2, tiny)"),
+        ("beta: [0.1, 0.2]\n", "run.yaml line 1: 'beta: [0.1,0.2]': several values need -m"),
+        ("beta: 1\nbeta: 2\n", "run.yaml line 2: 'beta' stands here twice"),
+        ("- beta\n", "run.yaml line 1: must be keys with values, such as beta: 0.1"),
+        ("beta: [0.1\n", "run.yaml line 2: not valid YAML (expected ',' or ']', but got '<stream end>')"),
+        ("a: &a {b: 1}\nc: *a\n", "run.yaml: holds a YAML alias; a config is data only"),
+        ("model.trust_remote_code: true\n", "run.yaml line 1: model.trust_remote_code: true runs Python of others; say "
+         "so on the command line: model.trust_remote_code=true"),
+        ("version: 9\n", "run.yaml: written by a newer dpo-cli (config version 9; this one reads up to 2); update "
+         "dpo-cli"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_file_of_overrides_is_one_line_with_its_place(
+    command: Command, own: Callable[..., None], content: str, says: str
+) -> None:
+    own(run=content)
+    ended = command("dpo-train", "--config", "run.yaml")
+    assert (ended.code, ended.err) == (2, f"error: {says}\n")
+
+
+PRINTED = {
+    "dpo-train": ("data=jsonl", 'data.train="a,b c.jsonl"', "data.columns.chosen=x", "lora=off", "monitor=off",
+                  "tracker=[tensorboard,wandb]", "optimizer.betas=[0.8,0.9]", "loss=robust", "objective=dpo"),
+    "dpo-eval": ("checkpoint=run", "data=jsonl", "data.eval=pairs.jsonl"),
+    "dpo-sample": ("model=tiny", "prompts=p.txt", "temperature=0.5"),
+    "dpo-label": ("samples=s.jsonl", "by=rule", "rule=shorter"),
+    "dpo-rank": ("checkpoints=[a,b]", "judge=shorter", "prompts=p.txt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_a_printed_config_can_be_given_back(command: Command, tmp_path: Path, name: str) -> None:
+    first = command(name, *PRINTED[name], "--print-config")
+    assert first.code == 0, first.err
+    (tmp_path / "printed.yaml").write_text(first.out)
+    again = command(name, "--config", tmp_path / "printed.yaml", "--print-config")
+    assert (again.code, again.out) == (0, first.out), again.err
+
+
+def test_a_file_of_an_earlier_version_is_read_with_the_names_of_today(
+    command: Command, own: Callable[..., None]
+) -> None:
+    own(old="version: 1\nradar: stop\nbatching: padded\n", mine="radar: stop\n")
+    run = printed(command("dpo-train", "--config", "old.yaml", "--print-config"))
+    assert (run["monitor"], run["layout"]) == ("stop", "padded")
+    assert command("dpo-train", "--config", "mine.yaml").err.startswith("error: mine.yaml line 1: unknown key 'radar'")
+
+
+# Trackers: several choices of one group
+
+
+def test_several_trackers_can_be_chosen(command: Command) -> None:
+    def tracker(*words: str) -> Any:
+        return printed(command("dpo-train", *words, "--print-config"))["tracker"]
+
+    assert tracker() is tracker("tracker=none") is tracker("tracker=null") is tracker("tracker=[]") is None
+    assert tracker("tracker=tensorboard") == {"tensorboard": {"directory": None}, "wandb": None, "trackio": None}
+    both = tracker("tracker=[tensorboard,wandb]", "tracker.wandb.project=mine")
+    assert both["wandb"]["project"] == "mine" and both["tensorboard"] and both["trackio"] is None
+    for word, says in (
+        ("tracker=[wandb,tensorbord]", "tracker=tensorbord: no such choice; did you mean 'tensorboard'? (choices: "
+         "none, tensorboard, trackio, wandb)"),
+        ("tracker.wandb.project=mine", "tracker.wandb.entity has no value; choose tracker=wandb with it"),
+        ("report_to=wandb", "unknown key 'report_to' in 'report_to=wandb'; did you mean 'tracker'?"),
+    ):  # fmt: skip
+        assert command("dpo-train", word).err == f"error: {says}\n"
+
+
+# Sweeps and composition
 
 
 def test_every_group_choice_composes_to_a_valid_run() -> None:
@@ -227,24 +450,54 @@ def test_a_sweep_is_every_combination() -> None:
 def test_a_sweep_is_checked_whole_before_its_first_run(command: Command, tmp_path: Path, pairs_file: Path) -> None:
     words = tiny_words(pairs_file, tmp_path / "run")
     ended = command("dpo-train", "-m", "beta=0.1,-1", *words[:-1])
-    assert ended.code == 2 and ended.err.startswith("error: beta=-1.0: must be above 0") and ended.out == ""
+    assert ended.code == 2 and ended.err.startswith("error: beta=-1: must be above 0") and ended.out == ""
     ended = command("dpo-train", "-m", "beta=0.1,0.2", *words)
     assert ended.err == "error: output_dir: the runs of a sweep cannot share one; leave it out\n"
 
 
-def test_a_sweep_runs_each_in_a_directory_of_its_own(tmp_path: Path, pairs_file: Path) -> None:
-    words = [word for word in tiny_words(pairs_file, tmp_path) if not word.startswith("output_dir")]
+def test_a_sweep_runs_each_in_a_directory_of_its_own_and_ends_in_a_table(tmp_path: Path, pairs_file: Path) -> None:
+    words = [word for word in tiny_words(pairs_file, tmp_path) if not word.startswith(("output_dir", "optimizer"))]
     code = "import sys; from dpo_cli.cli import train; train()"
     ended = subprocess.run(
-        [sys.executable, "-c", code, "-m", "beta=0.1,0.5", *words], cwd=tmp_path, capture_output=True, text=True,
-        check=False,
+        [sys.executable, "-c", code, "-m", "beta=0.1,0.5", "optimizer.lr=1e-3,1e30", *words], cwd=tmp_path,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == 5, ended.stderr
     runs = sorted((tmp_path / "outputs" / "tiny-jsonl").iterdir())
-    assert len(runs) == 2
-    betas = [json.loads((run / "manifest.json").read_text()) for run in runs]
-    assert len({tuple(one["argv"]) for one in betas}) == 2
-    assert all(records(run)[-1]["split"] == "eval" for run in runs)
+    manifests = [json.loads((run / "manifest.json").read_text()) for run in runs]
+    assert len({tuple(one["argv"]) for one in manifests}) == 4
+    *_, heading, first, second, third, fourth, best, loss, margin = ended.stdout.splitlines()
+    assert heading.split() == ["beta", "optimizer.lr", "loss", "accuracy", "margin", "margin/beta", "verdict", "run"]
+    lines = [line.split() for line in (first, second, third, fourth)]
+    assert [line[:2] for line in lines] == [["0.1", "0.001"], ["0.1", "1e+30"], ["0.5", "0.001"], ["0.5", "1e+30"]]
+    assert lines[1][2:] == ["exit", "5", str(runs[1].relative_to(tmp_path))]
+    for place, beta in ((0, 0.1), (2, 0.5)):
+        last = records(runs[place])[-1]
+        shown = [word for word in lines[place] if word != "*"]
+        assert shown[2:5] == [significant(last[key]) for key in ("loss", "rewards/accuracies", "rewards/margins")]
+        assert shown[5] == significant(last["rewards/margins"] / beta)
+        assert shown[6:] == [manifests[place]["verdict"]["color"], str(runs[place].relative_to(tmp_path))]
+    accuracies = [records(runs[place])[-1]["rewards/accuracies"] for place in (0, 2)]
+    assert ["*" in line for line in (lines[0], lines[2])] == [one == max(accuracies) for one in accuracies]
+    assert best.startswith("* has the highest held-out accuracy") and "its 95% interval is" in best
+    assert loss == "loss is comparable only between runs of the same loss and beta"
+    assert margin.startswith("margin is beta times how far the policy moved the pair apart")
+
+
+def test_of_equal_accuracies_the_lower_loss_is_best_where_losses_compare(tmp_path: Path) -> None:
+    def result(loss: float, accuracy: float, *words: str) -> Result:
+        config = run_config(composed("train", parse_overrides([*words]), RunConfig).container)
+        evaluation = {"loss": loss, "rewards/accuracies": accuracy, "rewards/margins": 0.2}
+        return Result(Job((), {"seed": "1"}, config, "job"), 0, tmp_path, evaluation, {})
+
+    def starred(*results: Result) -> list[bool]:
+        stream = io.StringIO()
+        show_table(results, Reporter(stream))
+        return ["*" in line for line in stream.getvalue().splitlines()[2 : 2 + len(results)]]
+
+    assert starred(result(0.6, 0.7), result(0.5, 0.7), result(0.4, 0.6)) == [False, True, False]
+    assert starred(result(0.6, 0.7), result(0.5, 0.7, "beta=0.2"), result(0.4, 0.6)) == [True, True, False]
+    assert starred(result(0.6, 0.7), result(0.5, 0.7, "loss=ipo")) == [True, True]
 
 
 def test_stdout_that_closes_early_does_not_stop_the_run(tmp_path: Path, pairs_file: Path) -> None:

@@ -195,7 +195,7 @@ def test_neither_the_cache_nor_the_way_of_making_batches_changes_the_numbers(
     trained: Trained, command: Command
 ) -> None:
     run = trained("run", "optimizer.lr=1e-2")
-    ways = ([], ["reference_cache=off"], ["batching=padded"], ["batching=padded", "reference_cache=off"])
+    ways = ([], ["reference_cache=off"], ["layout=padded"], ["layout=padded", "reference_cache=off"])
     folders = [evaluated(command, run, f"name=way{number}", *words) for number, words in enumerate(ways)]
     assert [report(folder)["way"] for folder in folders] == ["segments", "segments", "padded", "padded"]
     for folder in folders[1:]:
@@ -205,5 +205,5 @@ def test_neither_the_cache_nor_the_way_of_making_batches_changes_the_numbers(
 
 
 def test_an_evaluation_takes_the_way_that_the_run_took(trained: Trained, command: Command) -> None:
-    padded = trained("padded", "batching=padded")
+    padded = trained("padded", "layout=padded")
     assert report(evaluated(command, padded))["way"] == "padded"

@@ -143,7 +143,7 @@ def test_an_answer_has_one_reward_whatever_stands_beside_it(command: Command, re
         rewards[row["rejected"]].append(row["reward_rejected"])
     (tmp_path / "two").mkdir()
     two = samples_of(tmp_path / "two" / "s.jsonl", {"Shall we?": [texts[2], texts[0]], "Other?": texts[:2]})
-    first = labelled(command, two, "by=reward", f"judge={reward_run}", "batching=padded")[0]
+    first = labelled(command, two, "by=reward", f"judge={reward_run}", "layout=padded")[0]
     rewards[first["chosen"]].append(first["reward_chosen"])
     rewards[first["rejected"]].append(first["reward_rejected"])
     assert [len(values) for values in rewards.values()] == [3, 2, 3]
@@ -429,7 +429,7 @@ def test_a_judge_that_labels_nothing_leaves_room_for_another(command: Command, t
     tied = command("dpo-label", f"samples={samples}", "by=rule", "rule=shorter")
     assert (tied.code, tied.err) == (3, f"error: {samples}: no pair could be labelled (1 tie)\n")
     assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl"]
-    drawn = command("dpo-label", f"samples={samples}", "by=rule", "rule=shorter", "labels=drawn")
+    drawn = command("dpo-label", f"samples={samples}", "by=rule", "rule=shorter", "labels=sampled")
     assert drawn.code == 0, drawn.err
     again = command("dpo-label", f"samples={samples}", "by=rule", "rule=shorter")
     assert "(labels was drawn, is best; seed was 0, is not there)" in again.err
@@ -481,7 +481,7 @@ def test_a_finished_file_is_complete_and_labels_of_other_samples_are_refused(com
     again = command("dpo-label", *words)
     assert (again.code, again.err) == (0, "") and f"already complete: {output}" in again.out
     for changed, key in (("pairs=extremes", "pairs was all, is extremes"), ("rule=longer", "rule was shorter, is"),
-                         ("labels=drawn", "labels was best, is drawn")):  # fmt: skip
+                         ("labels=sampled", "labels was best, is sampled")):  # fmt: skip
         ended = command("dpo-label", *(words[:-1] if "rule" in changed else words), changed)
         assert ended.code == 2 and ended.err.startswith(f"error: output={output}: was begun with other settings (")
         assert key in ended.err and ended.err.count("\n") == 1
@@ -625,14 +625,14 @@ def test_answers_under_another_template_than_the_judges_are_refused(
         (("by=rule", "rule=shorter", "annotator=ann"), "annotator=ann: by=rule does not use it; leave it out"),
         (("by=human", "annotator=ann", "pairs=extremes"),
          "pairs=extremes: people are asked for all pairs, and their word is taken; leave it out with by=human"),
-        (("by=human", "annotator=ann", "labels=drawn"),
-         "labels=drawn: people are asked for all pairs, and their word is taken; leave it out with by=human"),
+        (("by=human", "annotator=ann", "labels=sampled"),
+         "labels=sampled: people are asked for all pairs, and their word is taken; leave it out with by=human"),
         (("by=rule", "rule=shorter", "device=cpu"), "device=cpu: by=rule asks no model; leave it out"),
-        (("by=human", "annotator=ann", "batching=packed"), "batching=packed: by=human asks no model; leave it out"),
+        (("by=human", "annotator=ann", "layout=packed"), "layout=packed: by=human asks no model; leave it out"),
         (("by=rule", "rule=shorter", "prior=2"),
          "prior=2: of by=human; by=rule fits no strengths; leave it out"),
         (("by=rule", "rule=shorter", "seed=1"),
-         "seed=1: of labels=drawn; nothing is drawn with labels=best; leave it out"),
+         "seed=1: of labels=sampled; nothing is sampled with labels=best; leave it out"),
         (("by=rule", "rule=shorter", "pairs=best"), "pairs=best: choose one of extremes, all"),
         (("by=human", "annotator=ann"),
          "by=human: standard input is no terminal, and it needs one to show answers and read keys; without one there "

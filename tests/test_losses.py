@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_cli.config.schema import LOSS_DIALS
+from dpo_cli.config.schema import LOSS_OPTIONS
 from dpo_cli.theory.losses import (
     LOSSES,
     LogRatios,
@@ -131,7 +131,7 @@ def test_every_loss_gives_its_golden_numbers(name: str, dials: dict[str, float],
 
 
 def test_the_table_of_dials_in_the_config_is_that_of_the_functions() -> None:
-    assert {name: set(dials) for name, dials in LOSS_DIALS.items()} == {name: loss_options(name) for name in LOSSES}
+    assert {name: set(dials) for name, dials in LOSS_OPTIONS.items()} == {name: loss_options(name) for name in LOSSES}
     assert {name for name, _, _ in FAMILY} == set(LOSSES)
 
 

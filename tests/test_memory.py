@@ -94,7 +94,7 @@ def test_another_device_measures_anew(command: Command, pairs_file: Path, tmp_pa
     from dpo_cli.runs.checkpoint import MANIFEST, _seal
 
     words = [*tiny_words(pairs_file, tmp_path / "run"), "optimizer.schedule=constant"]
-    assert command("dpo-train", *words, "batching=padded").code == 0
+    assert command("dpo-train", *words, "layout=padded").code == 0
     (tmp_path / "run" / "final").rename(tmp_path / "away")
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
     state = json.loads((checkpoint / "state.json").read_text())
@@ -103,7 +103,7 @@ def test_another_device_measures_anew(command: Command, pairs_file: Path, tmp_pa
     )
     (checkpoint / MANIFEST).unlink()
     _seal(checkpoint)
-    resumed = command("dpo-train", *words, "batching=padded", "resume=auto", "max_steps=4")
+    resumed = command("dpo-train", *words, "layout=padded", "resume=auto", "max_steps=4")
     assert resumed.code == 0, resumed.err
     assert "padded rows: as asked" in resumed.out and "as the run began" not in resumed.out.split("batches")[1]
 
@@ -112,7 +112,7 @@ def test_how_a_batch_is_cut_and_laid_out_changes_nothing_beyond_rounding(
     command: Command, pairs_file: Path, tmp_path: Path
 ) -> None:
     ways = {
-        "auto": [], "one": ["micro_batch_size=1"], "three": ["micro_batch_size=3"], "padded": ["batching=padded"],
+        "auto": [], "one": ["micro_batch_size=1"], "three": ["micro_batch_size=3"], "padded": ["layout=padded"],
         "checkpointed": ["engine.gradient_checkpointing=true"],
     }  # fmt: skip
     for name, words in ways.items():

@@ -119,7 +119,7 @@ def test_families_that_packed_rows_do_not_suit_are_noticed_in_bfloat16_too(famil
 
 
 def test_packed_rows_that_were_insisted_on_are_refused_where_they_do_not_suit() -> None:
-    with pytest.raises(ConfigError, match=r"batching=packed: this model cannot take packed rows .*choose auto"):
+    with pytest.raises(ConfigError, match=r"layout=packed: this model cannot take packed rows .*choose auto"):
         choose_layout("packed", tiny("mamba"), PAIRS, CPU)
 
 

@@ -229,7 +229,7 @@ def test_the_monitor_stops_a_run_where_it_is_told_to(
     far = AlarmRule("far", lambda d: d.pairs >= 8, lambda d: "too far", ruins=True)
     monkeypatch.setattr(preference, "preference_alarms", lambda loss: (far,))
     words = tiny_words(pairs_file, tmp_path / "run")
-    ended = command("dpo-train", *words, "radar=stop")
+    ended = command("dpo-train", *words, "monitor=stop")
     saved = tmp_path / "run" / "checkpoints" / "step-00000002"
     assert ended.code == 5
     assert ended.err == f"error: step 2: stopped by the monitor (monitor=stop), saved as {saved}: too far\n"
@@ -237,7 +237,7 @@ def test_the_monitor_stops_a_run_where_it_is_told_to(
     assert records(tmp_path / "run")[-1]["alarms"] == {"far": "too far"}
     assert saved.is_dir() and not (tmp_path / "run" / "final").exists()
     other = [word for word in words if not word.startswith("output_dir")]
-    assert command("dpo-train", *other, f"output_dir={tmp_path / 'warned'}", "radar=warn").code == 0
+    assert command("dpo-train", *other, f"output_dir={tmp_path / 'warned'}", "monitor=warn").code == 0
 
 
 def test_a_run_ends_with_a_verdict(command: Command, pairs_file: Path, tmp_path: Path) -> None:

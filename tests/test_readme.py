@@ -9,7 +9,7 @@ from pathlib import Path
 from conftest import Ended, records, sample_rows, write_jsonl
 
 from dpo_cli.config.composition import composed, composed_run, parse_overrides, sweep
-from dpo_cli.config.schema import EvalSchema, LabelConfig, RankConfig, SampleConfig, config_of, run_config
+from dpo_cli.config.schema import EvalConfig, LabelConfig, RankConfig, SampleConfig, config_of, run_config
 from dpo_cli.data.formats import FORMATS
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +33,7 @@ def test_every_command_composes() -> None:
             for job in sweep(overrides):
                 run_config(composed_run(parse_overrides(job)).container)
         elif name == "dpo-eval":
-            composed("eval", overrides, EvalSchema)
+            composed("eval", overrides, EvalConfig)
         else:
             config_of(composed(name.removeprefix("dpo-"), overrides, OTHERS[name]).container, OTHERS[name])
     assert {name for name, *_ in commands()} == {"dpo-train", "dpo-eval", *OTHERS}

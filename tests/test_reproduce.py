@@ -109,7 +109,9 @@ def test_a_replay_takes_what_was_measured_then_and_no_other_dial(
     assert state.settled == ResolvedSettings("cpu", "float32", "mask", 321)
     refused = command("dpo-train", f"replay={first}", "beta=0.5")
     assert refused.code == 2
-    assert refused.err.startswith(f"error: beta=0.5: replay={first} runs a config as it was; with it go log_every, ")
+    assert refused.err.startswith(
+        f"error: beta=0.5: replay={first} runs a config as it was; with it go reference.cache, tracker, "
+    )
 
 
 def test_a_replay_that_was_stopped_goes_on(command: Command, pairs_file: Path, tmp_path: Path) -> None:
@@ -374,6 +376,14 @@ def test_a_sweep_shows_its_configs_and_stops(command: Command, pairs_file: Path,
     import sys
 
     sweep = [word for word in words(pairs_file, tmp_path) if not word.startswith("output_dir")]
-    program = [sys.executable, "-c", "from dpo_cli.cli import train; train()", "-m", *sweep, "beta=0.1,0.2", "--config"]
+    program = [
+        sys.executable,
+        "-c",
+        "from dpo_cli.cli import train; train()",
+        "-m",
+        *sweep,
+        "beta=0.1,0.2",
+        "--print-config",
+    ]
     done = subprocess.run(program, capture_output=True, cwd=tmp_path, text=True, check=True)
     assert done.stdout.count("\nobjective: dpo\n") == 2 and not (tmp_path / "outputs").exists()

@@ -32,14 +32,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 COMPOSE = """
 from dpo_cli.config import composition
 from dpo_cli.config.composition import composed, conf_dir, groups, parse_overrides
-from dpo_cli.config.schema import EvalSchema, RunConfig, run_config
+from dpo_cli.config.schema import EvalConfig, RunConfig, run_config
 number = 0
 for group, choices in groups().items():
     for choice in choices:
         words = [f"{group}={choice}"] + (["data.train=x"] if choice == "jsonl" else [])
         run_config(composed("train", parse_overrides(words), RunConfig).container)
         number += 1
-composed("eval", [], EvalSchema)
+composed("eval", [], EvalConfig)
 from dpo_cli.data.files import local_path, read_rows
 rows = len(list(read_rows(local_path("sample:train")))), len(list(read_rows(local_path("sample:test"))))
 print(conf_dir(), number, *rows)
@@ -55,3 +55,37 @@ def test_the_wheel_composes_every_choice_and_carries_the_sample_pairs(installed:
     assert str(installed.parent.parent) in conf, "the checkout's conf/ was used"
     assert int(number) == sum(len(list(folder.glob("[!_]*.yaml"))) for folder in (ROOT / "conf").iterdir())
     assert int(train) >= 400 and int(test) >= 100
+
+
+WORDS = {
+    "train": ["data=mine"],
+    "eval": ["checkpoint=run", "data=mine"],
+    "sample": ["model=mine", "prompts=p.txt"],
+    "label": ["samples=s.jsonl", "by=rule", "rule=shorter"],
+    "rank": ["games=games.csv"],
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_the_wheel_takes_a_users_folder_and_file_as_the_checkout_does(
+    installed: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    (tmp_path / "conf" / "model").mkdir()
+    (tmp_path / "conf" / "data" / "mine.yaml").write_text("defaults: [_base, _self_]\neval: x\ntrain: x\n")
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text("defaults: [_base, _self_]\nname_or_path: my/sft\n")
+    (tmp_path / "run.yaml").write_text("device: cpu\n" if name != "rank" else "prior: 1\n")
+    function = {"eval": "evaluate"}.get(name, name)
+    code = f"from dpo_cli.cli import {function}; {function}()"
+    words = ["--config-dir", "conf", "--config", "run.yaml", *WORDS[name], "--print-config"]
+    bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    wheel, checkout = (
+        subprocess.run([python, "-c", code, *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        for python, env in ((installed, bare), (sys.executable, {**bare, "PYTHONPATH": str(ROOT)}))
+    )
+    assert wheel.returncode == 0, wheel.stderr
+    assert wheel.stdout == checkout.stdout
+    assert ("device: cpu" if name != "rank" else "prior: 1") in wheel.stdout
+    assert ("my/sft" in wheel.stdout) == (name == "sample") and ("eval: x" in wheel.stdout) == (
+        name in ("train", "eval")
+    )

@@ -221,7 +221,7 @@ def test_drawn_labels_are_wrong_as_often_as_bradley_terry_says(command: Command,
     """Answers of 1 and of 3 words: P = 4/6 for the shorter. Of 1,500 pairs 1,000 +- 18.3 (one standard deviation)."""
     some = [{"prompt": f"Q{number}?", "responses": ["a b c", "a"]} for number in range(1500)]
     many = write_jsonl(tmp_path / "many.jsonl", some)
-    words = ("by=rule", "rule=shorter", "labels=drawn")
+    words = ("by=rule", "rule=shorter", "labels=sampled")
     assert command("dpo-label", f"samples={many}", *words).code == 0
     found = rows(tmp_path / "many.rule.jsonl")
     right = sum(row["chosen"] == "a" for row in found)

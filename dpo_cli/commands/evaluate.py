@@ -128,7 +128,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
 def _data_options(config: EvalConfig, ref: ModelRef, overrides: list[tuple[str, Any]]) -> Any:
     """The data to evaluate on: a chosen group, or what the run held out, with `data.*` overrides on top."""
     if config.data is not None:
-        options = data_config(config.data)
+        options = config.data
     elif ref.run is not None:
         container = to_container(ref.run)["data"]
         for key, value in overrides:
@@ -174,12 +174,12 @@ def _layout(
     """The layout that the run used, so that the numbers are its own; else one that both models can take."""
     device = next(base.parameters()).device
     settings = settings_in(ref.directory.read_manifest()) if ref.directory else None
-    own = config.batching == "auto" and config.reference_model is None
+    own = config.layout == "auto" and config.reference_model is None
     if own and settings is not None and settings.device == device.type:
         return Layout(settings.layout)
-    chosen: Layout = remembered_layout(config.batching, base, pairs, device, fingerprint).value
+    chosen: Layout = remembered_layout(config.layout, base, pairs, device, fingerprint).value
     if not ref.is_adapter:
-        of_policy = remembered_layout(config.batching, policy, pairs, device, model_fingerprint(policy)).value
+        of_policy = remembered_layout(config.layout, policy, pairs, device, model_fingerprint(policy)).value
         return chosen if of_policy is chosen else Layout.PADDED
     return chosen
 

@@ -46,7 +46,7 @@ def label(config: LabelConfig, reporter: Reporter) -> Path:
     with StopSignals(reporter.warn) as signals:
         name = config.rule if config.by == "rule" else config.judge
         assert name is not None
-        judge = load_judge(name, config.by, config.batching, config.device, config.trust_remote_code, reporter)
+        judge = load_judge(name, config.by, config.layout, config.device, config.trust_remote_code, reporter)
         _check_template(path, judge)
         reporter.facts([("samples", f"{len(samples):,} from {safe_text(path)}"), ("output", safe_text(output))])
         job = {
@@ -55,7 +55,7 @@ def label(config: LabelConfig, reporter: Reporter) -> Path:
             **judge.facts,
             "pairs": config.pairs,
             "labels": config.labels,
-            **({"seed": config.seed} if config.labels == "drawn" else {}),
+            **({"seed": config.seed} if config.labels == "sampled" else {}),
         }
         if is_done(output, job):
             reporter.say(f"already complete: {output}")

@@ -35,11 +35,10 @@ def verify_resume(config: RunConfig, reporter: Reporter) -> None:
     enough = 2 * STEPS * config.batch_size + 64
     data = replace(config.data, limit=min(config.data.limit or enough, enough), eval_limit=8)
     # Values of this shortened run are not left to others: they would begin a rounding off.
-    cache = "off" if config.reference.cache == "off" else "run"
     short = replace(
         config,
         data=data,
-        reference=replace(config.reference, cache=cache),
+        reference=replace(config.reference, cache="off" if config.reference.cache == "off" else "run"),
         optimizer=replace(config.optimizer, warmup_steps=0),
         max_steps=STEPS,
         save_every=STOP,

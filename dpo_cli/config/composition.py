@@ -1,37 +1,47 @@
 """From the command line to a config: Hydra composes it from conf/, and every typo is answered in one line.
 
 Overrides are read with Hydra's own grammar and checked against the schema before anything is composed, so that
-`beat=0.2`, `model=qwn` and `+bta=1` each get an answer that names what was meant.
+`beat=0.2`, `model=qwn` and `+bta=1` each get an answer that names what was meant. A user's folder (`--config-dir`) lies
+before the packaged one on Hydra's search path; a user's file (`--config`) is words of the command line.
 """
 
 import itertools
 import re
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_args
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from dpo_cli.config.files import keys_and_lines
+from dpo_cli.config.objectives import OBJECTIVES, ObjectiveRules
 from dpo_cli.config.schema import (
-    FREE_KEYS,
+    SCHEMAS,
     RunConfig,
     did_you_mean,
-    read_config,
-    run_config,
+    group_of,
+    schema_fields,
     schema_keys,
     suggest_key,
-    to_container,
     unknown_keys,
 )
 from dpo_cli.console.text import first_line, hydra_quoted, safe_text
-from dpo_cli.errors import CheckpointError, ConfigError
+from dpo_cli.errors import ConfigError
 from dpo_cli.paths import user_path
+
+Config = TypeVar("Config")
+SEVERAL = ("tracker",)  # groups of which a run can have several choices at once
 
 
 def conf_dir() -> Path:
@@ -40,21 +50,59 @@ def conf_dir() -> Path:
     return packaged if packaged.is_dir() else packaged.parent.parent / "conf"
 
 
-def groups() -> dict[str, list[str]]:
-    """Each config group with its choices, sorted; names that begin with an underscore are shared parts."""
+def groups(own: Path | None = None) -> dict[str, list[str]]:
+    """Each config group with its choices, those in the user's folder too; names with a first underscore are parts."""
     return {
-        folder.name: sorted(file.stem for file in folder.glob("*.yaml") if not file.stem.startswith("_"))
-        for folder in sorted(conf_dir().iterdir())
-        if folder.is_dir() and not folder.name.startswith("_")
+        group.name: sorted(
+            {
+                file.stem
+                for folder in (conf_dir(), own)
+                if folder is not None
+                for file in (folder / group.name).glob("*.yaml")
+                if not file.stem.startswith("_")
+            }
+        )
+        for group in sorted(conf_dir().iterdir())
+        if group.is_dir() and not group.name.startswith("_")
     }
 
 
-@dataclass(frozen=True)
-class Composed:
-    """A composed config as plain data, and which file each group came from."""
+def user_dir(text: str) -> Path:
+    """The folder that --config-dir names; ConfigError where it cannot hold groups."""
+    path, shown = user_path(text, ConfigError, "--config-dir").resolve(), f"--config-dir {safe_text(text)}"
+    if not path.is_dir():
+        raise ConfigError(f"{shown}: no such folder")
+    known, found = [*groups()], sorted(folder.name for folder in path.iterdir() if folder.is_dir())
+    if not set(known) & set(found):
+        hint = next((f"; '{name}' is not one{meant}" for name in found if (meant := did_you_mean(name, known))), "")
+        raise ConfigError(f"{shown}: holds no folder of a group ({', '.join(known)}){hint}")
+    for file in sorted(path.glob("*.yaml")):
+        if file.stem in SCHEMAS:
+            raise ConfigError(f"{shown}: {file.name} is not read; put overrides into a file for --config")
+    return path
 
-    container: dict[str, Any]
-    choices: dict[str, str]  # group -> chosen option
+
+class UserGroups(SearchPathPlugin):
+    """Hydra's own way to find configs: the user's folder before the packaged one."""
+
+    folder: Path | None = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Put the folder first, if there is one."""
+        if UserGroups.folder is not None:
+            search_path.prepend("user", f"file://{UserGroups.folder}", "main")
+
+
+@contextmanager
+def _searched(own: Path | None) -> Iterator[None]:
+    if UserGroups not in Plugins.instance().discover(SearchPathPlugin):
+        Plugins.instance().register(UserGroups)
+    UserGroups.folder = own
+    try:
+        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+            yield
+    finally:
+        UserGroups.folder = None
 
 
 def parse_overrides(words: list[str]) -> list[Override]:
@@ -81,9 +129,9 @@ def _parse_quoted(word: str, key: str, value: str) -> Override:
         raise ConfigError(f"'{word}': cannot be read as key=value") from None
 
 
-def check_overrides(overrides: list[Override], schema: type) -> None:
+def check_overrides(overrides: list[Override], schema: type, own: Path | None = None) -> None:
     """ConfigError for the first override whose key or group choice does not exist."""
-    known_groups = groups()
+    known_groups = groups(own)
     keys = schema_keys(schema) + (["experiment"] if schema is RunConfig else [])
     for override in overrides:
         key = override.key_or_group
@@ -96,16 +144,20 @@ def check_overrides(overrides: list[Override], schema: type) -> None:
             raise ConfigError(f"unknown key '{key}' in '{written}'{suggest_key(key, schema)}")
         if override.is_add() and not in_mapping:
             raise ConfigError(f"'{written}': '{key}' exists already; write it without the plus sign")
-        is_group = is_dataclass(get_type_hints(schema).get(key)) or key == "experiment"
-        if is_group and not override.is_sweep_override():
-            _check_choice(key, override, known_groups[key])
+        if key in known_groups and not override.is_sweep_override():
+            value = override.value()
+            if value is not None or not (key == "experiment" or _optional(schema, key)):
+                _check_choice(key, value, known_groups[key])
 
 
-def _check_choice(group: str, override: Override, choices: list[str]) -> None:
-    value = override.value()
-    if value is None or str(value) in choices:
+def _check_choice(group: str, value: Any, choices: list[str]) -> None:
+    if isinstance(value, list) and group in SEVERAL:
+        for one in value:
+            _check_choice(group, one, choices)
         return
-    option = str(value)
+    if str(value) in choices:
+        return
+    option = "null" if value is None else str(value)
     hint = did_you_mean(option, choices)
     if group == "model" and "/" in option:
         hint = f"; for a path or hub id write model.name_or_path={option}"
@@ -114,66 +166,112 @@ def _check_choice(group: str, override: Override, choices: list[str]) -> None:
     raise ConfigError(f"{group}={option}: no such choice{hint} (choices: {', '.join(choices)})")
 
 
-def composed(config_name: str, overrides: list[Override], schema: type) -> Composed:
+def _shown(file: Path, own: Path | None) -> str:
+    """A YAML file as the user knows it: within the folder of --config-dir, or within conf/."""
+    for folder in (own, conf_dir()):
+        if folder is not None and file.is_relative_to(folder):
+            return f"{folder.name}/{file.relative_to(folder)}"
+    return str(file)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed config as plain data, and which file each group came from."""
+
+    container: dict[str, Any]
+    choices: dict[str, str]  # group -> chosen option
+    own: Path | None = None  # the folder of --config-dir
+
+    def where(self, key: str) -> str:
+        """The YAML file and line that set a key."""
+        chosen = [f"{group}/{choice}.yaml" for group, choice in self.choices.items() if choice != "None"]
+        shared = [f"{group}/_base.yaml" for group in self.choices]
+        # What is applied last sets the value.
+        for name in [*reversed(chosen), *shared, *(file.name for file in conf_dir().glob("*.yaml"))]:
+            folders = [folder for folder in (self.own, conf_dir()) if folder and (folder / name).is_file()]
+            if not folders:
+                continue
+            file = folders[0] / name
+            package = "" if "/" not in name or name.startswith("experiment/") else f"{name.split('/')[0]}."
+            for found, _, line in keys_and_lines(file.read_text(encoding="utf-8"), name):
+                if key in (found, package + found):
+                    return f"{_shown(file, self.own)} line {line}"
+        return "conf/"
+
+
+def composed(config_name: str, overrides: list[Override], schema: type, own: Path | None = None) -> Composed:
     """The config `conf/<config_name>.yaml` with overrides applied, checked for keys that do not exist.
 
-    Types and ranges are checked where the plain container becomes a dataclass (config.py).
+    Types and ranges are checked where the plain container becomes a dataclass (schema.py).
     """
-    check_overrides(overrides, schema)
-    # A key of a mapping that is empty in the YAML file is added, in Hydra's words.
-    words = [
-        f"++{(override.input_line or '').lstrip('+')}"
-        if override.key_or_group.startswith("data.columns.")
-        else (override.input_line or "")
-        for override in overrides
-    ]
+    check_overrides(overrides, schema, own)
+    optional = [key for key in schema_fields(schema) if _optional(schema, key)]
     try:
-        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+        with _searched(own):
+            words = [word for override in overrides for word in _hydra_words(override, optional)]
             config = compose(config_name, overrides=words, return_hydra_config=True)
             choices = {str(group): str(choice) for group, choice in config.hydra.runtime.choices.items()}
             with open_dict(config):
                 del config["hydra"]
             container = OmegaConf.to_container(config, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"the command line does not compose: {first_line(error)}") from None
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(_not_composed(error, own)) from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{mark.name} line {mark.line + 1}" if mark else "a YAML file"
+        place = f"{_shown(Path(mark.name), own)} line {mark.line + 1}" if mark else "a YAML file"
         raise ConfigError(f"{place}: not valid YAML ({getattr(error, 'problem', error)})") from None
     assert isinstance(container, dict)
     plain = {str(key): value for key, value in container.items()}
-    unknown = unknown_keys(plain, schema)
-    if unknown:
-        raise ConfigError(f"{_where(unknown[0], choices)}: unknown key '{unknown[0]}'{suggest_key(unknown[0], schema)}")
-    return Composed(plain, choices)
-
-
-def composed_run(overrides: list[Override]) -> Composed:
-    """The config of dpo-train. A reward model is held to nothing: its beta is 1, and a reference is refused."""
-    choice = composed("train", overrides, RunConfig)
-    if choice.container.get("objective") == "reward":
-        given = {override.key_or_group: override.input_line for override in overrides}
-        for key, written in given.items():
-            if key.split(".")[0] == "reference":
-                raise ConfigError(f"{written}: a reward model (objective=reward) is held to no reference; leave it out")
-        if "beta" not in given:
-            choice.container["beta"] = 1.0
+    for key in optional:  # a group of which nothing was chosen
+        if group_of(schema_fields(schema)[key].annotation) is not None:
+            plain[key] = plain.get(key) or None
+    choice = Composed(plain, choices, own)
+    for key in unknown_keys(plain, schema):
+        first, _, second = key.partition(".")
+        hint = suggest_key(key, schema)
+        if first == second:
+            raise ConfigError(
+                f"{choice.where(f'{first}.defaults')}: '/{first}/...' in defaults; in a file of {first}/ write _base"
+            )
+        raise ConfigError(f"{choice.where(key)}: unknown key '{key}'{hint}")
     return choice
 
 
-def _where(key: str, choices: dict[str, str]) -> str:
-    """The YAML file and line in which a key stands, as far as the text tells."""
-    leaf = re.escape(key.rsplit(".", 1)[-1])
-    group_files = [f"{group}/{choice}.yaml" for group, choice in choices.items() if choice != "None"]
-    shared = [f"{group}/_base.yaml" for group in choices]
-    for name in [*group_files, *shared, *sorted(file.name for file in conf_dir().glob("*.yaml"))]:
-        file = conf_dir() / name
-        if not file.is_file():
-            continue
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            if re.match(rf"\s*{leaf}\s*:", line):
-                return f"conf/{name} line {number}"
-    return "conf/"
+def _optional(schema: type, key: str) -> bool:
+    return type(None) in get_args(schema_fields(schema)[key].annotation)
+
+
+def _hydra_words(override: Override, optional: list[str]) -> list[str]:
+    """An override in the words that Hydra takes."""
+    key, word = override.key_or_group, (override.input_line or "").lstrip("+")
+    if key in groups() and not override.is_sweep_override() and override.value() is None:
+        return []  # null of a group is nothing chosen
+    # A key of a mapping that is empty in the YAML file, or of a group of which nothing is chosen, is added.
+    added = key.startswith("data.columns.") or ("." in key and key.split(".")[0] in optional)
+    return [f"++{word}" if added else word]
+
+
+def _not_composed(error: Exception, own: Path | None) -> str:
+    """Why Hydra did not compose, in one line, with the user's file where it names one."""
+    words = first_line(error)
+    inside = re.match(r"In '([\w./-]+)': (.*)", words)
+    if inside and own is not None and (file := own / f"{inside[1]}.yaml").is_file():
+        lines = enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1)
+        line = next((number for number, text in lines if text.startswith("defaults")), 1)
+        return f"{_shown(file, own)} line {line}: {inside[2]}"
+    return f"the command line does not compose: {words}"
+
+
+def composed_run(overrides: list[Override], own: Path | None = None) -> Composed:
+    """The config of dpo-train, with the defaults of its objective; ConfigError for a group that it does not use."""
+    choice = composed("train", overrides, RunConfig, own)
+    rules = OBJECTIVES.get(str(choice.container.get("objective")), ObjectiveRules())
+    given = {override.key_or_group: override.input_line for override in overrides}
+    for key, written in given.items():
+        if key.split(".")[0] in rules.unused:
+            raise ConfigError(f"{written}: {rules.unused[key.split('.')[0]]}")
+    choice.container.update({key: value for key, value in rules.defaults.items() if key not in given})
+    return choice
 
 
 def sweep(overrides: list[Override]) -> list[list[str]]:
@@ -188,35 +286,3 @@ def sweep(overrides: list[Override]) -> list[list[str]]:
         else:
             columns.append([override.input_line or ""])
     return [list(words) for words in itertools.product(*columns)]
-
-
-def replayed(overrides: list[Override]) -> tuple[RunConfig, str]:
-    """The config of the run that `replay=` names, and what to call a run of it.
-
-    ConfigError for a key that would make it another run. A config from a file does not get to run code: that a model's
-    Python may run must be said on this command line again.
-    """
-    given = {override.key_or_group: override.value() for override in overrides}
-    if not str(given["replay"]).strip():
-        raise ConfigError("replay=: is empty; name a run directory")
-    run = user_path(str(given["replay"]), CheckpointError, "replay")
-    earlier = read_config(run / "config.yaml")
-    container = to_container(earlier)
-    trusted = "model.trust_remote_code"
-    for key, value in given.items():
-        if key not in (*FREE_KEYS, "device", trusted):
-            allowed = ", ".join([*FREE_KEYS, "device"])
-            raise ConfigError(f"{key}={value}: replay={safe_text(run)} runs a config as it was; with it go {allowed}")
-        *groups, leaf = key.split(".")
-        place = container
-        for group in groups:
-            place = place[group]
-        place[leaf] = value
-    if earlier.model.trust_remote_code and not given.get(trusted):
-        raise ConfigError(
-            f"replay={safe_text(run)}: that run trusted the Python of its model's authors; to do so again, "
-            f"add {trusted}=true"
-        )
-    for key in ("output_dir", "resume", "dry_run", "verify_resume"):  # of that run's own life, not of its config
-        container[key] = given.get(key, False if key in ("dry_run", "verify_resume") else None)
-    return run_config(container), "replay"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dpo_cli.config.schema import DrawingConfig, SampleConfig
+from dpo_cli.config.schema import GenerationConfig, SampleConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.tokens import PairEncoder
@@ -58,7 +58,7 @@ class Drawing:
     batch_size: int | None  # answers at once; None: as many as memory allows
 
 
-def drawing_in_words(config: DrawingConfig) -> str:
+def drawing_in_words(config: GenerationConfig) -> str:
     """How answers are drawn, for a header."""
     how = f"temperature {significant(config.temperature)}, top_p {significant(config.top_p)}"
     return f"{how}, at most {plural(config.max_new_tokens, 'token')}, seed {config.seed}"

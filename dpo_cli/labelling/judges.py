@@ -249,7 +249,7 @@ def load_judge(
     if not subject.is_adapter:
         if batching != "auto":
             raise ConfigError(
-                f"batching={batching}: a reward model that is no run of this program has one way to be read"
+                f"layout={batching}: a reward model that is no run of this program has one way to be read"
             )
         return _classifier_judge(subject, source, dtype, where, reporter)
     encoder = ref_encoder(subject)

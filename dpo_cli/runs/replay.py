@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from dpo_cli.config.schema import RunConfig, flat
+from dpo_cli.config.schema import RunConfig
+from dpo_cli.config.versions import flat
 from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.paths import user_path

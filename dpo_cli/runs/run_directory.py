@@ -18,7 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config.schema import FREE_KEYS, LOUD_KEYS, RunConfig, config_text, flat, public_container
+from dpo_cli.config.schema import (
+    FREE_KEYS,
+    LOUD_KEYS,
+    RunConfig,
+    config_text,
+    public_container,
+)
+from dpo_cli.config.versions import flat
 from dpo_cli.console.text import safe_text, without_secrets
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
 from dpo_cli.paths import user_path

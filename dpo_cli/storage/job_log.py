@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config.schema import flat
+from dpo_cli.config.versions import flat
 from dpo_cli.console.text import safe_text
 from dpo_cli.errors import ConfigError, DataError, StorageError
 from dpo_cli.paths import user_path

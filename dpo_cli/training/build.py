@@ -97,7 +97,7 @@ def build(
         optimizer=optimizer,
         rate=lambda step: options.lr * lr_factor(options.schedule, step, options.warmup_steps, material.total_steps),
         guard=NonFiniteGuard.of(optimizer, device.value, config.non_finite),
-        monitor=Monitor(objective, config.radar),
+        monitor=Monitor(objective, config.monitor),
         batcher=MicroBatcher(device.value, layout.value, split),
     )
     return learner, material, Choices(device, dtype, layout, split_text, memory)
@@ -141,7 +141,7 @@ def _layout(
 ) -> Decision:  # fmt: skip
     if measured is not None:
         return Decision(Layout(measured.layout), "as when the run began")
-    return remembered_layout(config.batching, model, material.data.train, device, fingerprint, keep=not config.dry_run)
+    return remembered_layout(config.layout, model, material.data.train, device, fingerprint, keep=not config.dry_run)
 
 
 def _split(

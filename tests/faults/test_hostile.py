@@ -193,7 +193,7 @@ REFUSED_CHANGES = {
     "data.shuffle=false": "data.shuffle: True -> False",
     "reference=adapter_off": "reference.name: frozen -> adapter_off",
     "model.dtype=bfloat16": "model.dtype: float32 -> bfloat16", "lora.dropout=0.2": "lora.dropout: 0.0 -> 0.2",
-    "data.eval_fraction=0.1": "data.eval_fraction: 0.3 -> 0.1", "batching=padded": "batching: auto -> padded",
+    "data.eval_fraction=0.1": "data.eval_fraction: 0.3 -> 0.1", "layout=padded": "layout: auto -> padded",
 }  # fmt: skip
 
 

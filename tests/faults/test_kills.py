@@ -147,8 +147,8 @@ PHASE_NAMES = ["reference", "training", "evaluation", "save", "final"]
 
 
 LAYOUTS = {
-    "packed by tokens": ["micro_batch_size=auto", "batching=packed"],
-    "padded by tokens": ["micro_batch_size=auto", "batching=padded"],
+    "packed by tokens": ["micro_batch_size=auto", "layout=packed"],
+    "padded by tokens": ["micro_batch_size=auto", "layout=padded"],
     "one pass a step": ["micro_batch_size=4"],
     "reference in the loop": ["reference.cache=off"],
     "adapter off": ["reference=adapter_off"],

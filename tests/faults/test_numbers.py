@@ -186,7 +186,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch, place: Any, tokens: int, kind:
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError, MemoryError])
-@pytest.mark.parametrize("words", [["micro_batch_size=auto"], ["micro_batch_size=4"], ["batching=padded"]], ids=str)
+@pytest.mark.parametrize("words", [["micro_batch_size=auto"], ["micro_batch_size=4"], ["layout=padded"]], ids=str)
 def test_a_batch_that_does_not_fit_is_cut_finer_with_the_same_result(
     command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str],
     kind: type[Exception],
