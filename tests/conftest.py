@@ -160,9 +160,7 @@ def assemble(*words: str) -> Assembled:
     context = Context(config, directory, Reporter(), SINGLE, lambda: None)
     learner, material, choices = build(context, None, None)
     progress = Progress()
-    return Assembled(
-        context, learner, material, choices, progress, Recorder(context, learner, material, progress)
-    )
+    return Assembled(context, learner, material, choices, progress, Recorder(context, learner, material, progress))
 
 
 def tiny_words(pairs: Path, folder: Path) -> list[str]:
