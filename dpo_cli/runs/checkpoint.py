@@ -389,6 +389,11 @@ def _restore_optimizer(
         # AdamW keeps its step count on the CPU, whatever the device; a fused one keeps it beside the weights.
         beside = value.ndim or optimizer.param_groups[0].get("fused")
         optimizer.state[parameter][key] = engine.like(parameter, value) if beside else value
+    for name, parameter in parameters.items():
+        found = optimizer.state.get(parameter)  # a weight that never had a gradient has none
+        lacking = shapes[tuple(parameter.shape)].keys() - found if shapes is not None and found else ()
+        if lacking:
+            raise CheckpointError(f"{OPTIMIZER}: lacks {safe_text(name)}|{min(lacking)}")
 
 
 def _same_names(file: Path, stored: set[str], expected: set[str]) -> None:
