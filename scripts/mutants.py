@@ -155,7 +155,7 @@ MUTANTS = [
     Mutant("a checkpoint is not looked into", CHECKPOINT, "        if sha256_of(file) != digest:", "        if False:",
            OF_FAULTS + "test_storage.py -k damaged_file_is_named"),
     Mutant("an optimizer's state of any shape is taken", CHECKPOINT, "if shapes is not None and shapes[", "if False and shapes[",
-           OF_FAULTS + "test_storage.py -k wrong_shape"),
+           OF_FAULTS + "test_hostile.py -k wrong_shape"),
     Mutant("what is known is asked for again", CACHE, "if not cache.missing(micro_batch.examples):", "if False:",
            "tests/test_reference_cache.py"),
     Mutant("the best checkpoint is pruned", CHECKPOINT, " and (best is None or checkpoint != best[0]):", ":",

@@ -182,6 +182,43 @@ def test_an_adapter_that_does_not_fit_in_every_tensor_is_refused(
         assert evaluated.code == 4, evaluated.err
 
 
+OPTIMIZER_HARMS = {
+    "another shape": "error: optimizer.safetensors: {name} has another shape than this optimizer's state\n",
+    "another key": "error: optimizer.safetensors: {name}_2 has another shape than this optimizer's state\n",
+    "another weight": "error: optimizer.safetensors: no parameter layers.9 in this run\n",
+    "whole numbers": "error: optimizer.safetensors: {name} holds no numbers of the optimizer\n",
+    "missing": "error: optimizer.safetensors: lacks {name}\n",
+}
+
+
+@pytest.mark.parametrize("harm", OPTIMIZER_HARMS)
+def test_an_optimizer_state_of_a_wrong_shape_name_or_type_is_refused_by_name(
+    command: Command, pairs_file: Path, tmp_path: Path, harm: str
+) -> None:
+    words = tiny_words(pairs_file, tmp_path / "run")
+    with fault(15):
+        assert command("dpo-train", *words).code == 0
+        shutil.rmtree(tmp_path / "run" / "final")
+        last = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+        file = last / "optimizer.safetensors"
+        tensors = load_file(file)
+        name = next(name for name in sorted(tensors) if name.endswith("|exp_avg") and "lora_A" in name)
+        state = tensors.pop(name)
+        tensors |= {
+            "another shape": {name: state[:, :-1].contiguous()},
+            "another key": {name: state, f"{name}_2": state.clone()},
+            "another weight": {name: state, "layers.9|exp_avg": state.clone()},
+            "whole numbers": {name: state.long()},
+            "missing": {},
+        }[harm]
+        save_file(tensors, file)
+        manifest = json.loads((last / MANIFEST).read_text())
+        manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        (last / MANIFEST).write_text(json.dumps(manifest))
+        resumed = command("dpo-train", *words, "resume=auto")
+        assert (resumed.code, resumed.err) == (4, OPTIMIZER_HARMS[harm].format(name=name))
+
+
 # Faults 16 and 17: resume
 
 REFUSED_CHANGES = {
