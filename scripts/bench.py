@@ -5,7 +5,7 @@
 Table `modes`: SmolLM2-135M, LoRA r=16 on all linear layers, 8 pairs a step, max_length 512, the first 24 pairs of the
 data as plain text after one warm-up step. Every measurement has a process of its own; the modes take turns, and each
 figure is the median over the repeats. Table `growth`: cost against length, number of pairs and LoRA rank. Table
-`watching`: what preflight, rehearsal, guards and a save cost. Nothing else should run beside it.
+`watching`: what preflight, memory probe, monitor, guards and a save cost. Nothing else should run beside it.
 
 The floor is the arithmetic at the matmul rate measured in the same process: for each token a forward and a backward
 product with every weight of the layers and of the adapters, with the adapters' own gradients, and the head for
@@ -14,6 +14,7 @@ response tokens; a reference in the loop adds its forward pass.
 
 import argparse
 import gc
+import io
 import json
 import os
 import platform
@@ -23,13 +24,40 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import date
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.data.batches import SplitByTokens
+import numpy as np
+import torch
+from bench_gpu import floor_flops
+
+from dpo_cli.cli import quiet_libraries
+from dpo_cli.config.composition import composed, parse_overrides
+from dpo_cli.config.schema import RunConfig, run_config
+from dpo_cli.console.reporter import Reporter
+from dpo_cli.data.batches import Layout, Schedule, SplitByTokens
+from dpo_cli.data.files import read_rows
+from dpo_cli.data.formats import FORMATS
+from dpo_cli.data.pairs import load_pairs
+from dpo_cli.data.tokens import PairEncoder, TokenizedPair, token_ids
+from dpo_cli.engine.engine import SINGLE
+from dpo_cli.models.builtin import SMOLLM2, resolve_builtin
+from dpo_cli.models.dtype import best_seconds
+from dpo_cli.models.loading import find_model, load_tokenizer
+from dpo_cli.models.logps import MicroBatcher
+from dpo_cli.models.reference_cache import CachedReference, ReferenceCache
+from dpo_cli.runs.checkpoint import checkpoints, rng_states, save_policy, trained_weights
+from dpo_cli.runs.run_directory import RunDirectory
+from dpo_cli.training.build import build, complete_reference
+from dpo_cli.training.memory_probe import probe_memory
+from dpo_cli.training.parts import Context, Learner, Material, Progress
+from dpo_cli.training.preflight import preflight
+from dpo_cli.training.records import Recorder
+from dpo_cli.training.runner import forward_backward, train_step
 
 SAMPLE = Path(__file__).resolve().parents[1] / "dpo_cli" / "assets" / "sample" / "train.jsonl"
 BATCH, WARMUP, TIMED = 8, 1, 3  # pairs a step; steps
@@ -52,103 +80,91 @@ TRL_MODES = {"TRL, its defaults": {"best": False}, "TRL, its best flags": {"best
 # One measurement, in a process of its own
 
 
-def matmul_rate(dtype: Any) -> float:
+def matmul_rate(dtype: torch.dtype) -> float:
     """The best rate of matrix products of a layer's shape, in FLOP/s."""
-    import torch
-
-    from dpo_cli.models.dtype import best_seconds
-
     left, right = torch.ones(1024, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
     return 2 * 1024 * 576 * 1536 / best_seconds(left, right, times=30)
 
 
-def floor_flops(policy: Any, pairs: list[Any], reference_in_loop: bool) -> float:
-    """Multiplications and additions that no implementation of a step on these pairs can leave out."""
-    from dpo_cli.data.batches import packed_tokens
-    from dpo_cli.models.logps import causal_model
+@dataclass(frozen=True)
+class Assembled:
+    """A run put together, its reference complete."""
 
-    causal = causal_model(policy)
-    head = causal.get_input_embeddings().weight.numel()
-    adapters = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
-    outside = {id(causal.get_input_embeddings().weight), id(causal.get_output_embeddings().weight)}
-    layers = sum(w.numel() for w in causal.parameters() if w.ndim == 2 and id(w) not in outside) - adapters
-    tokens = sum(packed_tokens([pair]) for pair in pairs)
-    responses = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    asked = tokens * 2 * layers + responses * 2 * head if reference_in_loop else 0
-    return float(tokens * (4 * layers + 6 * adapters) + responses * 4 * head + asked)
+    context: Context
+    learner: Learner
+    material: Material
+    progress: Progress
+    recorder: Recorder
+    reference_seconds: float  # of the reference pass
+
+    def step(self, pairs: list[TokenizedPair]) -> None:
+        """One optimizer step."""
+        train_step(self.context, self.learner, self.progress, pairs, self.recorder)
+
+    def preflight(self) -> None:
+        """What is checked before the first step."""
+        preflight(self.context, self.learner, self.material, at_start=True)
+
+    def batches(self) -> Iterator[list[TokenizedPair]]:
+        """The pairs of every step."""
+        return map(self.material.batch, self.material.schedule.batches(0, self.material.total_steps))
 
 
-def assembled(folder: Path, words: list[str]) -> Any:
-    """A run put together in silence, its reference complete; (run, seconds of the reference pass)."""
-    import io
-
-    from dpo_cli.cli import quiet_libraries
-    from dpo_cli.config.composition import composed, parse_overrides
-    from dpo_cli.config.schema import RunConfig, run_config
-    from dpo_cli.console.reporter import Reporter
-    from dpo_cli.runs.run_directory import RunDirectory
-    from dpo_cli.training.build import complete_reference
-    from dpo_cli.training.runner import put_together
-
+def assembled(folder: Path, words: list[str]) -> Assembled:
+    """A run put together in silence."""
     quiet_libraries()
     choice = composed("train", parse_overrides([*words, f"output_dir={folder}"]), RunConfig)
     directory = RunDirectory(folder)
     directory.create()
-    run = put_together(run_config(choice.container), directory, Reporter(io.StringIO()), lambda: None, None)
+    context = Context(run_config(choice.container), directory, Reporter(io.StringIO()), SINGLE, lambda: None)
+    learner, material, _ = build(context, None, None)
     began = time.perf_counter()
-    complete_reference(run)
-    return run, time.perf_counter() - began
+    complete_reference(context, learner, material, resumed=False)
+    seconds, progress = time.perf_counter() - began, Progress()
+    recorder = Recorder(context, learner, material, progress)
+    return Assembled(context, learner, material, progress, recorder, seconds)
 
 
 def measure_mode(task: dict[str, Any]) -> dict[str, Any]:
     """Train a few steps and say what they took."""
     with tempfile.TemporaryDirectory() as folder:
-        run, reference_seconds = assembled(Path(folder), task["words"])
+        run = assembled(Path(folder), task["words"])
+        learner = run.learner
         if task["adapter"]:  # the start of ours and TRL's, for their losses to be compared
-            from dpo_cli.runs.checkpoint import save_policy
-
-            save_policy(run.policy, Path(task["adapter"]))
-        from dpo_cli.models.reference_cache import CachedReference
-        from dpo_cli.training.runner import log_train, preflight_of, train_step
-
+            save_policy(
+                learner.policy, Path(task["adapter"]), learner.objective, trained_weights(learner.policy, SINGLE)
+            )
         if task["preflight"]:
-            preflight_of(run)
+            run.preflight()
         startup = time.time() - task["began"]
         seconds, losses, tokens, flops = [], [], 0, 0.0
-        for batch in run.schedule.batches(0, run.total_steps):
-            pairs = [run.data.train[place] for place in batch]
+        for pairs in run.batches():
             began = time.perf_counter()
-            train_step(run, pairs)
+            run.step(pairs)
             seconds.append(time.perf_counter() - began)
-            log_train(run)
+            run.recorder.log()
             if len(seconds) > WARMUP:
                 tokens += sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
-                flops += floor_flops(run.policy, pairs, not isinstance(run.reference, CachedReference))
-        lines = run.directory.metrics.read_text().splitlines()
-        losses = [line["loss"] for line in map(json.loads, lines) if line["step"] > 0]
+                flops += floor_flops(learner.policy, pairs, not isinstance(learner.reference, CachedReference))
+        losses = [line["loss"] for line in run.context.directory.metrics.read() if line["step"] > 0]
         return {
             "step_seconds": seconds,
-            "reference_seconds": reference_seconds,
-            "pairs": len(run.data.train),
+            "reference_seconds": run.reference_seconds,
+            "pairs": len(run.material.data.train),
             "losses": losses,
             "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             "startup_seconds": startup,
             "tokens": tokens,
-            "floor_seconds": flops / matmul_rate(run.dtype.value),
-            "way": run.batching.way.value,
-            "token_budget": run.token_budget,
+            "floor_seconds": flops / matmul_rate(learner.dtype),
+            "layout": learner.settings.layout,
+            "token_budget": learner.settings.token_budget,
         }
 
 
 def measure_length(task: dict[str, Any]) -> dict[str, Any]:
     """A step on one pair of a given length, a quarter of it prompt."""
-    import numpy as np
-
-    from dpo_cli.data.tokens import TokenizedPair, token_ids
-    from dpo_cli.training.runner import train_step
-
     with tempfile.TemporaryDirectory() as folder:
-        run, _ = assembled(Path(folder), [*task["words"], "reference.cache=off", "reference=adapter_off"])
+        run = assembled(Path(folder), [*task["words"], "reference.cache=off", "reference=adapter_off"])
         length = task["length"]
         random = np.random.default_rng(0)
         sizes = (length // 4, length - length // 4, length - length // 4)
@@ -157,7 +173,7 @@ def measure_length(task: dict[str, Any]) -> dict[str, Any]:
         seconds = []
         for _ in range(3):
             began = time.perf_counter()
-            train_step(run, [pair])
+            run.step([pair])
             seconds.append(time.perf_counter() - began)
         return {
             "seconds": min(seconds[1:]),
@@ -167,17 +183,6 @@ def measure_length(task: dict[str, Any]) -> dict[str, Any]:
 
 def measure_pairs(task: dict[str, Any]) -> dict[str, Any]:
     """Everything but the model's own work on many generated pairs: reading, tokenizing, order, batches, the cache."""
-    import torch
-
-    from dpo_cli.config.composition import composed, parse_overrides
-    from dpo_cli.config.schema import RunConfig, run_config
-    from dpo_cli.data.batches import Layout, Schedule
-    from dpo_cli.data.pairs import load_pairs
-    from dpo_cli.data.tokens import PairEncoder
-    from dpo_cli.models.loading import find_model, load_tokenizer
-    from dpo_cli.models.logps import MicroBatcher
-    from dpo_cli.models.reference_cache import CachedReference, ReferenceCache
-
     with tempfile.TemporaryDirectory() as folder:
         file, number = Path(folder) / "pairs.jsonl", task["pairs"]
         with file.open("w", encoding="utf-8") as out:
@@ -196,20 +201,18 @@ def measure_pairs(task: dict[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
         for start in range(0, number, 4096):
             some = pairs[start : start + 4096]
-            cache.add(some, [(-1.0, -2.0)] * len(some))
+            cache.add([key for pair in some for key in pair.response_keys], [-1.0, -2.0] * len(some))
         writing = time.perf_counter() - began
         began = time.perf_counter()
         reference = CachedReference(ReferenceCache(Path(folder) / "values.logps"))
         reading = time.perf_counter() - began
-        batching = MicroBatcher(
-            torch.device("cpu"), Layout.PACKED_SEGMENTS, SplitByTokens(1024, Layout.PACKED_SEGMENTS)
-        )
+        batcher = MicroBatcher(torch.device("cpu"), Layout.PACKED_SEGMENTS, SplitByTokens(1024, Layout.PACKED_SEGMENTS))
         schedule = Schedule(number, BATCH, 0, True)
         steps = min(200, schedule.steps_per_epoch)
         began = time.perf_counter()
-        for places in islice(schedule.batches(0, steps), steps):
-            for batch in batching.batches([pairs[place] for place in places]):
-                reference.logps(batch)
+        for indices in schedule.batches(0, steps):
+            for micro_batch in batcher.micro_batches([pairs[index] for index in indices]):
+                reference.logps(micro_batch)
         return {
             "loading_seconds": loading,
             "cache_write_seconds": writing,
@@ -220,10 +223,7 @@ def measure_pairs(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_watching(task: dict[str, Any]) -> dict[str, Any]:
-    """What preflight, rehearsal, radar, guard and saving cost beside the steps they guard, in seconds."""
-    from dpo_cli.runs.checkpoint import rng_states
-    from dpo_cli.training.memory_probe import rehearse_longest
-    from dpo_cli.training.runner import preflight_of, save, train_step
+    """What preflight, memory probe, monitor, guard and saving cost beside the steps they guard, in seconds."""
 
     def seconds(work: Callable[[], Any]) -> float:
         began = time.perf_counter()
@@ -231,22 +231,22 @@ def measure_watching(task: dict[str, Any]) -> dict[str, Any]:
         return time.perf_counter() - began
 
     with tempfile.TemporaryDirectory(dir=task["folder"]) as folder:
-        run, _ = assembled(Path(folder), task["words"])
+        run = assembled(Path(folder), task["words"])
+        context, learner, material, monitor = run.context, run.learner, run.material, run.learner.monitor
         took: dict[str, list[float]] = {
-            name: [] for name in ("preflight", "rehearsal", "step", "radar", "guard", "save")
+            name: [] for name in ("preflight", "memory probe", "step", "monitor", "guard", "save")
         }
         for _ in range(3):
-            took["preflight"].append(seconds(lambda: preflight_of(run)))
-            took["rehearsal"].append(seconds(lambda: rehearse_longest(run)))
-        for batch in run.schedule.batches(0, run.total_steps):
-            pairs = [run.data.train[place] for place in batch]
-            took["step"].append(seconds(lambda pairs=pairs: train_step(run, pairs)))  # type: ignore[misc]
-            took["radar"].append(seconds(lambda: run.radar.alarms(run.radar.drift())))
-            took["save"].append(seconds(lambda: save(run)))
+            took["preflight"].append(seconds(run.preflight))
+            took["memory probe"].append(seconds(lambda: probe_memory(context, learner, material, forward_backward)))
+        for pairs in run.batches():
+            took["step"].append(seconds(partial(run.step, pairs)))
+            took["monitor"].append(seconds(lambda: monitor.alarms(monitor.drift())))
+            took["save"].append(seconds(run.recorder.save))
             # What a step does for the sake of safety, besides looking at two numbers: the generators are noted twice.
             took["guard"].append(2 * seconds(rng_states))
         middle = {name: statistics.median(times[name == "step" :]) for name, times in took.items()}
-        checkpoint = next(path for path in run.directory.checkpoints.iterdir() if path.name.startswith("step-"))
+        checkpoint = checkpoints(context.directory.checkpoints)[0]
         size = sum(file.stat().st_size for file in checkpoint.iterdir())
         return {**middle, "slowest_save": max(took["save"]), "checkpoint_mb": size / 1e6}
 
@@ -281,9 +281,6 @@ def ours(task: dict[str, Any], cache: Path) -> dict[str, Any]:
 
 def write_rows(data: str | None, target: Path) -> None:
     """The first pairs of the data, as rows that both programs read alike."""
-    from dpo_cli.data.files import read_rows
-    from dpo_cli.data.formats import FORMATS
-
     rows = []
     for row in read_rows(Path(data) if data else SAMPLE):
         assert row.value is not None, row.problem
@@ -297,8 +294,6 @@ def write_rows(data: str | None, target: Path) -> None:
 
 def model_folder() -> str:
     """The embedded model's folder, made if it is not there yet."""
-    from dpo_cli.models.builtin import SMOLLM2, resolve_builtin
-
     return resolve_builtin(SMOLLM2, print)[0]
 
 
@@ -319,7 +314,7 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     if "floor_seconds" in results[0]:
         line["tokens_per_second"] = middle(one["tokens"] / two for one, two in zip(results, timed, strict=True))
         line["share_of_floor"] = middle(one["floor_seconds"] / two for one, two in zip(results, timed, strict=True))
-        line["way"], line["token_budget"] = results[0]["way"], results[0]["token_budget"]
+        line["layout"], line["token_budget"] = results[0]["layout"], results[0]["token_budget"]
     return line
 
 
@@ -430,15 +425,15 @@ def table_watching(words: argparse.Namespace) -> dict[str, Any]:
         run = ["experiment=demo", "max_steps=7", f"model.name_or_path={model_folder()}"]
         one = ours({"measure": "watching", "words": run, "folder": words.saves}, Path(scratch))
     whole = 200 * one["step"]
-    print(f"\nstep       {one['step']:8.3f} s, median of 6")
-    for name in ("preflight", "rehearsal"):
-        print(f"{name:<10} {one[name]:8.3f} s, median of 3: {100 * one[name] / whole:.2f}% of 200 steps")
-    for name in ("radar", "guard"):
-        print(f"{name:<10} {1000 * one[name]:8.3f} ms a step: {100 * one[name] / one['step']:.3f}% of it")
-    checks = one["preflight"] + one["rehearsal"] + 200 * (one["radar"] + one["guard"])
-    print(f"together   {checks:8.3f} s: {100 * checks / whole:.2f}% of 200 steps")
+    print(f"\nstep         {one['step']:8.3f} s, median of 6")
+    for name in ("preflight", "memory probe"):
+        print(f"{name:<12} {one[name]:8.3f} s, median of 3: {100 * one[name] / whole:.2f}% of 200 steps")
+    for name in ("monitor", "guard"):
+        print(f"{name:<12} {1000 * one[name]:8.3f} ms a step: {100 * one[name] / one['step']:.3f}% of it")
+    checks = one["preflight"] + one["memory probe"] + 200 * (one["monitor"] + one["guard"])
+    print(f"together     {checks:8.3f} s: {100 * checks / whole:.2f}% of 200 steps")
     stall = f"{one['save']:8.3f} s, median of 7, slowest {one['slowest_save']:.3f} s"
-    print(f"save       {stall}: {one['checkpoint_mb']:.1f} MB, hashed and flushed to disk")
+    print(f"save         {stall}: {one['checkpoint_mb']:.1f} MB, hashed and flushed to disk")
     return one
 
 
@@ -464,8 +459,6 @@ def main() -> None:
         task = json.loads(words.worker)
         print("RESULT " + json.dumps(MEASURES[task["measure"]](task)), flush=True)
         return
-    import torch
-
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; matmul "
           f"{matmul_rate(torch.bfloat16) / 1e9:.0f} GFLOP/s bfloat16, {matmul_rate(torch.float32) / 1e9:.0f} float32",
           flush=True)  # fmt: skip

@@ -3,12 +3,12 @@
     python scripts/bench_gpu.py [--shapes 0.5B,1.5B,7B] [--trl PYTHON] [--compile] [--json FILE]
 
 Random weights in the shapes of Qwen2.5-0.5B, 1.5B and 7B, bfloat16, LoRA r=16 on all linear layers; pairs of random
-tokens with the lengths of HH dialogues. First the log-probs and gradients of every way of making batches are compared
-with plain rows in float32, then each way is timed in turn: a step with its reference in the loop, one with the
+tokens with the lengths of HH dialogues. First the log-probs and gradients of every layout of micro-batches are compared
+with plain rows in float32, then each mode is timed in turn: a step with its reference in the loop, one with the
 reference cached, one with checkpointing. No network, no file of the project besides its Python modules. On a machine
 without a GPU `--device cpu --shapes tiny` tries the script itself.
 
-The share of the matmul peak is the arithmetic of the step (see scripts/bench.py) at the rate that products of the
+The share of the matmul peak is the arithmetic of the step (`floor_flops`) at the rate that products of the
 model's own size reach on the device.
 """
 
@@ -29,9 +29,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import floor_flops
-
-from dpo_cli.data.batches import Layout, SplitByTokens
+from dpo_cli.data.batches import Layout, SplitByTokens, packed_tokens
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.models.adapters import attach_lora
 from dpo_cli.models.dtype import best_seconds, wait_for
@@ -99,8 +97,21 @@ def matmul_rate(hidden: int, device: torch.device, dtype: torch.dtype) -> float:
     return 2 * rows * hidden * wide / best_seconds(left, right, times=20)
 
 
+def floor_flops(policy: Any, pairs: list[TokenizedPair], reference_in_loop: bool) -> float:
+    """Multiplications and additions that no implementation of a step on these pairs can leave out."""
+    causal = causal_model(policy)
+    head = causal.get_input_embeddings().weight.numel()
+    adapters = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
+    outside = {id(causal.get_input_embeddings().weight), id(causal.get_output_embeddings().weight)}
+    layers = sum(w.numel() for w in causal.parameters() if w.ndim == 2 and id(w) not in outside) - adapters
+    tokens = sum(packed_tokens([pair]) for pair in pairs)
+    responses = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    asked = tokens * 2 * layers + responses * 2 * head if reference_in_loop else 0
+    return float(tokens * (4 * layers + 6 * adapters) + responses * 4 * head + asked)
+
+
 def check(device: torch.device) -> list[dict[str, Any]]:
-    """Every way against plain rows in float32 on a small model, log-probs and adapter gradients; and in bfloat16."""
+    """Every layout against plain rows in float32 on a small model, log-probs and adapter gradients; and in bfloat16."""
     lines: list[dict[str, Any]] = []
     for dtype in (torch.float32, torch.bfloat16):
         policy = attach_lora(random_model("tiny", device, dtype), Lora())  # type: ignore[arg-type]
@@ -111,29 +122,29 @@ def check(device: torch.device) -> list[dict[str, Any]]:
                 weight.copy_(0.05 * torch.randn(weight.shape, generator=generator))
         pairs = dialogue_lengths(6, 1000)
         outcomes = {}
-        for way in Layout:
+        for layout in Layout:
             try:
-                logps = pair_logps(policy, make_micro_batch(pairs, device, way))
-                gradients = torch.autograd.grad((logps.chosen - logps.rejected).sum(), weights)
-                outcomes[way] = (torch.cat([logps.chosen, logps.rejected]).detach(),
-                                 torch.cat([one.flatten() for one in gradients]))  # fmt: skip
-            except Exception as error:  # a way that this device cannot go is told, and the others are checked
-                lines.append({"dtype": str(dtype), "way": way.value, "fails": str(error).splitlines()[0][:200]})
-        plain, slopes = outcomes[Layout.PADDED]
-        for way, (values, gradients_of_way) in outcomes.items():
+                logps = pair_logps(policy, make_micro_batch(pairs, device, layout))
+                found = torch.autograd.grad((logps.chosen - logps.rejected).sum(), weights)
+                outcomes[layout] = (torch.cat([logps.chosen, logps.rejected]).detach(),
+                                 torch.cat([one.flatten() for one in found]))  # fmt: skip
+            except Exception as error:  # a layout that this device cannot compute is told, and the others are checked
+                lines.append({"dtype": str(dtype), "layout": layout.value, "fails": str(error).splitlines()[0][:200]})
+        plain, plain_gradients = outcomes[Layout.PADDED]
+        for layout, (values, gradients) in outcomes.items():
             off = float((values - plain).abs().max())
-            slope = float((gradients_of_way - slopes).norm() / slopes.norm())
-            lines.append({"dtype": str(dtype), "way": way.value, "log_probs_off": off, "gradients_off": slope})
+            slope = float((gradients - plain_gradients).norm() / plain_gradients.norm())
+            lines.append({"dtype": str(dtype), "layout": layout.value, "log_probs_off": off, "gradients_off": slope})
             if dtype is torch.float32:
                 assert off < 1e-2 and slope < 1e-3, lines[-1]
     return lines
 
 
 def time_steps(
-    policy: Any, reference: Any | None, batching: MicroBatcher, batches: list[list[TokenizedPair]]
+    policy: Any, reference: Any | None, batcher: MicroBatcher, batches: list[list[TokenizedPair]]
 ) -> dict[str, Any]:
     """Seconds of each step, the first left out, and the most memory it took."""
-    device = batching.device
+    device = batcher.device
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=device.type == "cuda")
     if device.type == "cuda":
@@ -143,14 +154,13 @@ def time_steps(
     for pairs in batches:
         wait_for(device)
         began = time.perf_counter()
-        for batch in batching.batches(pairs):
-            fixed = torch.zeros(len(batch.pairs), device=device)
-            margin = fixed
+        for micro_batch in batcher.micro_batches(pairs):
+            margin = torch.zeros(len(micro_batch.examples), device=device)
             if reference is not None:
                 with torch.no_grad():
-                    known = pair_logps(reference, batch)
+                    known = pair_logps(reference, micro_batch)
                 margin = known.chosen - known.rejected
-            logps = pair_logps(policy, batch)
+            logps = pair_logps(policy, micro_batch)
             (-F.logsigmoid(BETA * (logps.chosen - logps.rejected - margin)).sum() / len(pairs)).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -162,7 +172,7 @@ def time_steps(
 
 
 def measure(shape: str, device: torch.device, compiled: bool) -> dict[str, Any]:
-    """Every way on one shape, in turn."""
+    """Every mode on one shape, in turn."""
     dtype = torch.bfloat16
     policy = attach_lora(random_model(shape, device, dtype), Lora())  # type: ignore[arg-type]
     reference = random_model(shape, device, dtype)
@@ -184,16 +194,11 @@ def measure(shape: str, device: torch.device, compiled: bool) -> dict[str, Any]:
         "padded, cached reference": (Layout.PADDED, None, False),
         "padded, reference in the loop": (Layout.PADDED, reference, False),
     }
-    for name, (way, asked, checkpointed) in modes.items():
-        cut = (
-            SplitByTokens(budget, Layout.PADDED)
-            if way is Layout.PADDED
-            else SplitByTokens(budget, Layout.PACKED_SEGMENTS)
-        )
+    for name, (layout, asked, checkpointed) in modes.items():
         if checkpointed:
             policy.activation_checkpointing_enable()
         try:
-            result = time_steps(policy, asked, MicroBatcher(device, way, cut), batches)
+            result = time_steps(policy, asked, MicroBatcher(device, layout, SplitByTokens(budget, layout)), batches)
         except torch.OutOfMemoryError:
             print(f"| {name} | out of memory |", flush=True)
             continue

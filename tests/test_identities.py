@@ -10,9 +10,9 @@ from tiny_models import CPU, LORA, tiny
 from dpo_cli.data.batches import Layout
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.models.adapters import attach_lora
-from dpo_cli.models.logps import make_micro_batch, pair_logps, plain_attention
-from dpo_cli.models.reference import AdapterOffReference, FrozenReference
-from dpo_cli.theory.losses import LogRatios, gradient_weight, sigmoid
+from dpo_cli.models.logps import MicroBatch, make_micro_batch, pair_logps, plain_attention
+from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
+from dpo_cli.theory.losses import LogRatios, PairLogps, gradient_weight, sigmoid
 
 BETA = 0.1
 
@@ -28,6 +28,11 @@ def moved_policy(family: str = "llama") -> Any:
     return policy
 
 
+def pairs_of(reference: Reference, micro_batch: MicroBatch) -> PairLogps:
+    """What the reference says of each pair."""
+    return micro_batch.scores(reference.logps(micro_batch)).pairs()
+
+
 def test_fresh_adapters_leave_the_log_probs_of_the_base_bit_for_bit() -> None:
     with torch.no_grad():
         assert torch.equal(both_sides(attach_lora(tiny(), LORA), PAIRS), both_sides(tiny(), PAIRS))
@@ -38,7 +43,7 @@ def test_the_gradient_is_the_formula_of_the_paper() -> None:
     policy, reference = moved_policy(), FrozenReference(tiny())
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
     batch = make_micro_batch(PAIRS, CPU, Layout.PACKED_SEGMENTS)
-    ratios = LogRatios.between(pair_logps(policy, batch), reference.logps(batch))
+    ratios = LogRatios.between(pair_logps(policy, batch), pairs_of(reference, batch))
     got = torch.autograd.grad(sigmoid(ratios, BETA).sum(), weights)
     expected = [torch.zeros_like(weight) for weight in weights]
     pull = gradient_weight(ratios, BETA).detach()
@@ -91,7 +96,7 @@ def test_swapping_chosen_and_rejected_turns_every_margin_around() -> None:
     for pairs in (PAIRS, swapped):
         batch = make_micro_batch(pairs, CPU, Layout.PACKED_SEGMENTS)
         with torch.no_grad():
-            margins.append(LogRatios.between(pair_logps(policy, batch), reference.logps(batch)).margin)
+            margins.append(LogRatios.between(pair_logps(policy, batch), pairs_of(reference, batch)).margin)
     assert torch.allclose(margins[0], -margins[1], atol=1e-4)
     won = [(margin > 0).float().mean() for margin in margins]
     assert float(won[0] + won[1]) == 1.0
@@ -100,7 +105,7 @@ def test_swapping_chosen_and_rejected_turns_every_margin_around() -> None:
 def test_the_second_model_equals_the_adapter_switched_off() -> None:
     policy = moved_policy()
     batch = make_micro_batch(PAIRS, CPU, Layout.PACKED_SEGMENTS)
-    frozen, off = FrozenReference(tiny()).logps(batch), AdapterOffReference(policy).logps(batch)
+    frozen, off = pairs_of(FrozenReference(tiny()), batch), pairs_of(AdapterOffReference(policy), batch)
     assert torch.allclose(frozen.chosen, off.chosen, atol=1e-6)
     assert torch.allclose(frozen.rejected, off.rejected, atol=1e-6)
     with torch.no_grad():
@@ -114,7 +119,7 @@ def test_the_adapter_off_reference_runs_without_dropout_and_gives_the_mode_back(
             module.p = 0.9
     policy.train()
     batch = make_micro_batch(PAIRS, CPU, Layout.PACKED_SEGMENTS)
-    assert torch.equal(AdapterOffReference(policy).logps(batch).chosen, FrozenReference(tiny()).logps(batch).chosen)
+    assert torch.equal(AdapterOffReference(policy).logps(batch), FrozenReference(tiny()).logps(batch))
     assert policy.training
 
 

@@ -32,7 +32,7 @@ def test_kept_bytes_are_those_of_the_tensors_that_the_backward_pass_reads() -> N
         return (torch.ones(100, 8) * model.weight) ** 2
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "pair_logps", logps)
+        patch.setattr(memory, "response_logps", logps)
         assert kept_bytes(model, MANY[:1], CPU, Layout.PACKED_SEGMENTS) == (20 + 15 + 15, 2 * 100 * 8 * 4)
         assert kept_bytes(model, MANY[:2], CPU, Layout.PADDED)[0] == 4 * 35
 
@@ -72,20 +72,20 @@ def test_a_budget_too_small_for_a_pair_says_so_and_the_pair_runs_alone(
     )
 
 
-def test_a_resumed_run_keeps_the_budget_and_the_way_it_began_with(
+def test_a_resumed_run_keeps_the_budget_and_the_layout_it_began_with(
     command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*tiny_words(pairs_file, tmp_path / "run"), "optimizer.schedule=constant"]
     monkeypatch.setitem(ENOUGH_TOKENS, "cpu", 200)
     assert command("dpo-train", *words).code == 0
     state = read_state(tmp_path / "run" / "checkpoints" / "step-00000003")
-    assert (state.settled.way, state.settled.token_budget) == ("segments", 200)
+    assert (state.settings.layout, state.settings.token_budget) == ("packed_segments", 200)
     (tmp_path / "run" / "final").rename(tmp_path / "away")
     monkeypatch.setitem(ENOUGH_TOKENS, "cpu", 1000)
     resumed = command("dpo-train", *words, "resume=auto", "max_steps=4")
     assert resumed.code == 0
-    assert "cut at 200 tokens, as the run began" in resumed.out
-    assert read_state(tmp_path / "run" / "checkpoints" / "step-00000004").settled.token_budget == 200
+    assert "200 tokens in a micro-batch, as when the run began" in resumed.out
+    assert read_state(tmp_path / "run" / "checkpoints" / "step-00000004").settings.token_budget == 200
 
 
 def test_another_device_measures_anew(command: Command, pairs_file: Path, tmp_path: Path) -> None:
@@ -99,28 +99,28 @@ def test_another_device_measures_anew(command: Command, pairs_file: Path, tmp_pa
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
     state = json.loads((checkpoint / "state.json").read_text())
     (checkpoint / "state.json").write_text(
-        json.dumps({**state, "settled": {**state["settled"], "device": "cuda", "way": "segments"}})
+        json.dumps({**state, "settings": {**state["settings"], "device": "cuda", "layout": "packed_segments"}})
     )
     (checkpoint / MANIFEST).unlink()
     _seal(checkpoint)
     resumed = command("dpo-train", *words, "layout=padded", "resume=auto", "max_steps=4")
     assert resumed.code == 0, resumed.err
-    assert "padded rows: as asked" in resumed.out and "as the run began" not in resumed.out.split("batches")[1]
+    assert "padded rows: as requested" in resumed.out and "as when the run began" not in resumed.out.split("batches")[1]
 
 
-def test_how_a_batch_is_cut_and_laid_out_changes_nothing_beyond_rounding(
+def test_how_a_batch_is_split_and_laid_out_changes_nothing_beyond_rounding(
     command: Command, pairs_file: Path, tmp_path: Path
 ) -> None:
-    ways = {
+    layouts = {
         "auto": [], "one": ["micro_batch_size=1"], "three": ["micro_batch_size=3"], "padded": ["layout=padded"],
         "checkpointed": ["engine.gradient_checkpointing=true"],
     }  # fmt: skip
-    for name, words in ways.items():
+    for name, words in layouts.items():
         ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / name), "optimizer.lr=1e-2", *words)
         assert ended.code == 0, ended.err
     first = records(tmp_path / "auto")
     assert abs(first[-1]["rewards/margins"]) > 1e-3
-    for name in ways:
+    for name in layouts:
         for one, other in zip(first, records(tmp_path / name), strict=True):
             for key in ("loss", "rewards/margins", "logps/chosen"):
                 assert other[key] == pytest.approx(one[key], rel=2e-4, abs=2e-5), (name, key)

@@ -1,4 +1,4 @@
-"""Packed rows: for every family the way its own numbers allow, and by that way the numbers of plain rows."""
+"""Packed rows: for every family the layout its own numbers allow, and in that layout the numbers of plain rows."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,20 +23,21 @@ from dpo_cli.models.logps import (
     make_micro_batch,
     pair_logps,
     plain_attention,
-    response_logps,
+    token_logps_of,
 )
 from dpo_cli.models.packing import choose_layout
 
 # A one-token prompt and one-token responses; prompts longer than both responses; a pair of some thirty tokens.
 PAIRS = [pair(5, 3, 7, 1), pair(1, 1, 1, 2), pair(9, 2, 1, 3), pair(3, 8, 8, 4), pair(14, 9, 11, 5)]
 
-WAYS = {
-    "llama": Layout.PACKED_SEGMENTS, "qwen2": Layout.PACKED_SEGMENTS, "qwen3": Layout.PACKED_SEGMENTS, "mistral": Layout.PACKED_SEGMENTS,
-    "gemma2": Layout.PACKED_SEGMENTS, "gemma3_text": Layout.PACKED_SEGMENTS, "phi3": Layout.PACKED_SEGMENTS, "olmo2": Layout.PACKED_SEGMENTS,
-    "granite": Layout.PACKED_SEGMENTS, "cohere": Layout.PACKED_SEGMENTS, "gpt_neox": Layout.PACKED_SEGMENTS, "gpt2": Layout.PACKED_SEGMENTS,
-    "gpt_oss": Layout.PACKED_SEGMENTS, "mixtral": Layout.PACKED_SEGMENTS, "qwen3_moe": Layout.PACKED_SEGMENTS, "phi": Layout.PACKED_SEGMENTS,
-    "nemotron": Layout.PACKED_MASK, "stablelm": Layout.PACKED_MASK,
-    "bloom": Layout.PADDED, "qwen3_next": Layout.PADDED, "mamba": Layout.PADDED,
+SEGMENTS, MASK, PADDED = Layout.PACKED_SEGMENTS, Layout.PACKED_MASK, Layout.PADDED
+LAYOUTS = {
+    "llama": SEGMENTS, "qwen2": SEGMENTS, "qwen3": SEGMENTS, "mistral": SEGMENTS,
+    "gemma2": SEGMENTS, "gemma3_text": SEGMENTS, "phi3": SEGMENTS, "olmo2": SEGMENTS,
+    "granite": SEGMENTS, "cohere": SEGMENTS, "gpt_neox": SEGMENTS, "gpt2": SEGMENTS,
+    "gpt_oss": SEGMENTS, "mixtral": SEGMENTS, "qwen3_moe": SEGMENTS, "phi": SEGMENTS,
+    "nemotron": MASK, "stablelm": MASK,
+    "bloom": PADDED, "qwen3_next": PADDED, "mamba": PADDED,
 }  # fmt: skip
 
 
@@ -49,9 +50,9 @@ def naive(model: Any, prompt: Any, response: Any) -> Tensor:
     return logps[places - 1, ids[0, places]].sum()
 
 
-def logps(model: Any, pairs: list[TokenizedPair], way: Layout) -> Tensor:
+def logps(model: Any, pairs: list[TokenizedPair], layout: Layout) -> Tensor:
     """(2, B): chosen and rejected."""
-    both = pair_logps(model, make_micro_batch(pairs, CPU, way))
+    both = pair_logps(model, make_micro_batch(pairs, CPU, layout))
     return torch.stack([both.chosen, both.rejected])
 
 
@@ -61,19 +62,19 @@ def expected(model: Any, pairs: list[TokenizedPair]) -> Tensor:
     return torch.stack([torch.stack(side) for side in sides])
 
 
-@pytest.mark.parametrize("family", WAYS)
-def test_each_family_takes_its_way_and_scores_as_the_naive_forward(family: str) -> None:
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_each_family_takes_its_layout_and_scores_as_the_naive_forward(family: str) -> None:
     model = tiny(family)
-    way = choose_layout("auto", model, PAIRS, CPU).value
-    assert way is WAYS[family]
+    layout = choose_layout("auto", model, PAIRS, CPU).value
+    assert layout is LAYOUTS[family]
     with torch.no_grad():
-        off = (logps(model, PAIRS, way) - expected(model, PAIRS)).abs()
+        off = (logps(model, PAIRS, layout) - expected(model, PAIRS)).abs()
     # 1e-5 a token; a sum of eleven tokens is rounded more often.
     assert float(off.max()) <= 5e-5, off
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", WAYS)
+@pytest.mark.parametrize("family", LAYOUTS)
 def test_adapter_gradients_equal_those_of_the_naive_forward(family: str, checkpointing: bool) -> None:
     model = tiny(family)
     # PEFT has no adapters for two of Mamba's layers.
@@ -90,7 +91,7 @@ def test_adapter_gradients_equal_those_of_the_naive_forward(family: str, checkpo
             pytest.skip("this family has no gradient checkpointing")
         policy.activation_checkpointing_enable()
         policy.train()
-    chosen, rejected = logps(policy, PAIRS, WAYS[family])
+    chosen, rejected = logps(policy, PAIRS, LAYOUTS[family])
     got = torch.autograd.grad((chosen - rejected).sum(), weights, allow_unused=True)
     whole = torch.cat([one.flatten() for one in wanted if one is not None])
     off = torch.cat([(a - b).flatten() for a, b in zip(got, wanted, strict=True) if a is not None and b is not None])
@@ -102,10 +103,10 @@ def test_adapter_gradients_equal_those_of_the_naive_forward(family: str, checkpo
 def test_packed_rows_hold_in_bfloat16_too(family: str) -> None:
     model = tiny(family).to(torch.bfloat16)
     long = [pair(40, 30, 35, 6), *PAIRS]
-    way = choose_layout("auto", model, long, CPU).value
-    assert way is WAYS[family]
+    layout = choose_layout("auto", model, long, CPU).value
+    assert layout is LAYOUTS[family]
     with torch.no_grad():
-        packed, plain = logps(model, long, way), logps(model, long, Layout.PADDED)
+        packed, plain = logps(model, long, layout), logps(model, long, Layout.PADDED)
     tokens = torch.tensor([[len(one.chosen) for one in long], [len(one.rejected) for one in long]])
     assert float(((packed - plain).abs() / tokens).max()) < 0.2  # nats a token of these large random weights
 
@@ -115,7 +116,7 @@ def test_families_that_packed_rows_do_not_suit_are_noticed_in_bfloat16_too(famil
     model = tiny(family).to(torch.bfloat16)
     chosen = choose_layout("auto", model, [pair(40, 30, 35, 6), *PAIRS], CPU)
     assert chosen.value is Layout.PADDED
-    assert chosen.reason.startswith("packed rows do not suit this model: by segments only ")
+    assert chosen.reason.startswith("packed rows do not suit this model: by packed_segments only ")
 
 
 def test_packed_rows_that_were_insisted_on_are_refused_where_they_do_not_suit() -> None:
@@ -138,7 +139,7 @@ def test_what_was_measured_is_remembered_for_this_model_and_these_lengths(monkey
     first = packing.remembered_layout("auto", model, PAIRS, CPU, "digest of qwen3")
     again = packing.remembered_layout("auto", model, PAIRS, CPU, "digest of qwen3")
     assert (first.value, again.value, len(measured)) == (Layout.PACKED_SEGMENTS, Layout.PACKED_SEGMENTS, 1)
-    assert again.reason == f"{first.reason} (earlier, on this very model)"
+    assert again.reason == f"{first.reason} (measured earlier)"
     packing.remembered_layout("auto", model, PAIRS, CPU, "another digest")
     packing.remembered_layout("auto", model, [*PAIRS, pair(30, 9, 9, 8)], CPU, "digest of qwen3")
     packing.remembered_layout("padded", model, PAIRS, CPU, "digest of qwen3")
@@ -147,10 +148,10 @@ def test_what_was_measured_is_remembered_for_this_model_and_these_lengths(monkey
 
 def test_a_note_that_cannot_be_read_is_measured_anew(cache: Path) -> None:
     model = tiny()
-    before = set((cache / "ways").glob("*")) if (cache / "ways").is_dir() else set()
+    before = set((cache / "layouts").glob("*")) if (cache / "layouts").is_dir() else set()
     packing.remembered_layout("auto", model, PAIRS, CPU, "some digest")
-    (note,) = set((cache / "ways").glob("*")) - before
-    for damaged in ("", "{}", '{"way": "sideways", "reason": ""}', "[1]"):
+    (note,) = set((cache / "layouts").glob("*")) - before
+    for damaged in ("", "{}", '{"layout": "sideways", "reason": ""}', "[1]"):
         note.write_text(damaged)
         assert packing.remembered_layout("auto", model, PAIRS, CPU, "some digest").value is Layout.PACKED_SEGMENTS
 
@@ -180,7 +181,7 @@ def test_a_response_that_sees_its_sister_is_noticed(monkeypatch: pytest.MonkeyPa
     plain, _ = packing._plain(model, PAIRS[:1], CPU)
     with torch.no_grad():
         coarse = packing._Noise.between(
-            response_logps(model, make_micro_batch(PAIRS[:1], CPU, Layout.PACKED_SEGMENTS)), plain
+            token_logps_of(model, make_micro_batch(PAIRS[:1], CPU, Layout.PACKED_SEGMENTS)), plain
         )
     said = packing._differs(model, PAIRS[:1], CPU, Layout.PACKED_SEGMENTS, plain, coarse)
     assert isinstance(said, str) and said.startswith("a response sees another one")
@@ -214,10 +215,10 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers
 
 @settings(max_examples=40, deadline=None)
 @given(LENGTHS, st.sampled_from([Layout.PACKED_SEGMENTS, Layout.PACKED_MASK]))
-def test_packed_equals_padded_whatever_the_lengths(lengths: list[tuple[int, int, int]], way: Layout) -> None:
+def test_packed_equals_padded_whatever_the_lengths(lengths: list[tuple[int, int, int]], layout: Layout) -> None:
     pairs = [pair(*some, seed=seed) for seed, some in enumerate(lengths)]
     with torch.no_grad():
-        assert torch.allclose(logps(MODEL, pairs, way), logps(MODEL, pairs, Layout.PADDED), atol=1e-4)
+        assert torch.allclose(logps(MODEL, pairs, layout), logps(MODEL, pairs, Layout.PADDED), atol=1e-4)
 
 
 # Shared prompts
@@ -236,16 +237,16 @@ def ranked(responses: int) -> list[TokenizedPair]:
     return pairs
 
 
-@pytest.mark.parametrize("way", [Layout.PACKED_SEGMENTS, Layout.PACKED_MASK])
-def test_several_responses_share_one_prompt_and_each_is_computed_once(way: Layout) -> None:
+@pytest.mark.parametrize("layout", [Layout.PACKED_SEGMENTS, Layout.PACKED_MASK])
+def test_several_responses_share_one_prompt_and_each_is_computed_once(layout: Layout) -> None:
     pairs, model = ranked(4), tiny("qwen2")
-    batch = make_micro_batch(pairs, CPU, way)
+    batch = make_micro_batch(pairs, CPU, layout)
     # The prompt of 6 once, answers of 3, 4, 5 and 6 once, and the other pair of 3 + 8 + 8.
     assert batch.input_ids.shape == (1, 6 + 18 + 19)
     assert packed_tokens(pairs) == 43
     assert batch.real_tokens == sum(2 * len(one.prompt) + len(one.chosen) + len(one.rejected) for one in pairs)
     with torch.no_grad():
-        assert torch.allclose(logps(model, pairs, way), expected(model, pairs), atol=5e-5)
+        assert torch.allclose(logps(model, pairs, layout), expected(model, pairs), atol=5e-5)
 
 
 def test_gradients_of_shared_responses_add_up() -> None:

@@ -1,6 +1,11 @@
 """The reference on disk: the same numbers as the reference itself, another model's values never, torn ones never."""
 
 import fcntl
+import hashlib
+import io
+import itertools
+import json
+import math
 import os
 import subprocess
 import sys
@@ -9,43 +14,82 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Ended, records, tiny_words, write_jsonl
 from test_logps import PAIRS
-from tiny_models import CPU, LORA, pair, tiny
+from tiny_models import CPU, LORA, VOCABULARY, pair, tiny
+from torch import Tensor
 
-from dpo_cli.data.batches import Layout, SplitByTokens
+from dpo_cli.console.reporter import Reporter
+from dpo_cli.data.batches import Layout, SplitByPairs, SplitByTokens
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import StoppedError
 from dpo_cli.models import reference_cache
 from dpo_cli.models.adapters import attach_lora
 from dpo_cli.models.loading import model_fingerprint
-from dpo_cli.models.logps import Batch, MicroBatcher, make_micro_batch
+from dpo_cli.models.logps import MicroBatch, MicroBatcher, make_micro_batch
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
 from dpo_cli.models.reference_cache import (
     RECORD,
     CachedReference,
+    Completion,
     ReferenceCache,
     cache_key,
+    cache_path,
     complete,
 )
-from dpo_cli.theory.losses import PairLogps
-from dpo_cli.training.parts import Progress
 
 Command = Callable[..., Ended]
-BATCHING = MicroBatcher(CPU, Layout.PACKED_SEGMENTS, SplitByTokens(40, Layout.PACKED_SEGMENTS))
-VALUES = [(-1.5 * n, -2.5 * n) for n in range(1, len(PAIRS) + 1)]
+BATCHER = MicroBatcher(CPU, Layout.PACKED_SEGMENTS, SplitByTokens(40, Layout.PACKED_SEGMENTS))
+LOGPS = [(-1.5 * n, -2.5 * n) for n in range(1, len(PAIRS) + 1)]  # chosen and rejected
 
 
 def never() -> Reference:
     raise AssertionError("the reference was loaded")
 
 
+def the_model() -> Reference:
+    return FrozenReference(tiny())
+
+
+class Heard(Reporter):
+    """Keeps what was begun and what was warned of."""
+
+    def __init__(self) -> None:
+        super().__init__(io.StringIO())
+        self.begun: list[int] = []
+        self.warned: list[str] = []
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        self.begun.append(total)
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
+
+
+def how(
+    load: Callable[[], Reference] = the_model, batcher: MicroBatcher = BATCHER, loaded: Reference | None = None,
+    reporter: Reporter | None = None, poll: Callable[[], None] = lambda: None,
+) -> Completion:  # fmt: skip
+    return Completion(batcher, torch.float32, load, loaded, reporter or Heard(), poll)
+
+
 def filled(path: Path | None) -> ReferenceCache:
     cache = ReferenceCache(path)
-    complete(cache, [PAIRS], BATCHING, torch.float32, lambda: FrozenReference(tiny()), None, Progress())
+    complete(cache, [PAIRS], how())
     return cache
+
+
+def keep(cache: ReferenceCache, pairs: list[TokenizedPair], logps: list[tuple[float, float]]) -> None:
+    """Add chosen and rejected of each pair."""
+    cache.add([key for pair in pairs for key in pair.response_keys], [logp for both in logps for logp in both])
+
+
+def known(cache: ReferenceCache, pairs: list[TokenizedPair]) -> list[tuple[float, ...]]:
+    """Chosen and rejected of each pair."""
+    return [tuple(cache.logps(pair.response_keys)) for pair in pairs]
 
 
 def test_the_cache_equals_the_second_model_equals_the_adapter_switched_off(tmp_path: Path) -> None:
@@ -54,24 +98,41 @@ def test_the_cache_equals_the_second_model_equals_the_adapter_switched_off(tmp_p
     batch = make_micro_batch(PAIRS, CPU, Layout.PACKED_SEGMENTS)
     policy = attach_lora(tiny(), LORA)
     for other in (FrozenReference(tiny()), AdapterOffReference(policy)):
-        for one, two in zip(vars(cached.logps(batch)).values(), vars(other.logps(batch)).values(), strict=True):
-            assert torch.allclose(one.float(), two.float(), rtol=1e-6, atol=1e-6)
+        assert torch.allclose(cached.logps(batch), other.logps(batch), rtol=1e-6, atol=1e-6)
 
 
 def test_a_full_cache_loads_no_reference_and_a_hundred_new_rows_cost_a_hundred_rows(tmp_path: Path) -> None:
     filled(tmp_path / "values")
-    cache, heard = ReferenceCache(tmp_path / "values"), []
-    assert complete(cache, [PAIRS], BATCHING, torch.float32, never, None, Progress()) == 0
+    cache, heard = ReferenceCache(tmp_path / "values"), Heard()
+    assert complete(cache, [PAIRS], how(load=never)) == 0
     more = [pair(4, 3, 2, seed) for seed in range(100, 200)]
-    progress = Progress(begin=heard.append)
-    assert (
-        complete(cache, [PAIRS, more], BATCHING, torch.float32, lambda: FrozenReference(tiny()), None, progress) == 100
-    )
-    assert heard == [100]
-    assert (tmp_path / "values").stat().st_size == (len(PAIRS) + 100) * RECORD.itemsize
+    assert complete(cache, [PAIRS, more], how(reporter=heard)) == 100
+    assert heard.begun == [100]
+    assert (tmp_path / "values").stat().st_size == 2 * (len(PAIRS) + 100) * RECORD.itemsize
 
 
-def test_the_key_of_a_pair_changes_with_its_tokens_and_with_nothing_else() -> None:
+def test_a_response_is_one_record_of_24_bytes(tmp_path: Path) -> None:
+    cache = filled(tmp_path / "values")
+    assert (len(cache), (tmp_path / "values").stat().st_size) == (8, 8 * 24)  # four pairs of two responses
+    swapped = [replace(one, chosen=one.rejected, rejected=one.chosen) for one in PAIRS]
+    assert complete(cache, [swapped], how(load=never)) == 0  # the same responses in another order cost nothing
+    assert known(cache, swapped) == [both[::-1] for both in known(cache, PAIRS)]
+
+
+def test_a_ranking_of_five_answers_is_five_records(tmp_path: Path) -> None:
+    random = np.random.default_rng(5)
+    prompt, *answers = (token_ids(random.integers(2, VOCABULARY, size).tolist()) for size in (4, 3, 6, 2, 5, 4))
+    ranking = [TokenizedPair(prompt, better, worse, 0, str(n))
+               for n, (better, worse) in enumerate(itertools.combinations(answers, 2))]  # fmt: skip
+    cache = ReferenceCache(tmp_path / "values")
+    assert complete(cache, [ranking], how()) == 10  # pairs
+    assert (len(cache), (tmp_path / "values").stat().st_size) == (5, 5 * 24)
+    alone = [make_micro_batch([one], CPU, Layout.PACKED_SEGMENTS) for one in ranking]
+    for one, micro_batch in zip(ranking, alone, strict=True):
+        assert cache.logps(one.response_keys) == pytest.approx(the_model().logps(micro_batch).tolist(), abs=1e-4)
+
+
+def test_the_key_of_a_response_changes_with_its_tokens_and_with_nothing_else() -> None:
     one = PAIRS[0]
     longer = token_ids([*one.prompt, 5])
     others = [
@@ -79,14 +140,18 @@ def test_the_key_of_a_pair_changes_with_its_tokens_and_with_nothing_else() -> No
         replace(one, chosen=one.rejected, rejected=one.chosen), replace(one, chosen=one.chosen[:-1]),
         replace(one, prompt=one.prompt[:-1], chosen=token_ids([one.prompt[-1], *one.chosen])),
     ]  # fmt: skip
-    assert len({other.token_key for other in [one, *others]}) == len(others) + 1
-    assert replace(one, index=99, key="another").token_key == one.token_key
+    assert len({other.response_keys for other in [one, *others]}) == len(others) + 1
+    # Of a prompt and a response: what else the pair holds changes nothing.
+    assert len({key for other in [one, *others] for key in other.response_keys}) == 8
+    assert replace(one, chosen=longer).response_keys[1] == one.response_keys[1]
+    assert replace(one, chosen=one.rejected, rejected=one.chosen).response_keys == one.response_keys[::-1]
+    assert replace(one, index=99, key="another").response_keys == one.response_keys
 
 
 def test_the_key_of_the_file_changes_with_what_decides_a_log_prob_and_with_nothing_else() -> None:
     def key(model: Any, **changes: Any) -> str:
-        how = {"dtype": torch.float32, "device": CPU, "way": Layout.PACKED_SEGMENTS, **changes}
-        return cache_key(model_fingerprint(model), **how)
+        computed = {"dtype": torch.float32, "device": CPU, "layout": Layout.PACKED_SEGMENTS, **changes}
+        return cache_key(model_fingerprint(model), **computed)
 
     same, moved = tiny(), tiny()
     same.config._name_or_path = "/somewhere/else"
@@ -101,7 +166,7 @@ def test_the_key_of_the_file_changes_with_what_decides_a_log_prob_and_with_nothi
     assert key(same) == key(tiny())
     different = [
         key(tiny()), key(moved), key(swapped), key(tiny(rope_parameters={"rope_type": "default", "rope_theta": 5e5})),
-        key(tiny(), dtype=torch.bfloat16), key(tiny(), way=Layout.PADDED), key(tiny(), device=torch.device("cuda")),
+        key(tiny(), dtype=torch.bfloat16), key(tiny(), layout=Layout.PADDED), key(tiny(), device=torch.device("cuda")),
         key(tiny(), compiled=True),
     ]  # fmt: skip
     assert len(set(different)) == len(different)
@@ -119,7 +184,7 @@ def test_what_a_run_does_with_the_values_is_no_part_of_the_key(
     evaluated = command("dpo-eval", f"checkpoint={tmp_path / 'two'}")
     assert evaluated.code == 0
     held_out = len(next((tmp_path / "two" / "eval").rglob("pairs.jsonl")).read_text().splitlines())
-    assert f"reference log-probs: {held_out} of {held_out} were in {cache}" in evaluated.out
+    assert f"reference log-probs: those of {held_out} of {held_out} pairs were in {cache}" in evaluated.out
 
 
 def test_another_max_length_asks_the_reference_anew(command: Command, pairs_file: Path, tmp_path: Path) -> None:
@@ -156,7 +221,7 @@ def test_values_are_computed_in_the_batches_that_are_trained_on(
 
 def written(path: Path) -> bytes:
     cache = ReferenceCache(path)
-    cache.add(PAIRS, VALUES)
+    keep(cache, PAIRS, LOGPS)
     return path.read_bytes()
 
 
@@ -168,7 +233,7 @@ def test_a_torn_last_record_is_computed_anew_and_the_file_mended(tmp_path: Path,
     cache = ReferenceCache(path)
     assert cache.missing(PAIRS) == PAIRS[-1:]
     assert cache.damaged == 1
-    cache.add(PAIRS[-1:], VALUES[-1:])
+    keep(cache, PAIRS[-1:], LOGPS[-1:])
     assert path.read_bytes() == data
 
 
@@ -176,23 +241,74 @@ def test_a_torn_last_record_is_computed_anew_and_the_file_mended(tmp_path: Path,
 def test_a_flipped_bit_is_noticed_and_its_value_computed_anew(tmp_path: Path, place: int) -> None:
     path = tmp_path / "values"
     data = bytearray(written(path))
-    data[RECORD.itemsize + place] ^= 4
+    data[2 * RECORD.itemsize + place] ^= 4  # the chosen response of the second pair
     path.write_bytes(bytes(data))
     cache = ReferenceCache(path)
     assert (cache.missing(PAIRS), cache.damaged) == (PAIRS[1:2], 1)
-    assert cache.logps(PAIRS[:1]) == ([VALUES[0][0]], [VALUES[0][1]])
+    assert known(cache, PAIRS[:1]) == LOGPS[:1]
+    heard = Heard()
+    assert complete(cache, [PAIRS], how(reporter=heard)) == 1
+    assert heard.warned == [f"{path}: 1 record torn or damaged, computed again"]
+    right = the_model().logps(make_micro_batch(PAIRS[1:2], CPU, Layout.PACKED_SEGMENTS)).tolist()
+    # Its other response keeps the value that it had, and the next one to read the file finds both.
+    assert known(ReferenceCache(path), PAIRS[1:2]) == [(pytest.approx(right[0], abs=1e-4), LOGPS[1][1])]
+
+
+def written_by_version_1(path: Path) -> bytes:
+    """A file of the first version: 32 bytes a pair, of which key, both log-probs and 64 bits of checksum."""
+    pairs = np.zeros(len(PAIRS), dtype=[("key", "<u8", 2), ("logps", "<f4", 2), ("check", "<u8")])
+    for number, one in enumerate(PAIRS):
+        digest = hashlib.blake2b(digest_size=16)
+        for ids in (one.prompt, one.chosen, one.rejected):
+            digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
+        pairs["key"][number] = np.frombuffer(digest.digest(), dtype="<u8")
+    pairs["logps"] = LOGPS
+    words = np.column_stack([pairs["key"], np.ascontiguousarray(pairs["logps"]).view("<u8")])
+    check = np.full(len(PAIRS), 0x9E3779B97F4A7C15, dtype=np.uint64)
+    for word in words.T:
+        check ^= word
+        check = (check ^ (check >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        check = (check ^ (check >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        check ^= check >> np.uint64(31)
+    pairs["check"] = check
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pairs.tobytes())
+    return path.read_bytes()
+
+
+def test_a_file_of_the_first_version_is_left_alone_and_never_misread(tmp_path: Path) -> None:
+    fingerprint, computed = model_fingerprint(tiny()), (torch.float32, CPU, Layout.PACKED_SEGMENTS)
+    of_old = hashlib.sha256(json.dumps([1, fingerprint, "torch.float32", "cpu", "segments"]).encode()).hexdigest()[:32]
+    old, new = cache_path(of_old), cache_path(cache_key(fingerprint, *computed))
+    assert new != old and new.parent == old.parent
+    data = written_by_version_1(old)
+    new.unlink(missing_ok=True)
+    cache = ReferenceCache(new)
+    assert (len(cache), cache.missing(PAIRS)) == (0, PAIRS)
+    assert complete(cache, [PAIRS], how()) == len(PAIRS)
+    assert old.read_bytes() == data
+    new.unlink()
+    old.unlink()
+    # Even under the name of a new one, not a single record of it passes for one.
+    data = written_by_version_1(tmp_path / "values")
+    misnamed, heard = ReferenceCache(tmp_path / "values"), Heard()
+    assert (len(misnamed), misnamed.missing(PAIRS)) == (0, PAIRS)
+    assert misnamed.damaged == math.ceil(len(data) / RECORD.itemsize)
+    assert complete(misnamed, [PAIRS], how(reporter=heard)) == len(PAIRS)
+    assert heard.warned == [f"{tmp_path / 'values'}: {misnamed.damaged} records torn or damaged, computed again"]
+    assert known(ReferenceCache(tmp_path / "values"), PAIRS) == known(misnamed, PAIRS) == known(cache, PAIRS)
 
 
 def test_values_of_another_model_are_noticed_and_never_used(tmp_path: Path) -> None:
-    path, warned = tmp_path / "values", []
+    path, heard = tmp_path / "values", Heard()
     cache = ReferenceCache(path)
-    cache.add(PAIRS, VALUES)
-    at_hand = FrozenReference(tiny())
-    progress = Progress(warn=warned.append)
-    assert complete(cache, [PAIRS], BATCHING, torch.float32, lambda: at_hand, at_hand, progress) == len(PAIRS)
-    assert len(warned) == 1 and "its values are dropped and computed anew" in warned[0]
-    right = at_hand.logps(make_micro_batch(PAIRS, CPU, Layout.PACKED_SEGMENTS)).chosen.tolist()
-    assert ReferenceCache(path).logps(PAIRS)[0] == pytest.approx(right, abs=1e-4)
+    keep(cache, PAIRS, LOGPS)
+    loaded = the_model()
+    assert complete(cache, [PAIRS], how(loaded=loaded, reporter=heard)) == len(PAIRS)
+    assert len(heard.warned) == 1 and "its log-probs are dropped and computed again" in heard.warned[0]
+    micro_batch = make_micro_batch(PAIRS, CPU, Layout.PACKED_SEGMENTS)
+    right = loaded.logps(micro_batch)[micro_batch.units[:, 0]].tolist()
+    assert [chosen for chosen, _ in known(ReferenceCache(path), PAIRS)] == pytest.approx(right, abs=1e-4)
 
 
 def test_a_run_on_a_cache_of_another_model_says_so_and_starts_at_ln2(
@@ -201,21 +317,13 @@ def test_a_run_on_a_cache_of_another_model_says_so_and_starts_at_ln2(
     words = tiny_words(pairs_file, tmp_path / "one")
     assert command("dpo-train", *words).code == 0
     for path in (cache / "reference").iterdir():
-        known = ReferenceCache(path)
-        lies = [TokenizedPair(token_ids([1]), token_ids([n]), token_ids([2]), 0, "") for n in range(len(known))]
-        data = path.read_bytes()
-        path.unlink()
-        other = ReferenceCache(path)
-        other.add(lies, [(-7.0, -9.0)] * len(lies))
-        import numpy as np
-
-        records_there = np.frombuffer(path.read_bytes(), dtype=RECORD).copy()
-        records_there["key"] = np.frombuffer(data, dtype=RECORD)["key"]
-        records_there["check"] = reference_cache._checks(records_there)
-        path.write_bytes(records_there.tobytes())
+        lies = np.frombuffer(path.read_bytes(), dtype=RECORD).copy()
+        lies["logp"] = -8.0
+        lies["check"] = reference_cache._checks(lies)
+        path.write_bytes(lies.tobytes())
     ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "two"))
     assert ended.code == 0
-    assert "its values are dropped and computed anew" in " ".join(ended.out.split())
+    assert "its log-probs are dropped and computed again" in " ".join(ended.out.split())
     assert records(tmp_path / "two")[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
     assert records(tmp_path / "two")[0]["rewards/margins"] == 0
 
@@ -227,7 +335,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_the_run_goes_on(
     monkeypatch.setattr("dpo_cli.training.build.cache_path", lambda key: tmp_path / "file" / key)
     ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "run"))
     assert ended.code == 0
-    assert "cannot be read (Not a directory); its values stay in memory" in " ".join((ended.out + ended.err).split())
+    assert "cannot be read (Not a directory); its log-probs stay in memory" in " ".join((ended.out + ended.err).split())
 
 
 def test_a_stop_in_the_reference_pass_keeps_what_was_done(tmp_path: Path) -> None:
@@ -236,13 +344,13 @@ def test_a_stop_in_the_reference_pass_keeps_what_was_done(tmp_path: Path) -> Non
     def poll() -> None:
         nonlocal asked
         asked += 1
-        if asked == 3:
+        if asked == 6:  # a batch of two pairs asks once before it and once a micro-batch
             raise StoppedError("stopped")
 
     cache = ReferenceCache(tmp_path / "values")
-    one_by_one = replace(BATCHING, cut=lambda pairs: [[one] for one in pairs])
+    one_by_one = replace(BATCHER, split=SplitByPairs(1))
     with pytest.raises(StoppedError):
-        complete(cache, [PAIRS], one_by_one, torch.float32, lambda: FrozenReference(tiny()), None, Progress(poll=poll))
+        complete(cache, [PAIRS[:2], PAIRS[2:]], how(batcher=one_by_one, poll=poll))
     assert ReferenceCache(tmp_path / "values").missing(PAIRS) == PAIRS[2:]
 
 
@@ -253,13 +361,13 @@ def test_a_writer_waits_for_another_and_neither_loses_a_record(tmp_path: Path) -
         "from dpo_cli.models.reference_cache import ReferenceCache\n"
         "who = int(sys.argv[2]); cache = ReferenceCache(Path(sys.argv[1]))\n"
         "for n in range(200):\n"
-        "    pair = TokenizedPair(token_ids([who]), token_ids([n]), token_ids([1]), n, '')\n"
-        "    cache.add([pair], [(float(-n), float(-who))])\n"
+        "    pair = TokenizedPair(token_ids([who]), token_ids([n]), token_ids([n, 1]), n, '')\n"
+        "    cache.add(pair.response_keys, [float(-n), float(-who)])\n"
     )
     writers = [subprocess.Popen([sys.executable, "-c", write, str(path), str(who)]) for who in (1, 2)]
     assert [writer.wait(120) for writer in writers] == [0, 0]
     cache = ReferenceCache(path)
-    assert (len(cache), cache.damaged) == (400, 0)
+    assert (len(cache), cache.damaged) == (800, 0)
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody holds it any more
 
@@ -271,8 +379,8 @@ def test_a_writer_killed_at_any_byte_leaves_a_cache_that_the_next_one_mends(tmp_
         path.write_bytes(data[:size])
         cache = ReferenceCache(path)
         lacking = cache.missing(PAIRS)
-        assert len(lacking) == len(PAIRS) - size // RECORD.itemsize
-        cache.add(lacking, VALUES[-len(lacking) :] if lacking else [])
+        assert len(lacking) == len(PAIRS) - size // RECORD.itemsize // 2
+        keep(cache, lacking, LOGPS[len(PAIRS) - len(lacking) :])
         assert path.read_bytes() == data
 
 
@@ -281,12 +389,8 @@ def test_an_unreadable_cache_is_said(tmp_path: Path) -> None:
     os.mkdir(folder)
     cache = ReferenceCache(folder)
     assert cache.trouble is not None and "cannot be read" in cache.trouble
-    cache.add(write_pairs(), VALUES)
+    keep(cache, PAIRS, LOGPS)
     assert cache.missing(PAIRS) == []
-
-
-def write_pairs() -> list[TokenizedPair]:
-    return PAIRS
 
 
 def test_rows_added_to_the_data_cost_only_themselves(command: Command, tmp_path: Path) -> None:
@@ -301,31 +405,35 @@ def test_rows_added_to_the_data_cost_only_themselves(command: Command, tmp_path:
     assert "reference log-probs of 8 pairs computed in" in ended.out
 
 
-def test_a_pass_that_was_cut_off_is_completed_in_the_same_company(tmp_path: Path) -> None:
+def test_a_pass_that_was_cut_off_is_completed_beside_the_same_pairs(tmp_path: Path) -> None:
     """In bfloat16 a value depends on the row it was computed in: what is missing is asked for beside what is there."""
     asked: list[list[TokenizedPair]] = []
 
     class Watched(FrozenReference):
-        def logps(self, batch: Batch) -> PairLogps:
-            asked.append(list(batch.pairs))
-            return super().logps(batch)
+        def logps(self, micro_batch: MicroBatch) -> Tensor:
+            asked.append(list(micro_batch.examples))
+            return super().logps(micro_batch)
+
+    class FirstAndRest(SplitByPairs):
+        def __call__(self, batch: list[TokenizedPair]) -> list[list[TokenizedPair]]:
+            return [batch[:1], batch[1:]]
 
     cache = ReferenceCache(tmp_path / "values")
-    cache.add(PAIRS[:2], VALUES[:2])
-    pieces = replace(BATCHING, cut=lambda pairs: [list(pairs[:1]), list(pairs[1:])])
-    complete(cache, [PAIRS], pieces, torch.float32, lambda: Watched(tiny()), None, Progress())
-    assert asked == [PAIRS[1:]]  # not PAIRS[2:], and not the piece of which all is known
-    assert cache.logps(PAIRS[:2]) == ([c for c, _ in VALUES[:2]], [r for _, r in VALUES[:2]])  # what is there stays
+    keep(cache, PAIRS[:2], LOGPS[:2])
+    split = replace(BATCHER, split=FirstAndRest(1))
+    complete(cache, [PAIRS], how(lambda: Watched(tiny()), batcher=split))
+    assert asked == [PAIRS[1:]]  # not PAIRS[2:], and not the micro-batch of which all is known
+    assert known(cache, PAIRS[:2]) == LOGPS[:2]  # what is there stays
 
 
 def test_a_run_takes_the_values_it_began_with_before_those_of_the_cache(tmp_path: Path) -> None:
     own, shared = filled(tmp_path / "own"), ReferenceCache(tmp_path / "shared")
-    shared.add(PAIRS, VALUES)
-    copy = tmp_path / "reference.logps"
+    keep(shared, PAIRS, LOGPS)
+    copy = tmp_path / "reference_logps.bin"
     copy.write_bytes(own.records([*PAIRS, *PAIRS]))
-    assert copy.stat().st_size == 32 * len(PAIRS)  # each once
+    assert copy.stat().st_size == 24 * 2 * len(PAIRS)  # each once
     assert shared.adopt(copy)
-    assert shared.logps(PAIRS) == own.logps(PAIRS)
+    assert known(shared, PAIRS) == known(own, PAIRS)
     assert not shared.adopt(tmp_path / "nowhere")
     copy.write_bytes(copy.read_bytes()[:-1])
     assert not ReferenceCache(None).adopt(copy)

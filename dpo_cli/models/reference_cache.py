@@ -233,6 +233,8 @@ def _fill(cache: ReferenceCache, needed: Sequence[Sequence[TokenizedPair]], how:
     def compute(micro_batch: MicroBatch) -> dict[bytes, float]:
         if how.engine.alone:
             how.poll()
+        if not cache.missing(micro_batch.examples):
+            return {}
         return dict(zip(micro_batch.response_keys, reference.logps(micro_batch).tolist(), strict=True))
 
     for batch in needed:

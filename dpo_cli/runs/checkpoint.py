@@ -398,6 +398,11 @@ def _restore_optimizer(
         plain = value.ndim == 0 and value.dtype == torch.float64
         restored = value.item() if plain else engine.like(parameter, value) if beside else value
         optimizer.state[parameter][key] = restored
+    for name, parameter in parameters.items():
+        found = optimizer.state.get(parameter)  # a weight that never had a gradient has none
+        lacking = shapes[tuple(parameter.shape)].keys() - found if shapes is not None and found else ()
+        if lacking:
+            raise CheckpointError(f"{OPTIMIZER}: lacks {safe_text(name)}|{min(lacking)}")
 
 
 def _same_names(file: Path, stored: set[str], expected: set[str]) -> None:

@@ -160,27 +160,51 @@ class Left:
 PHASES = ["start", "tokenising", "reference", "training", "evaluation", "save", "final"]
 
 
+def wrap(name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put `around(original)` in the place of a part of the runner, by its name; for good, so only in a child."""
+    from dpo_cli.training import build, records, runner
+
+    owner: Any = {
+        "load_pairs": build, "complete_reference": runner, "train_step": runner, "forward_backward": runner,
+        "score_pairs": records, "save_checkpoint": records,
+    }.get(name, records.Recorder)  # fmt: skip
+    setattr(owner, name, around(getattr(owner, name)))
+
+
+def before_step(act: Callable[[Any, Any, int], None]) -> None:
+    """In a child: `act` hears of context, learner and the steps done before every optimizer step."""
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(context: Any, learner: Any, progress: Any, *more: Any) -> None:
+            act(context, learner, progress.step)
+            original(context, learner, progress, *more)
+
+        return step
+
+    wrap("train_step", around)
+
+
 def watch_phases(place: mmap.mmap) -> None:
     """In the child: have the shared byte say which phase the run is in."""
-    from dpo_cli.training import runner
 
-    def tell(name: str, phase: str) -> None:
-        original = getattr(runner, name)
+    def telling(phase: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def around(original: Callable[..., Any]) -> Callable[..., Any]:
+            def told(*arguments: Any, **more: Any) -> Any:
+                before, place[0] = place[0], PHASES.index(phase)
+                try:
+                    return original(*arguments, **more)
+                finally:
+                    place[0] = before
 
-        def told(*arguments: Any, **more: Any) -> Any:
-            before, place[0] = place[0], PHASES.index(phase)
-            try:
-                return original(*arguments, **more)
-            finally:
-                place[0] = before
+            return told
 
-        setattr(runner, name, told)
+        return around
 
     for name, phase in (
         ("load_pairs", "tokenising"), ("complete_reference", "reference"), ("train_step", "training"),
-        ("log_eval", "evaluation"), ("save", "save"), ("write_final", "final"),
+        ("evaluate", "evaluation"), ("save", "save"), ("_write_final", "final"),
     ):  # fmt: skip
-        tell(name, phase)
+        wrap(name, telling(phase))
 
 
 def start(
@@ -251,7 +275,7 @@ def content(run: Path) -> dict[str, bytes]:
     found["final"] = next((run / "final").glob("*.safetensors")).read_bytes()
     kept = [{key: value for key, value in line.items() if key not in TIMINGS} for line in records(run)]
     found["metrics.jsonl"] = json.dumps(kept, sort_keys=True).encode()
-    steady = {key: value for key, value in state.items() if not key.endswith("seconds") and key != "settled"}
+    steady = {key: value for key, value in state.items() if not key.endswith("seconds") and key != "settings"}
     found["state.json"] = json.dumps(steady, sort_keys=True).encode()
     return found
 

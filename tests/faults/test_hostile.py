@@ -182,6 +182,43 @@ def test_an_adapter_that_does_not_fit_in_every_tensor_is_refused(
         assert evaluated.code == 4, evaluated.err
 
 
+OPTIMIZER_HARMS = {
+    "another shape": "error: optimizer.safetensors: {name} has another shape than this optimizer's state\n",
+    "another key": "error: optimizer.safetensors: {name}_2 has another shape than this optimizer's state\n",
+    "another weight": "error: optimizer.safetensors: no parameter layers.9 in this run\n",
+    "whole numbers": "error: optimizer.safetensors: {name} holds no numbers of the optimizer\n",
+    "missing": "error: optimizer.safetensors: lacks {name}\n",
+}
+
+
+@pytest.mark.parametrize("harm", OPTIMIZER_HARMS)
+def test_an_optimizer_state_of_a_wrong_shape_name_or_type_is_refused_by_name(
+    command: Command, pairs_file: Path, tmp_path: Path, harm: str
+) -> None:
+    words = tiny_words(pairs_file, tmp_path / "run")
+    with fault(15):
+        assert command("dpo-train", *words).code == 0
+        shutil.rmtree(tmp_path / "run" / "final")
+        last = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+        file = last / "optimizer.safetensors"
+        tensors = load_file(file)
+        name = next(name for name in sorted(tensors) if name.endswith("|exp_avg") and "lora_A" in name)
+        state = tensors.pop(name)
+        tensors |= {
+            "another shape": {name: state[:, :-1].contiguous()},
+            "another key": {name: state, f"{name}_2": state.clone()},
+            "another weight": {name: state, "layers.9|exp_avg": state.clone()},
+            "whole numbers": {name: state.long()},
+            "missing": {},
+        }[harm]
+        save_file(tensors, file)
+        manifest = json.loads((last / MANIFEST).read_text())
+        manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        (last / MANIFEST).write_text(json.dumps(manifest))
+        resumed = command("dpo-train", *words, "resume=auto")
+        assert (resumed.code, resumed.err) == (4, OPTIMIZER_HARMS[harm].format(name=name))
+
+
 # Faults 16 and 17: resume
 
 REFUSED_CHANGES = {
@@ -214,7 +251,8 @@ def test_every_change_that_would_make_it_another_run_is_refused_with_a_table(
         told = command("dpo-train", *words, "resume=auto", "max_steps=4", "log_every=2", "save_every=1")
         assert told.code == 0
         assert (
-            "warning: resuming with another max_steps: 3 -> 4: the run is no longer the one that was begun" in told.out
+            "warning: resuming with another max_steps: 3 -> 4: the run is no longer the one that was started"
+            in told.out
         )
         assert "log_every" not in told.out
 
@@ -441,18 +479,21 @@ def test_a_strangers_config_is_data_or_refused(command: Command, tmp_path: Path,
             assert not canary.exists()
 
 
-STATES = {
+SETTINGS = {"device": "cpu", "dtype": "float32", "layout": "packed_segments", "token_budget": 9, "max_pairs": None}
+STATES: dict[str, Any] = {
     "a nesting bomb": "[" * 100_000,
     "a large file": '"' + "a" * 2**21 + '"',
     "a list": "[]",
     "a negative step": {"step": -1},
     "a step of text": {"step": "4"},
     "a step that is true": {"step": True},
-    "a dtype that is a function": {"settled": {"device": "cpu", "dtype": "load", "way": "segments", "token_budget": 9}},
-    "a way that is none": {"settled": {"device": "cpu", "dtype": "float32", "way": "x", "token_budget": 9}},
-    "a budget below 1": {
-        "settled": {"device": "cpu", "dtype": "float32", "way": "segments", "token_budget": 0, "pairs_a_pass": None}
-    },
+    "a dtype that is a function": {"settings": {**SETTINGS, "dtype": "load"}},
+    "a layout that is none": {"settings": {**SETTINGS, "layout": "x"}},
+    "a budget below 1": {"settings": {**SETTINGS, "token_budget": 0}},
+    "no pair in a micro-batch": {"settings": {**SETTINGS, "max_pairs": 0}},
+    "a setting more": {"settings": {**SETTINGS, "more": 1}},
+    "a later version": {"version": 3},
+    "a version of text": {"version": "2"},
     "a number without end": {"seconds": 10**400},
     "fewer pairs than none": {"sums_pairs": -1},
     "an infinity": {"seconds": float("inf")},
@@ -485,7 +526,7 @@ def test_a_manifest_names_files_of_its_folder_only(
         assert not re.search(r"[\x00-\x09\x0b-\x1f]", ended.err)
 
 
-@pytest.mark.parametrize("link", ["metrics.jsonl", "config.yaml", "manifest.json", "train.log", "reference.logps",
+@pytest.mark.parametrize("link", ["metrics.jsonl", "config.yaml", "manifest.json", "train.log", "reference_logps.bin",
                                   "checkpoints", "final", ".lock"])  # fmt: skip
 def test_a_link_in_a_run_directory_is_not_written_through(
     command: Command, pairs_file: Path, tmp_path: Path, stranger: Path, link: str

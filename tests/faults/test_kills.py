@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import LEDGER, fault, run_words, same_content, start, straight  # noqa: F401
+import torch
+from harness import LEDGER, content, fault, run_words, same_content, start, straight  # noqa: F401
+from safetensors.torch import load_file
 
 from dpo_cli.runs.checkpoint import checkpoints, validate
 
@@ -185,3 +187,29 @@ def test_every_layout_and_reference_resumes_to_the_same_bytes(
         resumed = start(tmp_path, [*words, "resume=auto"]).wait()
         assert resumed.code == 0, resumed.err
         LEDGER.compared[1] += same_content(tmp_path / "run", straight(*more))
+
+
+def test_an_optimizer_whose_state_has_another_shape_than_its_weight_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    """Adafactor keeps a row and a column for each matrix, and reads its weights in a step: no shape is known before."""
+
+    def adafactor() -> None:
+        from dpo_cli.training.optimizers import OPTIMIZERS
+
+        OPTIMIZERS["rmsprop"] = lambda weights, options: torch.optim.Adafactor(weights, lr=options.lr)
+
+    more = ("optimizer=rmsprop", "save_every=1", "keep_checkpoints=9")
+    with fault(1):
+        whole, killed = tmp_path / "whole", tmp_path / "killed"
+        assert start(whole, run_words(whole, *more), adafactor).wait().code == 0
+        expected = content(whole / "run")
+        state = load_file(checkpoints(whole / "run" / "checkpoints")[-1] / "optimizer.safetensors")
+        assert {name.rpartition("|")[2] for name in state} == {"step", "row_var", "col_var"}
+        assert all(1 in value.shape for name, value in state.items() if name.endswith(("row_var", "col_var")))
+        child = start(killed, run_words(killed, *more), adafactor)
+        while child.reach("training") and not (killed / "run" / "checkpoints" / "step-00000002").exists():
+            time.sleep(0.001)
+        child.send(signal.SIGKILL)
+        assert child.wait().code == -signal.SIGKILL
+        resumed = start(killed, run_words(killed, *more, "resume=auto"), adafactor).wait()
+        assert resumed.code == 0 and "resuming from " in resumed.out, resumed
+        LEDGER.compared[1] += same_content(killed / "run", expected)

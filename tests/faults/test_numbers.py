@@ -1,18 +1,21 @@
-"""Faults 8 and 9: what is not finite touches no weight; what does not fit into memory is cut finer."""
+"""Faults 8 and 9: what is not finite touches no weight; what does not fit into memory is split finer."""
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import Ended, records, tiny_words
-from harness import LEDGER, fault, run_words, same_content, start, straight  # noqa: F401
+from harness import LEDGER, before_step, fault, run_words, same_content, start, straight  # noqa: F401
 from safetensors.torch import load_file
 
+from dpo_cli.data.batches import SplitByPairs
+from dpo_cli.objectives.preference import Preference
 from dpo_cli.runs.checkpoint import checkpoints, read_state, validate
-from dpo_cli.training import runner, step
+from dpo_cli.training import runner
 
 pytestmark = pytest.mark.faults
 Command = Callable[..., Ended]
@@ -22,21 +25,54 @@ Straight = Callable[..., dict[str, bytes]]
 # Fault 8
 
 
+def steps_begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Holds the number of the step under way, from 1; 0 outside of steps, as in the memory probe."""
+    original, now = runner.train_step, [0]
+
+    def train_step(context: Any, learner: Any, progress: Any, *more: Any) -> None:
+        now[0] = progress.step + 1
+        try:
+            original(context, learner, progress, *more)
+        finally:
+            now[0] = 0
+
+    monkeypatch.setattr(runner, "train_step", train_step)
+    return now
+
+
 def poison(monkeypatch: pytest.MonkeyPatch, at: set[int], value: float, where: str) -> None:
     """From within a step, counted from 1: make the loss of its last pair, or a gradient, `value`."""
-    original = runner.forward_backward
+    original, now = runner.forward_backward, steps_begun(monkeypatch)
 
-    def poisoned(run: Any, batch: Any) -> Any:
-        measured = original(run, batch)
-        if run.step + 1 in at and run.directory.metrics.records > 0:  # not in the rehearsal
+    def poisoned(context: Any, learner: Any, batch: Any) -> Any:
+        table, names = original(context, learner, batch)
+        if now[0] in at:
             if where == "loss":
-                measured.losses[-1] = measured.losses[-1].clone()
-                measured.losses[-1][-1] = value
+                table[names.index("loss"), -1] = value
             else:
-                run.trainable[1].grad[0] = value
-        return measured
+                learner.trainable[1].grad[0] = value
+        return table, names
 
     monkeypatch.setattr(runner, "forward_backward", poisoned)
+
+
+def in_forward_backward(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, Any], Any]) -> None:
+    """Have `change(logps, micro_batch)` stand for the policy's log-probs where a step, or the probe, trains on them."""
+    score, original, inside = Preference.score, runner.forward_backward, [False]
+
+    def forward_backward(*parts: Any) -> Any:
+        inside[0] = True
+        try:
+            return original(*parts)
+        finally:
+            inside[0] = False
+
+    def changed(self: Any, policy: Any, micro_batch: Any) -> Any:
+        logps = score(self, policy, micro_batch)
+        return change(logps, micro_batch) if inside[0] else logps
+
+    monkeypatch.setattr(runner, "forward_backward", forward_backward)
+    monkeypatch.setattr(Preference, "score", changed)
 
 
 WORDS = ["max_steps=6", "save_every=1", "keep_checkpoints=9", "log_every=1", "data.eval_fraction=0"]
@@ -65,22 +101,19 @@ def test_what_is_not_finite_ends_the_run_before_the_update_and_is_never_saved(
 def test_the_pair_whose_loss_is_not_finite_is_named_and_no_other(
     command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, bad = step.response_scores_todo, 7
+    bad, now = 7, steps_begun(monkeypatch)
 
-    def for_one_pair(policy: Any, layout: Any) -> Any:
-        logps = original(policy, layout)
-        here = torch.tensor([pair.index == bad for pair in layout.pairs])
-        return type(logps)(torch.where(here, torch.nan, logps.chosen), logps.rejected, *_tokens(logps))
+    def for_one_pair(logps: Any, micro_batch: Any) -> Any:
+        here = torch.zeros(len(logps), dtype=torch.bool)
+        here[[int(unit[0]) for pair, unit in zip(micro_batch.examples, micro_batch.units, strict=True)
+              if pair.index == bad and now[0]]] = True  # fmt: skip
+        return torch.where(here, torch.nan, logps)
 
-    monkeypatch.setattr(step, "response_scores_todo", for_one_pair)
+    in_forward_backward(monkeypatch, for_one_pair)
     with fault(8):
         ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "run"), *WORDS)
         assert ended.code == 5
         assert f"the loss of rows {bad} of the data is not finite (mean loss nan, gradient norm nan)" in ended.err
-
-
-def _tokens(logps: Any) -> tuple[Any, Any]:
-    return logps.chosen_tokens, logps.rejected_tokens
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -150,11 +183,11 @@ def test_a_state_that_is_not_finite_is_never_saved_and_no_healthy_one_removed_fo
     """The gradient is finite and the update is not, as with an overflow: seen before it is saved."""
     original = runner.train_step
 
-    def overflowing(run: Any, batch: Any) -> None:
-        original(run, batch)
-        if run.step == 3:
+    def overflowing(context: Any, learner: Any, progress: Any, *more: Any) -> None:
+        original(context, learner, progress, *more)
+        if progress.step == 3:
             with torch.no_grad():
-                run.trainable[1][0] = float("inf")
+                learner.trainable[1][0] = float("inf")
 
     monkeypatch.setattr(runner, "train_step", overflowing)
     with fault(8):
@@ -168,38 +201,37 @@ def test_a_state_that_is_not_finite_is_never_saved_and_no_healthy_one_removed_fo
 # Fault 9
 
 
-def small_memory(monkeypatch: pytest.MonkeyPatch, place: Any, tokens: int, kind: type[Exception]) -> list[int]:
-    """A device on which a pass of more than so many tokens runs out of memory, after part of its work."""
-    original, refused = place.response_scores_todo, []
+def no_more_than(tokens: int, kind: type[Exception]) -> tuple[Callable[[Any, Any], Any], list[int]]:
+    """A device on which a micro-batch of more than so many tokens runs out of memory, after part of its work."""
+    refused: list[int] = []
 
-    def limited(policy: Any, layout: Any) -> Any:
-        logps = original(policy, layout)
-        if layout.input_ids.numel() > tokens:
-            if logps.chosen.requires_grad:  # a gradient is there already: it must not stay
-                (logps.chosen.sum() * 0.25).backward()
-            refused.append(layout.input_ids.numel())
+    def limited(logps: Any, micro_batch: Any) -> Any:
+        if micro_batch.input_ids.numel() > tokens:
+            if logps.requires_grad:  # a gradient is there already: it must not stay
+                (logps.sum() * 0.25).backward()
+            refused.append(micro_batch.input_ids.numel())
             raise kind("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
         return logps
 
-    monkeypatch.setattr(place, "response_scores_todo", limited)
-    return refused
+    return limited, refused
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError, MemoryError])
 @pytest.mark.parametrize("words", [["micro_batch_size=auto"], ["micro_batch_size=4"], ["layout=padded"]], ids=str)
-def test_a_batch_that_does_not_fit_is_cut_finer_with_the_same_result(
+def test_a_batch_that_does_not_fit_is_split_finer_with_the_same_result(
     command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str],
     kind: type[Exception],
 ) -> None:  # fmt: skip
     more = [*words, "max_steps=5", "lora.dropout=0", "reference.cache=off"]
     assert command("dpo-train", *tiny_words(pairs_file, tmp_path / "whole"), *more).code == 0
-    refused = small_memory(monkeypatch, step, 300, kind)
+    limited, refused = no_more_than(300, kind)
+    in_forward_backward(monkeypatch, limited)
     with fault(9):
         ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "cut"), *more)
         assert ended.code == 0, ended.err
-        assert refused and "memory ran out on a pass of " in ended.out
-        warned = ended.out.index("memory ran out on a pass of")
-        assert warned < ended.out.index("step 0/5")  # the rehearsal finds it, before the first step
+        assert refused and "memory ran out on a micro-batch of " in ended.out
+        warned = ended.out.index("memory ran out on a micro-batch of")
+        assert warned < ended.out.index("step 0/5")  # the probe finds it, before the first step
         assert len(refused) <= 4  # and nothing in the run itself is refused again
         one, other = (load_file(tmp_path / run / "final" / "adapter_model.safetensors") for run in ("whole", "cut"))
         assert all(torch.allclose(one[name], other[name], atol=2e-5) for name in one)
@@ -210,47 +242,45 @@ def test_a_batch_that_does_not_fit_is_cut_finer_with_the_same_result(
 def test_memory_that_runs_out_in_the_middle_of_a_run_redoes_the_step_from_its_start(
     tmp_path: Path, straight: Straight
 ) -> None:
-    """With dropout on: the random numbers are those of the finer cut from the step's start, as if cut so before."""
+    """With dropout on: the random numbers are those of the finer split from the step's start, as if split so before."""
 
-    def prepare(at: int) -> Callable[[], None]:
-        def fine_from() -> None:
-            original, pair_logps = runner.train_step, step.response_scores_todo
+    def fine_from_the_start() -> None:
+        def split(_: Any, learner: Any, step: int) -> None:
+            if step == 2:
+                learner.batcher = replace(learner.batcher, split=SplitByPairs(2))
 
-            def train_step(run: Any, batch: Any) -> None:
-                if run.step == 2 and at == 0:
-                    step.cut_finer(run, batch)
-                train_step_now[0] = run.step
-                original(run, batch)
+        before_step(split)
 
-            def limited(policy: Any, layout: Any) -> Any:
-                logps = pair_logps(policy, layout)
-                if at == 1 and train_step_now[0] == 2 and len(layout.pairs) > 2:
-                    logps.chosen.sum().backward()
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-                return logps
+    def fine_once_it_runs_out() -> None:
+        patch = pytest.MonkeyPatch()
+        now = steps_begun(patch)
 
-            train_step_now = [-1]
-            runner.train_step, step.response_scores_todo = train_step, limited
+        def limited(logps: Any, micro_batch: Any) -> Any:
+            if now[0] == 3 and len(micro_batch.examples) > 2:
+                logps.sum().backward()
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return logps
 
-        return fine_from
+        in_forward_backward(patch, limited)
 
     from harness import content
 
     more = ("micro_batch_size=4",)
     with fault(9):
-        for at in (0, 1):
-            left = start(tmp_path / str(at), run_words(tmp_path / str(at), *more), prepare(at)).wait()
+        said = "memory ran out on a micro-batch of 4 pairs; from here on at most 2 pairs in a micro-batch"
+        for at, prepare in enumerate((fine_from_the_start, fine_once_it_runs_out)):
+            left = start(tmp_path / str(at), run_words(tmp_path / str(at), *more), prepare).wait()
             assert left.code == 0, left.err
-            assert "batches are cut finer from here on: 2 pairs a pass" in left.out
+            assert (said in left.out) == (at == 1)
         LEDGER.compared[9] += same_content(tmp_path / "1" / "run", content(tmp_path / "0" / "run"))
         last = checkpoints(tmp_path / "1" / "run" / "checkpoints")[-1]
-        assert read_state(last).settled.pairs_a_pass == 2  # and a resumed run does not begin with 4 again
+        assert read_state(last).settings.max_pairs == 2  # and a resumed run does not begin with 4 again
 
 
-def test_a_pair_too_long_for_the_memory_ends_with_6_in_the_rehearsal_with_its_lengths(
+def test_a_pair_too_long_for_the_memory_ends_with_6_in_the_memory_probe_with_its_lengths(
     command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_memory(monkeypatch, step, 20, torch.OutOfMemoryError)
+    in_forward_backward(monkeypatch, no_more_than(20, torch.OutOfMemoryError)[0])
     with fault(9):
         ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "run"))
         assert ended.code == 6 and "step 0/" not in ended.out
@@ -259,15 +289,14 @@ def test_a_pair_too_long_for_the_memory_ends_with_6_in_the_rehearsal_with_its_le
         assert "engine.gradient_checkpointing=true, reference=adapter_off, a smaller data.max_length" in ended.err
 
 
-def test_scoring_cuts_what_does_not_fit_and_finds_the_same_numbers(
+def test_scoring_splits_what_does_not_fit_and_finds_the_same_numbers(
     command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpo_cli.evaluation import scores
-
     assert command("dpo-train", *tiny_words(pairs_file, tmp_path / "run")).code == 0
     words = [f"checkpoint={tmp_path / 'run'}", "data=jsonl", f"data.eval={pairs_file}", "reference_cache=off"]
     assert command("dpo-eval", *words, "name=whole").code == 0
-    refused = small_memory(monkeypatch, scores, 300, torch.OutOfMemoryError)
+    (limited, refused), score = no_more_than(300, torch.OutOfMemoryError), Preference.score
+    monkeypatch.setattr(Preference, "score", lambda *parts: limited(score(*parts), parts[2]))
     with fault(9):
         assert command("dpo-eval", *words, "name=cut").code == 0
         assert refused
@@ -283,6 +312,6 @@ def test_other_errors_of_the_device_are_not_taken_for_memory(
     def broken(*_: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(step, "response_scores_todo", broken)
+    in_forward_backward(monkeypatch, broken)
     with fault(9), pytest.raises(RuntimeError, match="mat1 and mat2"):
         command("dpo-train", *tiny_words(pairs_file, tmp_path / "run"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import LEDGER, Child, fault, run_words, same_content, start, straight  # noqa: F401
+from harness import LEDGER, Child, fault, run_words, same_content, start, straight, wrap  # noqa: F401
 
 from dpo_cli.runs.checkpoint import checkpoints, validate
 
@@ -19,18 +19,14 @@ Straight = Callable[..., dict[str, bytes]]
 def slow(name: str, seconds: float) -> Callable[[], None]:
     """In a child: make one part of the runner slow enough to be met."""
 
-    def prepare() -> None:
-        from dpo_cli.training import runner
-
-        original = getattr(runner, name)
-
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def slowly(*arguments: Any, **more: Any) -> Any:
             time.sleep(seconds)
             return original(*arguments, **more)
 
-        setattr(runner, name, slowly)
+        return slowly
 
-    return prepare
+    return lambda: wrap(name, around)
 
 
 def resumes(folder: Path, expected: dict[str, bytes], number: int) -> None:
@@ -50,7 +46,7 @@ def test_a_signal_in_any_phase_saves_and_ends_with_75(
     kind: signal.Signals,
 ) -> None:
     with fault(2):
-        slowed = {"tokenising": "load_pairs", "reference": "complete_reference"}.get(phase, "log_train")
+        slowed = {"tokenising": "load_pairs", "reference": "complete_reference"}.get(phase, "log")
         child = start(tmp_path, run_words(tmp_path), slow(slowed, 0.2))
         assert child.reach(phase)
         child.send(kind)
@@ -108,7 +104,7 @@ def test_a_signal_while_answers_are_generated_is_answered(tmp_path: Path, straig
 
 def test_ctrl_c_once_saves_and_ends_with_130(tmp_path: Path, straight: Straight) -> None:
     with fault(3):
-        child = start(tmp_path, run_words(tmp_path), slow("log_train", 0.2))
+        child = start(tmp_path, run_words(tmp_path), slow("log", 0.2))
         assert child.reach("training")
         child.send(signal.SIGINT)
         left = child.wait()
@@ -239,7 +235,7 @@ def test_a_terminal_that_is_closed_changes_no_byte(tmp_path: Path, straight: Str
 
 def test_signals_that_are_sent_again_and_again_end_with_the_same_code(tmp_path: Path, straight: Straight) -> None:
     with fault(2, tries=40):
-        child = start(tmp_path, run_words(tmp_path), slow("log_train", 0.1))
+        child = start(tmp_path, run_words(tmp_path), slow("log", 0.1))
         assert child.reach("training")
         for _ in range(40):
             child.send(signal.SIGTERM)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Ended, records, tiny_words
-from harness import LEDGER, content, fault, run_words, same_content, start, straight  # noqa: F401
+from harness import LEDGER, before_step, content, fault, run_words, same_content, start, straight, wrap  # noqa: F401
 
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.models.reference_cache import RECORD, _checks
@@ -33,24 +33,18 @@ def no_room(bytes_a_file: int, first: int, last: int, more_metrics: int | None =
     `more_metrics` instead lets metrics.jsonl grow by so many bytes: a line is cut in its middle.
     """
 
-    def prepare() -> None:
-        from dpo_cli.training import runner
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
-        original, hard = runner.train_step, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    def limit(context: Any, _: Any, step: int) -> None:
+        if step == first:
+            size = bytes_a_file
+            if more_metrics is not None:
+                size = context.directory.metrics.path.stat().st_size + more_metrics
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        if step == last:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-        def step(run: Any, batch: Any) -> None:
-            if run.step == first:
-                size = bytes_a_file
-                if more_metrics is not None:
-                    size = run.directory.metrics.path.stat().st_size + more_metrics
-                resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-            if run.step == last:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-            original(run, batch)
-
-        runner.train_step = step
-
-    return prepare
+    return lambda: before_step(limit)
 
 
 ALL = ("keep_checkpoints=9", "save_every=1")
@@ -82,20 +76,18 @@ def test_a_checkpoint_counts_no_line_of_metrics_that_is_not_on_disk(tmp_path: Pa
 
     def metrics_full_then_killed() -> None:
         from dpo_cli.storage import metrics_log
-        from dpo_cli.training import runner
 
-        original, write = runner.train_step, metrics_log.MetricsLog._write
+        write = metrics_log.MetricsLog._write
 
         def full(self: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        def step(run: Any, batch: Any) -> None:
-            metrics_log.MetricsLog._write = full if run.step >= 2 else write  # type: ignore[method-assign]
-            if run.step == 4:
+        def step(_: Any, __: Any, step: int) -> None:
+            metrics_log.MetricsLog._write = full if step >= 2 else write  # type: ignore[method-assign]
+            if step == 4:
                 os._exit(137)
-            original(run, batch)
 
-        runner.train_step = step
+        before_step(step)
 
     with fault(4):
         killed = start(tmp_path, run_words(tmp_path, *more), metrics_full_then_killed).wait()
@@ -131,16 +123,7 @@ def test_nothing_is_pruned_before_the_new_checkpoint_is_valid(tmp_path: Path) ->
 def test_a_stop_without_room_says_so_and_keeps_the_last_checkpoint(tmp_path: Path, straight: Straight) -> None:
     def full_and_stopped() -> None:
         no_room(30_000, 3, 99)()
-        from dpo_cli.training import runner
-
-        original = runner.forward_backward
-
-        def stopped(run: Any, batch: Any) -> Any:
-            if run.step == 4:
-                os.kill(os.getpid(), 15)
-            return original(run, batch)
-
-        runner.forward_backward = stopped
+        before_step(lambda _, __, step: os.kill(os.getpid(), 15) if step == 4 else None)
 
     with fault(4):
         left = start(tmp_path, run_words(tmp_path), full_and_stopped).wait()
@@ -153,15 +136,14 @@ def test_a_resumed_run_gives_back_the_room_of_the_checkpoint_it_came_from(tmp_pa
     """A file that is removed while it is mapped keeps its room on the disk until the run ends."""
 
     def list_maps() -> None:
-        from dpo_cli.training import runner
+        def around(original: Callable[..., Any]) -> Callable[..., Any]:
+            def finish(recorder: Any) -> None:
+                (tmp_path / "maps").write_text(Path("/proc/self/maps").read_text())
+                original(recorder)
 
-        original = runner.finish
+            return finish
 
-        def finish(run: Any) -> Any:
-            (tmp_path / "maps").write_text(Path("/proc/self/maps").read_text())
-            return original(run)
-
-        runner.finish = finish
+        wrap("finish", around)
 
     with fault(4):
         words = run_words(tmp_path, "keep_checkpoints=1", "eval_every=0")
@@ -171,7 +153,7 @@ def test_a_resumed_run_gives_back_the_room_of_the_checkpoint_it_came_from(tmp_pa
         child.send(9)
         child.wait()
         left = start(tmp_path, [*words, "resume=auto"], list_maps).wait()
-        assert left.code == 0 and "going on from" in left.out
+        assert left.code == 0 and "resuming from" in left.out
         assert "step-00000" not in (tmp_path / "maps").read_text()
 
 
@@ -250,9 +232,9 @@ def test_a_log_without_room_changes_no_byte(tmp_path: Path, straight: Straight) 
 def test_an_output_directory_that_cannot_be_written_is_said_before_the_model_is_loaded(
     command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    from dpo_cli.training import runner
+    from dpo_cli.training import build
 
-    monkeypatch.setattr(runner, "find_model", lambda *_: pytest.fail("the model was asked for"))
+    monkeypatch.setattr(build, "find_model", lambda *_: pytest.fail("the model was asked for"))
     (tmp_path / "file").write_text("")
     folder, reason = {
         "file": (tmp_path / "file", "Not a directory"),
@@ -399,16 +381,17 @@ def test_the_runs_own_reference_values_damaged_are_said_and_computed_again(tmp_p
         run = tmp_path / "run"
         shutil.rmtree(run / "final")
         shutil.rmtree(checkpoints(run / "checkpoints")[-1])
-        flip(run / "reference.logps", (run / "reference.logps").read_bytes())
+        flip(run / "reference_logps.bin", (run / "reference_logps.bin").read_bytes())
         left = start(tmp_path, run_words(tmp_path, "resume=auto")).wait()
-        assert left.code == 0 and "reference.logps: missing or damaged; the run goes on with the values" in left.out
+        said = "reference_logps.bin: missing or damaged; the run continues with the log-probs of the cache"
+        assert left.code == 0 and said in left.out
         LEDGER.compared[7] += same_content(run, straight())
 
 
 def test_values_that_another_run_left_in_the_cache_do_not_change_a_resumed_run(
     tmp_path: Path, straight: Straight
 ) -> None:
-    """In bfloat16 values computed in other company differ by a rounding; here all are moved by one, on purpose."""
+    """In bfloat16 values computed beside other pairs differ by a rounding; here all are moved by one, on purpose."""
     more = ("model.dtype=bfloat16",)
     with fault(7):
         assert start(tmp_path, run_words(tmp_path, *more)).wait().code == 0
@@ -417,7 +400,7 @@ def test_values_that_another_run_left_in_the_cache_do_not_change_a_resumed_run(
         shutil.rmtree(checkpoints(run / "checkpoints")[-1])
         (shared,) = (tmp_path / "cache" / "reference").glob("*.logps")
         values = np.frombuffer(shared.read_bytes(), dtype=RECORD).copy()
-        values["logps"] += 0.01
+        values["logp"] += 0.01
         values["check"] = _checks(values)
         shared.write_bytes(values.tobytes())
         assert start(tmp_path, run_words(tmp_path, *more, "resume=auto")).wait().code == 0
@@ -441,15 +424,7 @@ def test_the_second_run_in_a_directory_hears_who_is_at_work_there(tmp_path: Path
 
 
 def slowly() -> None:
-    from dpo_cli.training import runner
-
-    original = runner.train_step
-
-    def step(run: Any, batch: Any) -> None:
-        time.sleep(0.5)
-        original(run, batch)
-
-    runner.train_step = step
+    before_step(lambda *_: time.sleep(0.5))
 
 
 def test_a_directory_whose_owner_was_killed_is_free_again(tmp_path: Path, straight: Straight) -> None:

@@ -132,7 +132,8 @@ class Numbers:
 def numbers(policy: Any, pairs: list[TokenizedPair]) -> Numbers:
     batch = make_micro_batch(pairs, torch.device("cpu"), Layout.PACKED_SEGMENTS)
     with torch.no_grad():
-        mine, reference = pair_logps(policy, batch), AdapterOffReference(policy).logps(batch)
+        mine = pair_logps(policy, batch)
+        reference = batch.scores(AdapterOffReference(policy).logps(batch)).pairs()
         theirs = original_forward(policy, pairs)
         with policy.disable_adapter():
             theirs_reference = original_forward(policy, pairs)
@@ -183,7 +184,8 @@ def test_adapter_gradients_are_those_of_the_original(policy: Any, pairs: list[To
         original_loss(original_forward(policy, pairs), numbers.reference).losses.mean(), weights
     )
     batch = make_micro_batch(pairs, torch.device("cpu"), Layout.PACKED_SEGMENTS)
-    ratios = LogRatios.between(pair_logps(policy, batch), AdapterOffReference(policy).logps(batch))
+    reference = batch.scores(AdapterOffReference(policy).logps(batch)).pairs()
+    ratios = LogRatios.between(pair_logps(policy, batch), reference)
     ours = torch.autograd.grad(LOSSES["sigmoid"](ratios, BETA).mean(), weights)
     for mine, other in zip(ours, theirs, strict=True):
         assert other.norm() > 0

@@ -163,7 +163,7 @@ def ours_is_missing(name: str) -> bool:
 
 @pytest.fixture(scope="module")
 def ours(trl_python: str, policy: Any, pairs: list[PreferencePair], tiny_tokenizer: Any) -> Numbers:
-    """Our numbers, in padded batches."""
+    """Our numbers, in packed micro-batches."""
     encoded = PairEncoder(tiny_tokenizer, "plain").encode(pairs)
     tokenized = [
         TokenizedPair(token_ids(one.prompt), token_ids(one.chosen), token_ids(one.rejected), row, str(row))
@@ -175,8 +175,9 @@ def ours(trl_python: str, policy: Any, pairs: list[PreferencePair], tiny_tokeniz
     losses: dict[str, list[Tensor]] = {name: [] for name in names}
     logps: tuple[list[PairLogps], list[PairLogps]] = ([], [])
     for start in range(0, len(tokenized), BATCH):
-        batch = make_micro_batch(tokenized[start : start + BATCH], torch.device("cpu"), Layout.PACKED_SEGMENTS)
-        mine, reference = pair_logps(policy, batch), AdapterOffReference(policy).logps(batch)
+        micro_batch = make_micro_batch(tokenized[start : start + BATCH], torch.device("cpu"), Layout.PACKED_SEGMENTS)
+        mine = pair_logps(policy, micro_batch)
+        reference = micro_batch.scores(AdapterOffReference(policy).logps(micro_batch)).pairs()
         logps[0].append(mine.detach())
         logps[1].append(reference)
         for name in names:
@@ -184,7 +185,7 @@ def ours(trl_python: str, policy: Any, pairs: list[PreferencePair], tiny_tokeniz
             losses[name].append(loss.detach())
             if name != "sigmoid" and start > 0:
                 continue
-            counted = len(tokenized) if name == "sigmoid" else batch.pairs
+            counted = len(tokenized) if name == "sigmoid" else len(micro_batch.examples)
             parts = torch.autograd.grad(loss.sum() / counted, list(weights.values()), retain_graph=True)
             for key, part in zip(weights, parts, strict=True):
                 gradients[name][key] += part
