@@ -30,7 +30,7 @@ class CheckpointError(DpoError):
 
 
 class DivergedError(DpoError):
-    """Loss or gradient is no longer finite, or the radar has stopped a run that ruins its model."""
+    """Loss or gradient is no longer finite, or the monitor has stopped a run that ruins its model."""
 
     exit_code = 5
 
