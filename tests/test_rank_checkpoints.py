@@ -13,8 +13,8 @@ import torch
 from conftest import Ended, run_of, sample_rows, tiny_words, write_jsonl
 from safetensors.torch import load_file, save_file
 
-from dpo_cli.generation import sampler as module
 from dpo_cli.data.formats import FinishReason
+from dpo_cli.generation import sampler as module
 from dpo_cli.generation.generate import CompletionText
 from dpo_cli.labelling import match as match_module
 from dpo_cli.labelling.match import Match, short_names
@@ -213,7 +213,7 @@ def test_a_stopped_match_resumes_and_a_finished_match_is_not_played_again(
     # Ranked again, otherwise: by the answers that are there.
     before, calls[:] = output.with_suffix(".answers.jsonl").read_bytes(), [0] * 5
     again = ranked(command, output, prompts, *words, "prior=2")
-    assert again.code == 0 and sum(calls) == 0 and ff"already complete: {tmp_path / 'r.answers.jsonl'}" in again.out
+    assert again.code == 0 and sum(calls) == 0 and f"already complete: {tmp_path / 'r.answers.jsonl'}" in again.out
     assert json.loads(output.read_text())["prior"] == 2
     # Another match is not mixed with it, nor one of other weights under the same name.
     mixed = ranked(command, output, prompts, *words, "seed=1")
