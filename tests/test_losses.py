@@ -16,7 +16,7 @@ from dpo_cli.theory.losses import (
     gradient_weight,
     hinge,
     implicit_rewards,
-    loss_dials,
+    loss_hyperparameters,
     make_objective,
     robust,
     sigmoid,
@@ -131,7 +131,9 @@ def test_every_loss_gives_its_golden_numbers(name: str, dials: dict[str, float],
 
 
 def test_the_table_of_dials_in_the_config_is_that_of_the_functions() -> None:
-    assert {name: set(dials) for name, dials in LOSS_DIALS.items()} == {name: loss_dials(name) for name in LOSSES}
+    assert {name: set(dials) for name, dials in LOSS_DIALS.items()} == {
+        name: loss_hyperparameters(name) for name in LOSSES
+    }
     assert {name for name, _, _ in FAMILY} == set(LOSSES)
 
 

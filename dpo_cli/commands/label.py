@@ -88,7 +88,7 @@ def open_samples(name: str) -> tuple[Path, list[Sample]]:
 
 
 def output_of(config: LabelConfig, samples: Path) -> Path:
-    """Where the pairs go: beside the samples unless the config says otherwise."""
+    """The file of pairs: beside the samples, unless the config names one."""
     if config.output is None:
         stem = samples.name.removesuffix(".gz").rsplit(".", 1)[0]
         return samples.with_name(f"{stem}.{config.by}.jsonl")

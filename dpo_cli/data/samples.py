@@ -21,7 +21,7 @@ class Sample:
     """A prompt with several responses."""
 
     id: str
-    prompt: Any  # as it stands in the file: text, or a list of messages
+    prompt: Any  # as in the file: text, or a list of messages
     responses: tuple[str, ...]
     finish_reasons: tuple[FinishReason, ...] = ()  # of each response; empty where the file has none
 

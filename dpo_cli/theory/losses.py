@@ -1,7 +1,7 @@
 """Preference losses: pure functions of how far the policy has moved from the reference.
 
-One idea to keep in mind: everything DPO knows of a pair is how much more likely the policy finds each response
-than the reference does. That is `LogRatios`, and every loss, reward and diagnostic is a function of it.
+One idea to keep in mind: DPO uses of a pair only the ratio of each response's probability under the policy to that
+under the reference. That is `LogRatios`, and every loss, reward and diagnostic is a function of it.
 
 Letters: y+ the chosen response, y- the rejected one, x their prompt; c = log pi(y+|x)/pi_ref(y+|x), r the same
 for y-, d = c - r their margin; b = beta; e = label smoothing. B pairs.
@@ -20,15 +20,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PairLogps:
-    """What one model thinks of B pairs: log p(response | prompt), summed over response tokens, in nats."""
+    """log p(response | prompt) of B pairs under one model, summed over response tokens, in nats."""
 
     chosen: Tensor  # (B,) float32
     rejected: Tensor  # (B,) float32
-    chosen_tokens: Tensor  # (B,) how many tokens each sum runs over, the closing EOS included
+    chosen_tokens: Tensor  # (B,) number of tokens in each sum, the closing EOS included
     rejected_tokens: Tensor  # (B,)
 
     def detach(self) -> "PairLogps":
-        """The same values, cut from the graph."""
+        """The same values without gradient."""
         return PairLogps(self.chosen.detach(), self.rejected.detach(), self.chosen_tokens, self.rejected_tokens)
 
 
@@ -52,7 +52,7 @@ class LogRatios:
         )
 
     def detach(self) -> "LogRatios":
-        """The same values, cut from the graph."""
+        """The same values without gradient."""
         return LogRatios(self.chosen.detach(), self.rejected.detach(), self.chosen_tokens, self.rejected_tokens)
 
     @property
@@ -185,7 +185,7 @@ def discopop(ratios: LogRatios, beta: float, *, temperature: float) -> Tensor:
     return -F.logsigmoid(logits) * torch.sigmoid(-logits / temperature) + exponential
 
 
-# Chosen by `loss.name`. Keyword-only parameters are the dials of a loss, named as in conf/loss/.
+# Chosen by `loss.name`. Keyword-only parameters are hyperparameters of a loss, named as in conf/loss/.
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "sigmoid": sigmoid,
     "robust": robust,
@@ -203,8 +203,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def loss_dials(name: str) -> set[str]:
-    """The dials that the loss `name` uses; any other is not its own."""
+def loss_hyperparameters(name: str) -> set[str]:
+    """The names of the hyperparameters of the loss `name`."""
     parameters = inspect.signature(LOSSES[name]).parameters.values()
     return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
@@ -219,7 +219,7 @@ def sft_loss(policy: PairLogps) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a run minimises: a preference loss with its dials set, plus `sft_weight` times the SFT loss."""
+    """What a run minimises: a preference loss with its hyperparameters, plus `sft_weight` times the SFT loss."""
 
     loss: Callable[[LogRatios], Tensor]
     sft_weight: float = 0.0
@@ -230,9 +230,10 @@ class Objective:
         return losses + self.sft_weight * sft_loss(policy) if self.sft_weight else losses
 
 
-def make_objective(name: str, beta: float, sft_weight: float = 0.0, **dials: float | None) -> Objective:
-    """The loss `name` with the dials it uses; the caller has checked that no other is set."""
-    used = {dial: dials[dial] for dial in loss_dials(name) if dials.get(dial) is not None}
+def make_objective(name: str, beta: float, sft_weight: float = 0.0, **hyperparameters: float | None) -> Objective:
+    """The loss `name` with the hyperparameters it uses; the caller has checked that no other is set."""
+    known = loss_hyperparameters(name)
+    used = {key: value for key, value in hyperparameters.items() if value is not None and key in known}
     return Objective(partial(LOSSES[name], beta=beta, **used), sft_weight)
 
 
@@ -245,9 +246,9 @@ def implicit_rewards(ratios: LogRatios, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def gradient_weight(ratios: LogRatios, beta: float) -> Tensor:
-    """sigmoid(-b d), (B,): the factor with which each pair pulls in the gradient of DPO.
+    """sigmoid(-b d), (B,): the weight of each pair in the gradient of DPO.
 
-    Near 1 where the implicit reward has the pair wrong, 1/2 before the policy has moved, near 0 where the pair
+    Near 1 where the implicit rewards have the wrong order, 1/2 before the policy has moved, near 0 where the pair
     is learned. Section 4 of https://arxiv.org/abs/2305.18290.
     """
     return torch.sigmoid(-beta * ratios.margin)

@@ -35,7 +35,7 @@ from dpo_cli.data.tokens import Encoded, PairEncoder, TokenizedPair, token_ids
 from dpo_cli.models.loading import attach_lora
 from dpo_cli.models.logps import make_batch, pair_logps
 from dpo_cli.models.reference import AdapterOffReference
-from dpo_cli.theory.losses import LOSSES, LogRatios, PairLogps, loss_dials, sft_loss
+from dpo_cli.theory.losses import LOSSES, LogRatios, PairLogps, loss_hyperparameters, sft_loss
 
 pytestmark = pytest.mark.peer
 
@@ -80,7 +80,7 @@ def our_loss(name: str, policy: PairLogps, reference: PairLogps) -> Tensor:
     if name == "sft":
         return sft_loss(policy)
     dials = {OUR_NAMES.get(dial, dial): value for dial, value in TRL_LOSSES[name].items()}
-    assert set(dials) <= loss_dials(name)
+    assert set(dials) <= loss_hyperparameters(name)
     return LOSSES[name](LogRatios.between(policy, reference), BETA, **dials)
 
 
