@@ -1,6 +1,6 @@
 """From PPO to DPO, shown, part 2: the whole way with a real model, and what it earns against how far it goes.
 
-By the commands alone: a reward model, answers sampled from the reference, labels drawn from the reward model, DPO at
+By the commands alone: a reward model, answers sampled from the reference, labels sampled from the reward model, DPO at
 several betas, answers of all policies to held-out prompts. The reward of those answers is set against the sequence KL,
 E_{y ~ pi} [log pi(y|x) - log pi_ref(y|x)], beside what choosing the best of n reference answers earns.
 """
@@ -22,6 +22,7 @@ from figures import NO_FIGURE, can_draw, panels
 
 from dpo_cli.cli import quiet_libraries
 from dpo_cli.console.reporter import Reporter
+from dpo_cli.data.formats import FinishReason
 from dpo_cli.data.samples import Sample, read_samples
 from dpo_cli.labelling.judges import load_judge
 from dpo_cli.theory.statistics import Estimate, mean_estimate
@@ -57,7 +58,7 @@ def run(folder: Path, name: str, command: str, *words: str) -> None:
 
 
 def train(folder: Path, name: str, *words: str) -> Path:
-    """A training run in `folder/name`; one that was begun is gone on with."""
+    """A training run in `folder/name`; a stopped one is resumed."""
     resume = ("resume=auto",) if (folder / name).is_dir() else ()
     run(folder, name, "train", *words, f"output_dir={folder / name}", *resume)
     return folder / name
@@ -80,19 +81,22 @@ def explicit(judge: Path, samples: Sequence[Sample]) -> list[list[float]]:
 
 
 def measured(answers: Path, runs: Sequence[Path]) -> list[Player]:
-    """What every policy earned, and how far it went for it; the first player is the reference."""
+    """The reward and the KL of every policy; the first one is the reference."""
     rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
     names = ["reference", *(path.name for path in runs)]
     players = []
-    for place, name in enumerate(names):
-        rewards = [row["rewards"][place] for row in rows]
-        more = [row["rewards"][place] - row["rewards"][0] for row in rows]
+    for index, name in enumerate(names):
+        rewards = [row["rewards"][index] for row in rows]
+        more = [row["rewards"][index] - row["rewards"][0] for row in rows]
         kl = Estimate(0.0, 0.0, 0.0, len(rows))
-        if place:
+        if index:
             own = [
-                Sample(row["id"], row["prompt"], (row["responses"][place],), (row["finished"][place],)) for row in rows
+                Sample(
+                    row["id"], row["prompt"], (row["responses"][index],), (FinishReason(row["finish_reason"][index]),)
+                )
+                for row in rows
             ]
-            kl = mean_estimate([row[0] for row in implicit(runs[place - 1], own)])
+            kl = mean_estimate([row[0] for row in implicit(runs[index - 1], own)])
         players.append(Player(name, kl, mean_estimate(rewards), mean_estimate(more)))
     return players
 
@@ -101,10 +105,9 @@ def best_of(samples: Path, judge: Path) -> list[tuple[int, float, Estimate]]:
     """n, KL and reward of choosing the best of n answers of the reference, over the prompts that have so many.
 
     Of independent answers the KL is at most log n - (n-1)/n (A. Beirami et al., https://arxiv.org/abs/2401.01879);
-    these were drawn to differ.
+    these are generated to differ.
     """
-    drawn = read_samples(samples)
-    rewards = explicit(judge, drawn)
+    rewards = explicit(judge, read_samples(samples))
     found = []
     for number in BEST_OF:
         best = [max(row[:number]) for row in rewards if len(row) >= number]
@@ -173,13 +176,21 @@ def main(words: Sequence[str] | None = None) -> None:
     model, limit, rate = f"model={args.model}", f"max_new_tokens={args.max_new_tokens}", f"optimizer.lr={args.lr}"
     of_pairs = ("data=jsonl", f"data.train={args.pairs}", f"data.eval={args.held_out}", "data.max_length=384")
     judge = args.judge or train(folder, "reward", "objective=reward", model, *of_pairs, rate)
-    drawn, labelled = folder / "samples.jsonl", folder / "pairs.jsonl"
+    samples_file, labelled = folder / "samples.jsonl", folder / "pairs.jsonl"
     some = f"limit={args.prompts}"
     run(
-        folder, "samples", "sample", model, f"prompts={args.pairs}", f"n={args.answers}", some, limit, f"output={drawn}"
+        folder,
+        "samples",
+        "sample",
+        model,
+        f"prompts={args.pairs}",
+        f"n={args.answers}",
+        some,
+        limit,
+        f"output={samples_file}",
     )
-    drawing = ("by=reward", f"judge={judge}", f"labels={args.labels}", "pairs=extremes")
-    run(folder, "labels", "label", f"samples={drawn}", *drawing, f"output={labelled}")
+    labelling = ("by=reward", f"judge={judge}", f"labels={args.labels}", "pairs=extremes")
+    run(folder, "labels", "label", f"samples={samples_file}", *labelling, f"output={labelled}")
     fitting = ("data=jsonl", f"data.train={labelled}", "data.max_length=384", f"epochs={args.epochs}", rate)
     runs = [train(folder, f"beta-{beta}", model, *fitting, f"beta={beta}") for beta in args.betas]
     several = folder / "several.jsonl"

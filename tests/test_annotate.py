@@ -1,4 +1,4 @@
-"""Labelling by hand: no judgement is lost or asked twice, sides tell nothing, and the labels are the arithmetic's.
+"""Labelling by hand: no judgement is lost or asked twice, sides are blind, and labels follow from the judgements.
 
 The screen itself is driven by keys in a pseudo-terminal, and read as a terminal would show it.
 """
@@ -32,23 +32,23 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.data.formats import Message, pairs_of
-from dpo_cli.data.samples import Sample, fingerprint_of, read_samples, sample_id
+from dpo_cli.data.formats import FinishReason, Message, pairs_of
+from dpo_cli.data.samples import Sample, read_samples, sample_id, samples_fingerprint
 from dpo_cli.errors import ConfigError, DataError, StorageError
 from dpo_cli.labelling.annotate import (
-    Habit,
+    AnnotatorStats,
     Question,
     aggregate,
     agreement_table,
     agreements,
     annotate,
-    habit,
+    annotator_stats,
     labels_line,
     questions_of,
     sides,
     write_labels,
 )
-from dpo_cli.labelling.judgements import Judgement, opened_log
+from dpo_cli.labelling.judgements import Judgement, open_judgement_log
 from dpo_cli.labelling.labels import LabelledPair, label_row
 from dpo_cli.labelling.screen import Comparison, KeyDecoder, comparison_page, frame, help_page, last_top, wrapped
 
@@ -61,7 +61,7 @@ def sample(prompt: Any, *responses: str) -> Sample:
 
 
 def samples(number: int = 4) -> list[Sample]:
-    return [sample(f"prompt {place}?", f"yes {place}", f"no {place}") for place in range(number)]
+    return [sample(f"prompt {index}?", f"yes {index}", f"no {index}") for index in range(number)]
 
 
 def judgement(
@@ -74,25 +74,25 @@ def judgement(
 
 
 def written_log(path: Path, of: list[Sample], *judgements: Judgement) -> bytes:
-    with opened_log(path, of, FILE, pytest.fail) as log:
+    with open_judgement_log(path, of, FILE, pytest.fail) as log:
         for one in judgements:
             log.append(one)
     return path.read_bytes()
 
 
 def reopened(path: Path, of: list[Sample], warned: list[str] | None = None) -> list[Judgement]:
-    with opened_log(path, of, FILE, pytest.fail if warned is None else warned.append) as log:
+    with open_judgement_log(path, of, FILE, pytest.fail if warned is None else warned.append) as log:
         return list(log.judgements)
 
 
 def test_a_judgement_is_on_disk_when_it_is_made(tmp_path: Path) -> None:
     path, of = tmp_path / "log.jsonl", samples()
-    with opened_log(path, of, FILE, pytest.fail) as log:
+    with open_judgement_log(path, of, FILE, pytest.fail) as log:
         for number, one in enumerate(of, start=2):
             log.append(judgement(one))
             assert len(path.read_bytes().splitlines()) == number
     first, second, *_ = path.read_text().splitlines()
-    assert json.loads(first) == {"judgements": 1, "samples": fingerprint_of(of), "file": "answers.jsonl"}
+    assert json.loads(first) == {"judgements": 1, "samples": samples_fingerprint(of), "file": "answers.jsonl"}
     assert json.loads(second) == {
         "sample": of[0].id, "left": 0, "right": 1, "verdict": "left", "annotator": "ann",
         "time": "2026-01-31T12:00:00+00:00", "seconds": 2.0,
@@ -104,9 +104,9 @@ def test_a_judgement_is_on_disk_when_it_is_made(tmp_path: Path) -> None:
 def test_a_kill_at_any_byte_of_the_last_line_loses_that_line_alone(tmp_path: Path, last: str) -> None:
     path, of = tmp_path / "log.jsonl", samples()
     whole = written_log(path, of, judgement(of[0]), judgement(of[1]))
-    with opened_log(path, of, FILE, pytest.fail) as log:
+    with open_judgement_log(path, of, FILE, pytest.fail) as log:
         if last == "undo":
-            log.take_back("ann", "2026-01-31T12:00:00+00:00")
+            log.undo("ann", "2026-01-31T12:00:00+00:00")
         else:
             log.append(judgement(of[2]))
     added = path.read_bytes()[len(whole) :]
@@ -117,11 +117,11 @@ def test_a_kill_at_any_byte_of_the_last_line_loses_that_line_alone(tmp_path: Pat
         assert reopened(path, of, warned) == [judgement(of[0]), judgement(of[1])]
         assert path.read_bytes() == whole
         assert warned == [
-            f"{path} line 4: is half written, as after a kill; it is cut off, as if its key had not been pressed"
+            f"{path} line 4: is incomplete, as after a kill; it is removed, and its question is asked again"
         ]
 
 
-def test_a_kill_at_any_byte_of_the_first_line_begins_the_log_anew(tmp_path: Path) -> None:
+def test_a_kill_at_any_byte_of_the_first_line_starts_the_log_again(tmp_path: Path) -> None:
     path, of = tmp_path / "log.jsonl", samples()
     header = written_log(path, of)
     for length in range(len(header)):
@@ -131,25 +131,25 @@ def test_a_kill_at_any_byte_of_the_first_line_begins_the_log_anew(tmp_path: Path
         assert path.read_bytes() == header and len(warned) == (length > 0)
 
 
-def test_undo_takes_back_the_annotators_own_latest_and_rewrites_nothing(tmp_path: Path) -> None:
+def test_undo_removes_the_annotators_own_latest_judgement_and_rewrites_nothing(tmp_path: Path) -> None:
     path, of = tmp_path / "log.jsonl", samples()
-    bens = [judgement(of[place], annotator="ben") for place in (1, 2)]
+    bens = [judgement(of[index], annotator="ben") for index in (1, 2)]
     before = written_log(path, of, judgement(of[0]), judgement(of[1]), *bens)
-    with opened_log(path, of, FILE, pytest.fail) as log:
-        assert log.take_back("ann", "now") == judgement(of[1])
-        assert log.take_back("ann", "now") == judgement(of[0])
-        assert log.take_back("ann", "now") is None
+    with open_judgement_log(path, of, FILE, pytest.fail) as log:
+        assert log.undo("ann", "now") == judgement(of[1])
+        assert log.undo("ann", "now") == judgement(of[0])
+        assert log.undo("ann", "now") is None
         log.append(judgement(of[1], "tie"))
     assert path.read_bytes().startswith(before)
     assert reopened(path, of) == [*bens, judgement(of[1], "tie")]
 
 
-def test_of_several_pairs_of_a_sample_undo_takes_back_the_latest(tmp_path: Path) -> None:
+def test_of_several_pairs_of_a_sample_undo_removes_the_latest(tmp_path: Path) -> None:
     path, of = tmp_path / "log.jsonl", [sample("p", "a", "b", "c")]
     made = [judgement(of[0], left=left, right=right) for left, right in ((0, 1), (2, 0), (1, 2))]
     written_log(path, of, *made)
-    with opened_log(path, of, FILE, pytest.fail) as log:
-        log.take_back("ann", "now")
+    with open_judgement_log(path, of, FILE, pytest.fail) as log:
+        log.undo("ann", "now")
     assert reopened(path, of) == made[:2]
 
 
@@ -161,18 +161,18 @@ def line(**changes: Any) -> str:
     return json.dumps({key: value for key, value in {**record, **changes}.items() if value is not ...})
 
 
-FIELDS = "is no judgement; one has sample (or undo), annotator and time, each a text"
+FIELDS = "is not a judgement; it needs sample (or undo), annotator and time, each a text"
 BAD_LINES = {
-    "no json": "is no judgement: no json",
-    "[1]": "is no judgement: [1]",
-    "": "is no judgement: ",
-    "\x1b[2J": "is no judgement: \\x1b[2J",
-    "[" * 100_000: "is no judgement: " + "[" * 57 + "...",
+    "no json": "is not a judgement: no json",
+    "[1]": "is not a judgement: [1]",
+    "": "is not a judgement: ",
+    "\x1b[2J": "is not a judgement: \\x1b[2J",
+    "[" * 100_000: "is not a judgement: " + "[" * 57 + "...",
     line(annotator=...): FIELDS,
     line(time=3): FIELDS,
     line(sample=["x"]): FIELDS,
-    line(sample="0" * 32): f"sample {'0' * 32} is not in answers.jsonl; take the line out, or name the samples that it "
-    "is of",
+    line(sample="0" * 32): f"sample {'0' * 32} is not in answers.jsonl; remove the line, or name the samples it "
+    "belongs to",
     line(left=2): "left and right must be two different numbers from 0 to 1",
     line(left=1): "left and right must be two different numbers from 0 to 1",
     line(left=True, right=0): "left and right must be two different numbers from 0 to 1",
@@ -181,14 +181,14 @@ BAD_LINES = {
     line(seconds=-1): "seconds is -1, not a number from 0 up",
     line(seconds=True): "seconds is True, not a number from 0 up",
     line(seconds=...): "seconds is None, not a number from 0 up",
-    line(sample=samples()[0].id): "ann has judged this already, in line 2; take one out",
-    json.dumps({"undo": samples()[1].id, "annotator": "ann", "time": "now"}): "takes back a judgement that ann has not "
-    "made",
+    line(sample=samples()[0].id): "ann has judged this already in line 2; remove one of them",
+    json.dumps({"undo": samples()[1].id, "annotator": "ann", "time": "now"}): "undoes a judgement that ann has not "
+    "made; remove the line",
 }
 
 
 @pytest.mark.parametrize("bad", BAD_LINES, ids=lambda bad: bad[:40])
-def test_a_line_that_is_no_judgement_is_named_and_the_log_stays_as_it_is(tmp_path: Path, bad: str) -> None:
+def test_a_line_that_is_not_a_judgement_is_named_and_the_log_is_not_changed(tmp_path: Path, bad: str) -> None:
     path, of = tmp_path / "log.jsonl", samples()
     content = written_log(path, of, judgement(of[0])) + bad.encode() + b"\n" + line().encode() + b"\n" + b'{"half'
     path.write_bytes(content)
@@ -201,11 +201,11 @@ def test_a_line_that_is_no_judgement_is_named_and_the_log_stays_as_it_is(tmp_pat
 def test_a_log_of_other_samples_is_refused_with_both_files_and_the_remedy(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     content = written_log(path, samples(4), judgement(samples(4)[0]))
-    with pytest.raises(DataError) as error, opened_log(path, samples(3), Path("new.jsonl"), pytest.fail):
+    with pytest.raises(DataError) as error, open_judgement_log(path, samples(3), Path("new.jsonl"), pytest.fail):
         pass
     assert str(error.value) == (
-        f"{path}: holds judgements of other samples than new.jsonl: it was begun with answers.jsonl; name the samples "
-        "as they were then, or another output"
+        f"{path}: has judgements of other samples than new.jsonl: it was started with answers.jsonl; name those "
+        "samples, or another output"
     )
     path.write_bytes(content.replace(b'"judgements": 1', b'"judgements": 2'))
     with pytest.raises(DataError, match="is a log of version 2; this program reads version 1"):
@@ -218,7 +218,7 @@ def test_a_file_that_is_no_log_is_not_touched(tmp_path: Path, content: str) -> N
     path.write_text(content)
     with pytest.raises(DataError) as error:
         reopened(path, samples())
-    assert str(error.value) == f"{path}: is no log of judgements; name another output"
+    assert str(error.value) == f"{path}: is not a log of judgements; name another output"
     assert path.read_text() == content
     with pytest.raises(StorageError, match="cannot be written"):
         reopened(tmp_path, samples())
@@ -226,7 +226,7 @@ def test_a_file_that_is_no_log_is_not_touched(tmp_path: Path, content: str) -> N
 
 def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
     path, of = tmp_path / "log.jsonl", samples()
-    with opened_log(path, of, FILE, pytest.fail), pytest.raises(ConfigError) as error:
+    with open_judgement_log(path, of, FILE, pytest.fail), pytest.raises(ConfigError) as error:
         reopened(path, of)
     assert str(error.value) == (f"{path}: another process is writing it; wait for it, or name another output")
     assert reopened(path, of) == []
@@ -236,7 +236,7 @@ def test_a_full_disk_leaves_no_half_of_a_line(tmp_path: Path) -> None:
     path, of = tmp_path / "log.jsonl", samples()
     before = written_log(path, of, judgement(of[0]))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with opened_log(path, of, FILE, pytest.fail) as log:
+    with open_judgement_log(path, of, FILE, pytest.fail) as log:
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
             with pytest.raises(StorageError) as error:
@@ -251,7 +251,7 @@ def test_a_full_disk_leaves_no_half_of_a_line(tmp_path: Path) -> None:
 
 def test_a_log_that_was_removed_takes_no_judgement(tmp_path: Path) -> None:
     path, of = tmp_path / "log.jsonl", samples()
-    with opened_log(path, of, FILE, pytest.fail) as log:
+    with open_judgement_log(path, of, FILE, pytest.fail) as log:
         path.unlink()
         with pytest.raises(StorageError, match="was removed or replaced meanwhile, and is written no more"):
             log.append(judgement(of[0]))
@@ -273,7 +273,9 @@ def test_every_pair_of_answers_is_asked_but_those_that_nobody_can_tell_apart() -
     assert [(of.index(question.sample), question.pair) for question in questions.asked] == [
         (0, (0, 1)), (4, (0, 2)), (5, (0, 1)), (5, (0, 2)), (5, (1, 2)),
     ]  # fmt: skip
-    assert str(questions) == ("5; not asked: 2 with identical answers, 2 with an empty answer, 1 that repeat another")
+    assert str(questions) == (
+        "5; not asked: 2 with identical responses, 2 with an empty response, 1 that repeat another"
+    )
     assert str(questions_of(samples(1200))) == "1,200"
 
 
@@ -314,15 +316,17 @@ def test_a_second_annotator_of_one_mind_makes_it_surer_and_of_another_leaves_not
     assert x**3 - x**2 - 3 * x - 5 == pytest.approx(0, abs=1e-9)
     assert (label.sample, label.judge) == (of[0].id, "ann, ben")
     assert labels.even == 1
-    assert labels_line(labels) == (
-        "1 labelled pair; 1 left out, at exactly 1/2: ties, or judged as often one way as the other"
-    )
+    assert labels_line(labels) == ("1 labelled pair; 1 pair left out, whose probability is exactly 1/2")
 
 
-def test_a_label_says_which_of_its_answers_were_cut_when_drawn() -> None:
-    of = [replace(one, finished=(place == 0, False)) for place, one in enumerate(samples(2))]
+def test_a_label_has_the_finish_reasons_of_its_responses() -> None:
+    reasons = ((FinishReason.STOP, FinishReason.LENGTH), (FinishReason.LENGTH, FinishReason.LENGTH))
+    of = [replace(one, finish_reasons=both) for one, both in zip(samples(2), reasons, strict=True)]
     labels = aggregate(of, [judgement(of[0], "right"), judgement(of[1])])
-    assert [(pair.chosen_finished, pair.rejected_finished) for pair in labels.pairs] == [(False, True), (False, False)]
+    assert [(pair.chosen_finish_reason, pair.rejected_finish_reason) for pair in labels.pairs] == [
+        ("length", "stop"),
+        ("length", "length"),
+    ]
 
 
 def test_ties_and_skips_label_nothing() -> None:
@@ -386,7 +390,7 @@ def test_a_row_of_labels_is_a_row_of_pairs() -> None:
         assert (pair.messages, pair.prompt_text) == (messages, text)
         assert (pair.chosen.strip(), pair.rejected.strip()) == ("In colonies.", "On the moon.")
     assert list(label_row(labelled("p"))) == [
-        "prompt", "chosen", "rejected", "chosen_finished", "rejected_finished",
+        "prompt", "chosen", "rejected", "chosen_finish_reason", "rejected_finish_reason",
         "probability", "reward_chosen", "reward_rejected", "by", "judge", "sample",
     ]  # fmt: skip
 
@@ -420,8 +424,8 @@ def test_agreement_is_by_the_answers_not_by_the_sides() -> None:
 
 
 def test_a_side_is_told_as_preferred_where_chance_would_do_so_once_in_a_hundred_or_less() -> None:
-    def said(left: int, right: int) -> Habit:
-        return Habit(left, right, ties=5, skipped=0, median_seconds=None)
+    def said(left: int, right: int) -> AnnotatorStats:
+        return AnnotatorStats(left, right, ties=5, skipped=0, median_seconds=None)
 
     # Of 2^20 ways 20 coins can fall, 1 + 20 + 190 + 1140 = 1351 have 17 heads or more, and 4845 have 16.
     assert said(17, 3).side_p_value == 2 * 1351 / 2**20 and said(17, 3).is_biased and said(3, 17).is_biased
@@ -435,8 +439,8 @@ def test_the_median_is_over_judgements_not_skips() -> None:
     of = samples(1)[0]
     made = [judgement(of, verdict, seconds=seconds) for verdict, seconds in
             (("left", 1.0), ("tie", 5.0), ("right", 3.0), ("skip", 90.0))]  # fmt: skip
-    assert habit(made) == Habit(left=1, right=1, ties=1, skipped=1, median_seconds=3.0)
-    assert habit(made).judged == 3 and habit([]).median_seconds is None
+    assert annotator_stats(made) == AnnotatorStats(left=1, right=1, ties=1, skipped=1, median_seconds=3.0)
+    assert annotator_stats(made).judged == 3 and annotator_stats([]).median_seconds is None
 
 
 def test_a_log_that_leaves_no_question_needs_no_terminal_and_says_what_there_is(tmp_path: Path) -> None:
@@ -452,22 +456,22 @@ def test_a_log_that_leaves_no_question_needs_no_terminal_and_says_what_there_is(
     assert shown == [
         "samples 22 in answers.jsonl",
         "questions 22",
-        "annotator ann: 22 answered before, 0 to go",
+        "annotator ann: 22 answered, 0 to go",
         "judged ties skipped to go median s",
         "this session 0 0 0 -",
-        "ann, in all 21 1 1 0 4.25",
-        "ben, in all 4 0 0 18 2",
+        "ann, total 21 1 1 0 4.25",
+        "ben, total 4 0 0 18 2",
         "ann has answered every question",
-        "annotators questions in common Cohen's kappa 95% interval",
+        "annotators common questions Cohen's kappa 95% interval",
         "ann and ben 4 0 -1 to 1",
-        "warning: ann chose the left answer 20 times of 20; sides are drawn by chance, and chance alone does so with "
-        "p=1.91e-06: the position was judged, not the answers alone",
-        "20 labelled pairs; 1 left out, at exactly 1/2: ties, or judged as often one way as the other",
+        "warning: ann chose the left response 20 times of 20, although sides are random (p=1.91e-06): a position bias; "
+        "read both before judging",
+        "20 labelled pairs; 1 pair left out, whose probability is exactly 1/2",
     ]
 
 
 def test_an_annotator_has_a_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="annotator: needs a name"):
+    with pytest.raises(ConfigError, match="annotator: is empty; set annotator=NAME, which tells"):
         annotate(samples(), tmp_path / "log.jsonl", " ", 0, Reporter(io.StringIO()), samples_file=FILE)
 
 
@@ -774,8 +778,8 @@ def winners(tmp_path: Path) -> list[str]:
         if "undo" in record:
             said.append("undo")
         else:
-            place = {"left": record["left"], "right": record["right"]}.get(record["verdict"])
-            said.append(record["verdict"] if place is None else texts[record["sample"]][place])
+            index = {"left": record["left"], "right": record["right"]}.get(record["verdict"])
+            said.append(record["verdict"] if index is None else texts[record["sample"]][index])
     return said
 
 
@@ -791,8 +795,8 @@ def test_keys_judge_scroll_undo_and_end(labelling: Start, tmp_path: Path) -> Non
     assert shown.startswith("question 1 of 4, 4 to go") and terminal.screen.cursor_hidden
     first = on_the_left(shown)
     terminal.press("xZ9\x1b1\x1b[1~?")  # keys without a meaning, 1 with Alt, Home; and then help
-    terminal.until("skip: no judgement", "any other key goes back")
-    terminal.press("1")  # goes back, and judges nothing
+    terminal.until("skip: no judgement", "any other key returns")
+    terminal.press("1")  # returns, and judges nothing
     terminal.until("question 1 of 4")
     terminal.press("1")
     second = on_the_left(terminal.until("question 2 of 4, 3 to go", "question 1: 1 is better"))
@@ -841,8 +845,8 @@ def test_killed_in_the_middle_nothing_is_lost_and_nothing_asked_twice(labelling:
     resumed.press("q")
     assert resumed.wait() == 0
     shown = " ".join(resumed.until("4 labelled pairs").split())
-    assert "line 4: is half written, as after a kill" in shown
-    assert "2 answered before, 2 to go" in shown and "this session 2 0 0" in shown and "ann, in all 4 0 0 0" in shown
+    assert "line 4: is incomplete, as after a kill" in shown
+    assert "2 answered, 2 to go" in shown and "this session 2 0 0" in shown and "ann, total 4 0 0 0" in shown
     assert (tmp_path / "log.jsonl").read_bytes().startswith(before)
     asked = [record["sample"] for record in logged(tmp_path)]
     assert asked == [one.id for one in samples(4)]
@@ -865,8 +869,8 @@ def test_two_annotators_share_a_log_and_only_one_at_a_time(labelling: Start, tmp
     again.press("\x04")  # Ctrl-D: no more input
     assert again.wait() == 0
     shown = " ".join(again.until("1 labelled pair").split())
-    assert "ann, in all 1 0 0 3" in shown and "ben, in all 1 1 0 3" in shown
-    assert "ann and ben 1" in shown and "3 questions to go: the same command goes on with them" in shown
+    assert "ann, total 1 0 0 3" in shown and "ben, total 1 1 0 3" in shown
+    assert "ann and ben 1" in shown and "3 questions to go; to continue, run the same command" in shown
 
 
 def test_what_was_typed_before_a_question_was_seen_does_not_judge_it(labelling: Start, tmp_path: Path) -> None:
@@ -875,7 +879,7 @@ def test_what_was_typed_before_a_question_was_seen_does_not_judge_it(labelling: 
     terminal.press("1" * 50)  # a key held down: how many count depends on how soon the next question is there
     terminal.until("question 2 of 4")
     terminal.press("?")
-    terminal.until("any other key goes back")
+    terminal.until("any other key returns")
     terminal.press("\x03")
     assert terminal.wait() == 130
     assert len(logged(tmp_path)) < 4
@@ -887,7 +891,7 @@ def test_what_was_typed_before_a_question_was_seen_does_not_judge_it(labelling: 
         ("Ctrl-C", 130, "error: stopped by Ctrl-C: every judgement is in"),
         ("SIGTERM", 75, "error: stopped by SIGTERM: every judgement is in"),
         ("SIGQUIT", 75, "error: stopped by SIGQUIT: every judgement is in"),
-        ("SIGHUP", 0, "3 questions to go: the same command goes on with them"),
+        ("SIGHUP", 0, "3 questions to go; to continue, run the same command"),
     ],
 )
 def test_whatever_stops_it_the_terminal_is_given_back(
@@ -987,7 +991,7 @@ def test_without_a_terminal_one_line_says_what_else_there_is(tmp_path: Path, mis
     os.close(theirs)
     assert ended.returncode == 2 and ended.stderr == b""
     assert " ".join(shown.split()) == (
-        f"error: by=human: standard {missing} is no terminal, and it needs one to show answers and read keys; without "
-        "one there are by=reward, by=implicit and by=rule"
+        f"error: by=human: standard {missing} is not a terminal, which it needs to show answers and read keys; run it "
+        "in a terminal, or use by=reward, by=implicit or by=rule"
     )
     assert not (tmp_path / "log.jsonl").exists()

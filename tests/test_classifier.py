@@ -95,12 +95,14 @@ def test_an_encoder_without_a_chat_template_reads_prompt_and_answer_as_a_pair(
         assert found[json.dumps(PROMPT), answer] == pytest.approx(expected, abs=1e-4)
 
 
-def test_company_changes_no_score(tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_sequences_of_a_batch_change_no_score(
+    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sequences = [[5 + number % 7, *range(10, 10 + number)] for number in (3, 30, 1, 30, 12)]
     for family in ("llama", "gpt2", "bert"):
         model = saved(tmp_path / family, tiny_tokenizer, family)
         together = scores(model, sequences, CPU)
-        monkeypatch.setattr(classifier, "AT_ONCE", 1)
+        monkeypatch.setattr(classifier, "BATCH_SIZE", 1)
         assert together == pytest.approx(scores(model, sequences, CPU), abs=1e-4)
         monkeypatch.undo()
         assert together[1] == pytest.approx(together[3], abs=1e-5) and len({round(one, 4) for one in together}) == 4
@@ -113,12 +115,12 @@ def test_what_is_no_reward_model_is_refused(command: Command, tmp_path: Path, ti
     for words, code, says in (
         (("by=reward", f"judge={tmp_path / 'two'}"), 4, f"{tmp_path / 'two'}: has 2 labels; a reward model has one"),
         (("by=implicit", f"judge={tmp_path / 'one'}"), 2,
-         f"judge={tmp_path / 'one'}: is a reward model; by=reward asks it"),
-        (("by=reward", f"judge={tmp_path / 'one'}", "layout=packed"), 2,
-         "layout=packed: a reward model that is no run of this program has one way to be read"),
+         f"judge={tmp_path / 'one'}: is a reward model; set by=reward"),
+        (("by=reward", f"judge={tmp_path / 'one'}", "batching=packed"), 2,
+         "batching=packed: is not supported for a reward model from the hub; leave it out"),
         (("by=reward", "judge=dpo-cli/tiny-random"), 2,
-         "judge=dpo-cli/tiny-random: is no reward model; by=implicit takes a DPO run's own reward, and dpo-train "
-         "objective=reward trains a reward model"),
+         "judge=dpo-cli/tiny-random: is not a reward model; set by=implicit for a DPO run's implicit reward, or train "
+         "a reward model with dpo-train objective=reward"),
     ):  # fmt: skip
         ended = command("dpo-label", f"samples={samples}", *words)
         assert (ended.code, ended.err) == (code, f"error: {says}\n")
@@ -133,7 +135,7 @@ def test_a_conversation_that_does_not_fit_loses_its_beginning_and_is_counted(
     )
     ended = command("dpo-label", f"samples={samples}", "by=reward", f"judge={tmp_path / 'judge'}")
     assert ended.code == 0, ended.err
-    assert "reads 90 tokens" in ended.out and "the judge read 1 prompts and 0 answers cut short" in ended.out
+    assert "reads 90 tokens" in ended.out and "the judge truncated 1 prompt and 0 responses" in ended.out
 
 
 def test_it_judges_a_match(command: Command, tmp_path: Path, tiny_tokenizer: Any, tiny_path: str) -> None:

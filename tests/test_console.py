@@ -1,4 +1,4 @@
-"""The console: foreign text cannot act, no stream can break a run, numbers read well."""
+"""The console: untrusted text cannot act, no stream can stop a run, numbers are short."""
 
 import io
 from pathlib import Path
@@ -71,12 +71,12 @@ def test_without_a_terminal_a_record_is_one_plain_line() -> None:
     )
 
 
-def test_how_hard_the_pairs_pull_ends_the_line() -> None:
+def test_the_gradient_weight_ends_the_line() -> None:
     stream = io.StringIO()
     reporter = Reporter(stream)
     reporter.start("step", 10)
     reporter.record({**RECORD, **WATCHED})
-    assert stream.getvalue().endswith("pairs/s 4  GiB 1.5  pull 0.457\n")
+    assert stream.getvalue().endswith("pairs/s 4  GiB 1.5  grad weight 0.457\n")
 
 
 def test_on_a_terminal_a_table_a_sparkline_and_a_bar_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,8 @@ def test_on_a_terminal_a_table_a_sparkline_and_a_bar_are_shown(monkeypatch: pyte
     reporter.stop()
     shown = stream.getvalue()
     assert "5e-07" in shown and "3/10" in shown and "ETA" in shown and "margin ▁▅█ 0.3" in shown
-    assert "pull 0.46, 5% over 0.9, 12% under 0.1   both down: -0.021 -0.100 nats a token" in shown
+    assert "grad weight 0.46; over 0.9 for 5% of pairs, under 0.1 for 12%" in shown
+    assert "log-ratio to the reference: chosen -0.021, rejected -0.100 nats a token" in shown
 
 
 @pytest.mark.parametrize("columns", ["20", "80"])

@@ -6,7 +6,7 @@ import torch
 from dpo_cli.config.schema import ModelConfig
 from dpo_cli.data.formats import standard
 from dpo_cli.data.tokens import PairEncoder
-from dpo_cli.generation.generate import greedy_answers
+from dpo_cli.generation.generate import greedy_completions
 from dpo_cli.models.builtin import SMOLLM2, embedded_gguf
 from dpo_cli.models.loading import find_model, load_model, load_tokenizer
 
@@ -26,7 +26,7 @@ def test_the_embedded_model_is_converted_once_and_answers() -> None:
     assert encoder.kind == "chat" and encoder.tokenizer.decode([encoder.closing]) == "<|im_end|>"
     model = load_model(source, torch.float32, CPU)
     question = standard({"prompt": "What is the capital of France?", "chosen": "x", "rejected": "y"})
-    answer = greedy_answers(model, encoder, [question], 24, CPU)[0]
+    answer = greedy_completions(model, encoder, [question], 24, CPU)[0]
     assert "Paris" in answer
     # A revision asks for the hub's own weights.
     on_hub = ModelConfig(name_or_path=SMOLLM2, revision="main", dtype="auto", adapter=None, trust_remote_code=False)

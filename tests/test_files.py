@@ -1,4 +1,4 @@
-"""Files are read row by row, with the physical line in every message; bad input is named, never guessed at."""
+"""Sources: rows with their line in every message, and bad input named."""
 
 import gzip
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.data.files import local_path, read_rows
+from dpo_cli.data.files import FileSource, HubSource, local_path, open_source, read_rows
 from dpo_cli.errors import DataError
 
 ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -24,7 +24,10 @@ def problem(path: Path) -> str | None:
 
 def test_jsonl_counts_rows_from_0_and_physical_lines_from_1(tmp_path: Path) -> None:
     rows = list(read_rows(write(tmp_path / "a.jsonl", LINE + b"\n" + LINE)))
-    assert [(row.index, row.place.rsplit("/", 1)[-1]) for row in rows] == [(0, "a.jsonl line 1"), (1, "a.jsonl line 3")]
+    assert [(row.index, row.location.rsplit("/", 1)[-1]) for row in rows] == [
+        (0, "a.jsonl line 1"),
+        (1, "a.jsonl line 3"),
+    ]
     assert [row.value for row in rows] == [ROW, ROW]
 
 
@@ -57,7 +60,7 @@ def test_gzip_csv_json_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
 def test_a_csv_cell_with_a_line_break_keeps_the_count_of_lines(tmp_path: Path) -> None:
     rows = list(read_rows(write(tmp_path / "a.csv", b'prompt,chosen,rejected\n"p\nq",c,r\np,c,r\n')))
     assert rows[0].value == {**ROW, "prompt": "p\nq"}
-    assert [row.place.rsplit("/", 1)[-1] for row in rows] == ["a.csv line 2", "a.csv line 4"]
+    assert [row.location.rsplit("/", 1)[-1] for row in rows] == ["a.csv line 2", "a.csv line 4"]
 
 
 @pytest.mark.parametrize(
@@ -99,10 +102,10 @@ def test_a_name_with_an_ending_is_a_file_and_owner_slash_name_is_on_the_hub() ->
 def test_files_that_are_no_rows_at_all_are_refused(tmp_path: Path) -> None:
     cases = {
         "a.json": (b'{"prompt": 1}', "must hold a JSON list of rows"),
-        "b.json": (LINE + LINE, "a row a line is .jsonl"),
+        "b.json": (LINE + LINE, "; name a file with one row a line .jsonl"),
         "c.parquet": (b"not parquet", "not Parquet"),
         "d.csv": (b"\xff\xfe", "not UTF-8 at byte 1"),
-        "e.txt": (b"x", "unknown kind of file; kinds are .jsonl, .jsonl.gz, .json, .csv, .parquet"),
+        "e.txt": (b"x", "unknown file type; use one of .jsonl, .jsonl.gz, .json, .csv, .parquet"),
         "f.jsonl.gz": (b"not gzip", "cannot be read"),
         "g.jsonl.gz": (gzip.compress(LINE * 1000)[:40], "cannot be read"),
     }
@@ -110,3 +113,12 @@ def test_files_that_are_no_rows_at_all_are_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError) as error:
             list(read_rows(write(tmp_path / name, data)))
         assert says in str(error.value), name
+
+
+def test_a_source_is_a_file_or_a_hub_data_set(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", LINE + LINE)
+    file = open_source(str(path), None, "train")
+    assert (type(file), file.name) == (FileSource, str(path))
+    assert [row.value for row in file.rows()] == [ROW, ROW]
+    hub = open_source("Anthropic/hh-rlhf", "harmless-base", "test")
+    assert (type(hub), hub.name) == (HubSource, "Anthropic/hh-rlhf (test)")

@@ -82,10 +82,10 @@ def test_a_prompt_repeated_in_both_responses_is_taken_once() -> None:
     assert (pair.chosen, pair.rejected, pair.notes) == ("A star.", "A lamp.", (PROMPT_REPEATED,))
 
 
-def test_answers_that_were_drawn_stay_as_they_were() -> None:
+def test_generated_responses_keep_the_prompt_that_they_repeat() -> None:
     row = {"prompt": "What is the sun?", "chosen": "What is the sun? A star.", "rejected": "What is the sun? No."}
-    drawn = row | {"chosen_finished": True, "rejected_finished": True}
-    (pair,), (repeated,) = pairs_of(drawn, "auto"), pairs_of(row, "auto")
+    generated = row | {"chosen_finish_reason": "stop", "rejected_finish_reason": "stop"}
+    (pair,), (repeated,) = pairs_of(generated, "auto"), pairs_of(row, "auto")
     assert (pair.chosen, pair.rejected, pair.notes) == (row["chosen"], row["rejected"], ())
     assert (repeated.chosen, repeated.notes) == (" A star.", (PROMPT_REPEATED,))
 
@@ -172,21 +172,53 @@ def test_scores_rank_responses_and_ties_make_no_pair() -> None:
     assert [(pair.chosen, pair.rejected) for pair in pairs_of(row, "ranked")] == [("high", "low"), ("high", "low too")]
 
 
-def test_which_answers_ended_by_themselves_is_read_from_pairs_and_from_ranked_rows() -> None:
+def test_finish_reasons_are_read_from_pairs_and_from_ranked_rows() -> None:
     row = {"prompt": "Q", "chosen": "a", "rejected": "b"}
-    for more, ends in (({}, (True, True)), ({"chosen_finished": False}, (False, True))):
+    for more, reasons in (({}, ("stop", "stop")), ({"chosen_finish_reason": "length"}, ("length", "stop"))):
         (pair,) = pairs_of(row | more, "auto")
-        assert (pair.chosen_finished, pair.rejected_finished) == ends
-    ranked = {"prompt": "Q", "responses": ["low", "high"], "scores": [1, 2], "finished": [True, False]}
+        assert (pair.chosen_finish_reason, pair.rejected_finish_reason) == reasons
+    ranked = {"prompt": "Q", "responses": ["low", "high"], "scores": [1, 2], "finish_reason": ["stop", "length"]}
     (pair,) = pairs_of(ranked, "auto")
-    assert (pair.chosen, pair.chosen_finished, pair.rejected_finished) == ("high", False, True)
-    for said, ends in ((None, True), ("False", False), ("true", True), ("", True)):  # null in Parquet, text in CSV
-        (pair,) = pairs_of(row | {"rejected_finished": said}, "standard")
-        assert pair.rejected_finished is ends
-    with pytest.raises(BadRowError, match="'rejected_finished' must be true or false, it is text"):
-        pairs_of(row | {"rejected_finished": "no"}, "auto")
-    with pytest.raises(BadRowError, match="'finished' must be a list of true or false, one for each response"):
-        pairs_of(ranked | {"finished": [True]}, "auto")
+    assert (pair.chosen, pair.chosen_finish_reason, pair.rejected_finish_reason) == ("high", "length", "stop")
+    for value, reason in ((None, "stop"), ("", "stop"), ("length", "length")):  # null in Parquet, an empty cell of CSV
+        (pair,) = pairs_of(row | {"rejected_finish_reason": value}, "standard")
+        assert pair.rejected_finish_reason == reason
+
+
+OLDER_LIST = '\'finished\' is an older name; write "finish_reason": a list of "stop" or "length"'
+NOT_A_LIST = '\'finish_reason\' must be a list of "stop" or "length", one for each response'
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"rejected_finish_reason": "eos"}, "'rejected_finish_reason' is 'eos'; it must be \"stop\" or \"length\""),
+        ({"chosen_finish_reason": False}, "'chosen_finish_reason' is False; it must be \"stop\" or \"length\""),
+        ({"chosen_finished": True},
+         "'chosen_finished' is an older name; write \"chosen_finish_reason\": \"stop\" or \"length\""),
+        ({"rejected_finished": False},
+         "'rejected_finished' is an older name; write \"rejected_finish_reason\": \"stop\" or \"length\""),
+    ],
+)  # fmt: skip
+def test_an_older_name_or_an_unknown_value_of_a_finish_reason_is_refused(more: dict[str, object], says: str) -> None:
+    with pytest.raises(BadRowError) as error:
+        pairs_of({"prompt": "Q", "chosen": "a", "rejected": "b"} | more, "auto")
+    assert str(error.value) == says
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"finished": [True, False]}, OLDER_LIST),
+        ({"finish_reason": ["stop"]}, NOT_A_LIST),
+        ({"finish_reason": "stop"}, NOT_A_LIST),
+        ({"finish_reason": ["stop", True]}, '\'finish_reason\' is True; it must be "stop" or "length"'),
+    ],
+)
+def test_finish_reasons_of_a_ranked_row_that_cannot_be_read_are_refused(more: dict[str, object], says: str) -> None:
+    with pytest.raises(BadRowError) as error:
+        pairs_of({"prompt": "Q", "responses": ["a", "b"], "scores": [1, 2]} | more, "auto")
+    assert str(error.value) == says
 
 
 @pytest.mark.parametrize(
@@ -196,7 +228,10 @@ def test_which_answers_ended_by_themselves_is_read_from_pairs_and_from_ranked_ro
         ({"prompt": "Q", "responses": "one"}, "'responses' must be a list, it is text"),
         ({"prompt": "Q", "responses": ["a", "b"], "scores": [1]}, "'scores' has 1 numbers for 2 responses"),
         ({"prompt": "Q", "responses": ["a", "b"], "scores": ["1", "2"]}, "'scores' must be a list of numbers"),
-        ({"prompt": "Q", "responses": ["a", "b"], "scores": [2, 2]}, "all responses have one score"),
+        (
+            {"prompt": "Q", "responses": ["a", "b"], "scores": [2, 2]},
+            "all responses have the same score, so none is preferred",
+        ),
         ({"prompt": "Q", "responses": ["a", 7]}, "'rejected' must be text, it is a number"),
         ({"responses": ["a", "b"]}, "'prompt' must be text, it is null"),
     ],

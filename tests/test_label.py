@@ -1,4 +1,4 @@
-"""Labels of judges: their rewards are the evaluation's, their pairs the method's, and nothing is judged twice."""
+"""Labels of judges: rewards as in evaluation, pairs as in the method, and nothing is judged twice."""
 
 import json
 import math
@@ -174,34 +174,38 @@ def test_answers_to_a_prompt_that_is_cut_are_compared_behind_the_same_part_of_it
         assert [one[text] for one in found] == pytest.approx([found[0][text]] * 3, abs=1e-5)
 
 
-def test_an_answer_that_was_cut_is_judged_by_what_was_drawn_and_trained_on_without_an_end(
+def test_a_response_of_finish_reason_length_is_judged_as_generated_and_trained_on_without_eos(
     command: Command, reward_run: Path, dpo_run: Path, tmp_path: Path
 ) -> None:
     texts, prompt = ["Yes, and", "No, never."], "Shall we?"
     found: dict[tuple[str, str], tuple[dict[str, float], str]] = {}
-    for ends, finished in (("cut", [False, True]), ("whole", [True, True])):
+    for ends, reasons in (("length", ["length", "stop"]), ("stop", ["stop", "stop"])):
         for by, run in (("reward", reward_run), ("implicit", dpo_run)):
             folder = tmp_path / f"{ends}-{by}"
             folder.mkdir()
-            samples = samples_of(folder / "s.jsonl", {prompt: texts}, finished=finished)
+            samples = samples_of(folder / "s.jsonl", {prompt: texts}, finish_reason=reasons)
             output = folder / "pairs.jsonl"
             ended = command("dpo-label", f"samples={samples}", f"output={output}", f"by={by}", f"judge={run}")
             assert ended.code == 0, ended.err
             (row,) = rows(output)
-            assert row["chosen_finished"] is (ends == "whole" or row["chosen"] == texts[1])
-            assert row["rejected_finished"] is (ends == "whole" or row["rejected"] == texts[1])
+            expected = dict(zip(texts, reasons, strict=True))
+            assert row["chosen_finish_reason"] == expected[row["chosen"]]
+            assert row["rejected_finish_reason"] == expected[row["rejected"]]
             rewards = {row["chosen"]: row["reward_chosen"], row["rejected"]: row["reward_rejected"]}
             found[ends, by] = rewards, ended.out
-    assert "1 of their 2 answers were cut when drawn: judged as if they ended there" in found["cut", "reward"][1]
-    assert "cut when drawn: judged and trained on without an end" in found["cut", "implicit"][1]
-    assert "cut when drawn" not in found["whole", "implicit"][1]
-    # A reward model reads the closing token behind both; an implicit reward is of the tokens that were drawn.
-    assert found["cut", "reward"][0] == found["whole", "reward"][0]
-    (cut, _), (whole, _) = found["cut", "implicit"], found["whole", "implicit"]
+    assert (
+        "1 of 2 responses have finish_reason length: judged with EOS, trained on without it"
+        in found["length", "reward"][1]
+    )
+    assert "1 of 2 responses have finish_reason length: judged without EOS" in found["length", "implicit"][1]
+    assert "finish_reason length" not in found["stop", "implicit"][1]
+    # A reward model reads the closing token after both; an implicit reward is of the generated tokens only.
+    assert found["length", "reward"][0] == found["stop", "reward"][0]
+    (cut, _), (whole, _) = found["length", "implicit"], found["stop", "implicit"]
     assert cut[texts[1]] == pytest.approx(whole[texts[1]], abs=1e-5)
     assert abs(cut[texts[0]] - whole[texts[0]]) > 1e-4
     # The pairs are read by dpo-eval and dpo-train as they were judged.
-    labels = tmp_path / "cut-implicit" / "pairs.jsonl"
+    labels = tmp_path / "length-implicit" / "pairs.jsonl"
     ended = command("dpo-eval", f"checkpoint={dpo_run}", "data=jsonl", f"data.eval={labels}", f"output_dir={tmp_path}",
                     "name=eval")  # fmt: skip
     assert ended.code == 0, ended.err
@@ -215,17 +219,17 @@ def test_an_answer_that_was_cut_is_judged_by_what_was_drawn_and_trained_on_witho
         assert f"1 response cut when drawn: {words}" in " ".join(ended.out.split())
 
 
-def test_what_a_judge_could_not_read_is_counted_once_and_over_a_stop(
+def test_what_a_judge_truncates_is_counted_once_also_across_a_stop(
     command: Command, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = moved(pairs, "short", "objective=reward", "max_steps=1", "data.max_length=150")
     prompt = "Tell me all about the many kinds of tea and rain, please, and slowly."  # it and an answer do not fit
     texts = [f"{word}." + " Perhaps so." * number for word, number in (("Yes", 9), ("No", 9), ("Well", 0))]
     samples = samples_of(tmp_path / "s.jsonl", {prompt: texts, f"And {prompt}": texts, "Why?": ["a", "b", "c"]})
-    monkeypatch.setattr(module, "AT_ONCE", 1)
+    monkeypatch.setattr(module, "PART_SIZE", 1)
     words = (f"samples={samples}", "by=reward", f"judge={judge}")
     straight = command("dpo-label", *words, f"output={tmp_path / 'straight.jsonl'}")
-    assert "the judge read 2 prompts and 4 answers cut short" in straight.out
+    assert "the judge truncated 2 prompts and 4 responses" in straight.out
     rewards, calls = ModelJudge.rewards, []
 
     def stopped(self: ModelJudge, *arguments: Any) -> Any:
@@ -237,7 +241,7 @@ def test_what_a_judge_could_not_read_is_counted_once_and_over_a_stop(
     monkeypatch.setattr(ModelJudge, "rewards", stopped)
     assert command("dpo-label", *words, f"output={tmp_path / 'labels.jsonl'}").code == 75
     resumed = command("dpo-label", *words, f"output={tmp_path / 'labels.jsonl'}")
-    assert "the judge read 2 prompts and 4 answers cut short" in resumed.out
+    assert "the judge truncated 2 prompts and 4 responses" in resumed.out
 
 
 def test_labels_of_another_head_are_not_taken_for_those_of_this_one(
@@ -250,19 +254,17 @@ def test_labels_of_another_head_are_not_taken_for_those_of_this_one(
     tensors = load_file(judge / "final" / HEAD_FILE)
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, judge / "final" / HEAD_FILE)
     other = command("dpo-label", *words)
-    assert other.code == 2 and "was begun with other settings (head was" in other.err
+    assert other.code == 2 and "was started with other settings (head was" in other.err
 
 
-def test_where_the_better_answers_did_not_end_the_labeller_says_what_that_teaches(
-    command: Command, tmp_path: Path
-) -> None:
-    for rule, warned in (("longer", True), ("shorter", False)):  # the longer answer of each was cut
+def test_chosen_responses_without_eos_give_a_warning(command: Command, tmp_path: Path) -> None:
+    for rule, warned in (("longer", True), ("shorter", False)):  # the longer response of each has finish reason length
         (tmp_path / rule).mkdir()
         texts = {f"Why {number}?": ["Yes.", "Because of the rain, and"] for number in range(9)}
-        samples = samples_of(tmp_path / rule / "s.jsonl", texts, finished=[True, False])
+        samples = samples_of(tmp_path / rule / "s.jsonl", texts, finish_reason=["stop", "length"])
         ended = command("dpo-label", f"samples={samples}", "by=rule", f"rule={rule}")
         assert ended.code == 0, ended.err
-        said = "9 of 9 chosen answers were cut when drawn, and 0 of the rejected: trained on these the policy learns"
+        said = "9 of 9 chosen and 0 rejected responses have finish_reason length: a policy trained on them learns not"
         assert (said in " ".join(ended.out.split())) is warned
 
 
@@ -401,16 +403,16 @@ def test_ties_identical_and_empty_answers_are_left_out_and_counted(command: Comm
     assert ended.code == 0, ended.err
     assert [row["chosen"] for row in rows(output)] == ["brief"]
     said = " ".join(ended.out.split())
-    assert "left out 1 couple whose answers have the same reward" in said
-    assert "left out 1 couple whose answers are the same text" in said
-    assert "left out 1 couple with an empty answer" in said
+    assert "left out 1 pair whose responses have the same reward" in said
+    assert "left out 1 pair whose responses are the same text" in said
+    assert "left out 1 pair with an empty response" in said
     manifest = json.loads(output.with_name("labels.jsonl.manifest.json").read_text())
     assert (manifest["pairs"], manifest["left_out"]) == (1, {"tie": 1, "identical": 1, "empty_response": 1})
     del answers["good?"]
     samples = samples_of(tmp_path / "none.jsonl", answers)
     ended = command("dpo-label", f"samples={samples}", "by=rule", "rule=shorter")
     assert (ended.code, ended.err) == (
-        3, f"error: {samples}: no pair could be labelled (1 tie, 1 identical, 1 empty_response)\n"
+        3, f"error: {samples}: no two responses make a pair (1 tie, 1 identical, 1 empty_response)\n"
     )  # fmt: skip
 
 
@@ -419,7 +421,7 @@ def test_ties_identical_and_empty_answers_are_left_out_and_counted(command: Comm
 
 def test_what_else_a_prompts_messages_carry_is_not_asked(command: Command, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Why?", "name": "\ud800"}]
-    file = write_jsonl(tmp_path / "s.jsonl", [{"prompt": turns, "responses": ["a b c", "d"], "finished": None}])
+    file = write_jsonl(tmp_path / "s.jsonl", [{"prompt": turns, "responses": ["a b c", "d"], "finish_reason": None}])
     (row,) = labelled(command, file, "by=rule", "rule=shorter")
     assert row["prompt"] == [{"role": "user", "content": "Why?"}] and row["chosen"] == "d"
 
@@ -427,24 +429,34 @@ def test_what_else_a_prompts_messages_carry_is_not_asked(command: Command, tmp_p
 def test_a_judge_that_labels_nothing_leaves_room_for_another(command: Command, tmp_path: Path) -> None:
     samples = samples_of(tmp_path / "s.jsonl", {"Why?": ["a b", "c d"]})
     tied = command("dpo-label", f"samples={samples}", "by=rule", "rule=shorter")
-    assert (tied.code, tied.err) == (3, f"error: {samples}: no pair could be labelled (1 tie)\n")
+    assert (tied.code, tied.err) == (3, f"error: {samples}: no two responses make a pair (1 tie)\n")
     assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl"]
     drawn = command("dpo-label", f"samples={samples}", "by=rule", "rule=shorter", "labels=sampled")
     assert drawn.code == 0, drawn.err
     again = command("dpo-label", f"samples={samples}", "by=rule", "rule=shorter")
-    assert "(labels was drawn, is best; seed was 0, is not there)" in again.err
+    assert "(labels was drawn, is best; seed was 0, is not set)" in again.err
 
 
 def test_what_is_no_file_of_samples_is_refused(command: Command, tmp_path: Path) -> None:
     good = {"prompt": "Why?", "responses": ["a", "b"]}
     file = tmp_path / "s.jsonl"
-    what = "no 'responses', a list of two texts or more; it has"
+    what = "no 'responses' key with a list of two texts or more; it has"
     for row, says in (
-        ({"prompt": "Why?", "chosen": "a", "rejected": "b"}, f"{what} prompt, chosen, rejected. Samples are what "),
-        ({"prompt": "Why?", "responses": ["a"]}, "has one answer; two are compared, so sample with n=2 or more"),
-        ({**good, "finished": [True]}, "'finished' has 1 entries for 2 responses"),
-        ({**good, "finished": "yes"}, "'finished' must be a list of true or false"),
-        ({"prompt": "Why?", "responses": ["a", 7]}, f"{what} prompt, responses. Samples are what "),
+        (
+            {"prompt": "Why?", "chosen": "a", "rejected": "b"},
+            f"{what} prompt, chosen, rejected. Make samples with dpo-sample",
+        ),
+        ({"prompt": "Why?", "responses": ["a"]}, "has one response, and labels need two; sample with n=2 or more"),
+        (
+            {**good, "finish_reason": ["stop"]},
+            '\'finish_reason\' must be a list of "stop" or "length", one for each response',
+        ),
+        ({**good, "finish_reason": ["stop", "eos"]}, "'finish_reason' is 'eos'; it must be \"stop\" or \"length\""),
+        (
+            {**good, "finished": [True, False]},
+            '\'finished\' is an older name; write "finish_reason": a list of "stop" or "length"',
+        ),
+        ({"prompt": "Why?", "responses": ["a", 7]}, f"{what} prompt, responses. Make samples with dpo-sample"),
         ({"responses": ["a", "b"]}, "no 'prompt' key. A row needs a prompt, as text or messages; it has nothing"),
         ([1], "not a JSON object: [1]"),
     ):
@@ -454,10 +466,10 @@ def test_what_is_no_file_of_samples_is_refused(command: Command, tmp_path: Path)
         assert ended.err.count("\n") == 1
     write_jsonl(file, [])
     ended = command("dpo-label", f"samples={file}", "by=rule", "rule=shorter")
-    assert (ended.code, ended.err) == (3, f"error: {file}: holds no samples\n")
+    assert (ended.code, ended.err) == (3, f"error: {file}: has no samples; make them with dpo-sample\n")
     gone = command("dpo-label", f"samples={tmp_path / 'gone.jsonl'}", "by=rule", "rule=shorter")
     assert gone.code == 3 and gone.err.count("\n") == 1 and "gone.jsonl" in gone.err
-    assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl"]  # nothing was begun
+    assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl"]  # no job log was created
 
 
 def numbered(number: int) -> dict[str, list[str]]:
@@ -483,27 +495,27 @@ def test_a_finished_file_is_complete_and_labels_of_other_samples_are_refused(com
     for changed, key in (("pairs=extremes", "pairs was all, is extremes"), ("rule=longer", "rule was shorter, is"),
                          ("labels=sampled", "labels was best, is sampled")):  # fmt: skip
         ended = command("dpo-label", *(words[:-1] if "rule" in changed else words), changed)
-        assert ended.code == 2 and ended.err.startswith(f"error: output={output}: was begun with other settings (")
+        assert ended.code == 2 and ended.err.startswith(f"error: output={output}: was started with other settings (")
         assert key in ended.err and ended.err.count("\n") == 1
     samples_of(samples, numbered(4))
     other = command("dpo-label", *words)
     assert other.code == 2
-    assert other.err.startswith(f"error: output={output}: was begun with other settings (samples was ")
-    assert other.err.endswith("; take the changes back, or name another output\n")
+    assert other.err.startswith(f"error: output={output}: was started with other settings (samples was ")
+    assert other.err.endswith("; undo the changes, or name another output\n")
     assert output.read_bytes() == before
     assert command("dpo-label", *words[:1], f"output={samples}", *words[2:]).err == (
-        f"error: output={samples}: is the file of samples itself; name another\n"
+        f"error: output={samples}: is the file of samples; name another file\n"
     )
 
 
 @pytest.mark.parametrize("cut", [0, 5])
-def test_labelling_that_was_stopped_goes_on_and_judges_nothing_twice(
+def test_a_stopped_labelling_resumes_and_judges_nothing_twice(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
 ) -> None:
     """Parts of 2 of 7 samples; stopped in the second, whose line is kept whole or cut in its middle."""
     samples, output = samples_of(tmp_path / "s.jsonl", numbered(7)), tmp_path / "labels.jsonl"
     words = (f"samples={samples}", f"output={output}", "by=rule", "rule=shorter")
-    monkeypatch.setattr(module, "AT_ONCE", 2)
+    monkeypatch.setattr(module, "PART_SIZE", 2)
     straight = command("dpo-label", *words[:1], f"output={tmp_path / 'straight.jsonl'}", *words[2:])
     assert straight.code == 0, straight.err
     original, judged = RuleJudge.rewards, []
@@ -517,25 +529,25 @@ def test_labelling_that_was_stopped_goes_on_and_judges_nothing_twice(
     monkeypatch.setattr(RuleJudge, "rewards", counted)
     stopped = command("dpo-label", *words)
     assert stopped.code == 75, stopped.err
-    assert stopped.err == "error: stopped by SIGTERM; the same command goes on\n"
+    assert stopped.err == "error: stopped by SIGTERM; to resume, run the same command\n"
     assert not output.exists() and len(judged) == 4
-    journal = tmp_path / "labels.jsonl.part"
-    journal.write_bytes(journal.read_bytes()[: -cut or None])
+    log = tmp_path / "labels.jsonl.part"
+    log.write_bytes(log.read_bytes()[: -cut or None])
     del judged[:]
     monkeypatch.setattr(
         RuleJudge, "rewards", lambda self, some, poll: judged.extend(some) or original(self, some, poll)
     )
     resumed = command("dpo-label", *words)
     assert resumed.code == 0, resumed.err
-    assert ("its last line was cut off in the middle; that part is done again" in resumed.out) == bool(cut)
+    assert ("its last line is incomplete; that part is done again" in resumed.out) == bool(cut)
     asked = [int(one.prompt.split()[1].rstrip("?")) for one in judged]
     assert asked == ([2, 3, 4, 5, 6] if cut else [4, 5, 6])
-    assert f"going on: {7 - len(asked)} samples of 7 were judged" in resumed.out
+    assert f"resuming: {7 - len(asked)} samples of 7 done" in resumed.out
     assert output.read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
-    assert not journal.exists()
+    assert not log.exists()
 
 
-# Judges that are none
+# Refused judges
 
 
 def test_a_judge_of_another_kind_is_refused(
@@ -545,15 +557,15 @@ def test_a_judge_of_another_kind_is_refused(
     gone = tmp_path / "gone"
     for words, code, says in (
         (("by=reward", f"judge={dpo_run}"), 2,
-         f"judge={dpo_run}: is no reward model; by=implicit takes a DPO run's own reward, and dpo-train "
-         "objective=reward trains a reward model"),
-        (("by=implicit", f"judge={reward_run}"), 2, f"judge={reward_run}: is a reward model; by=reward asks it"),
+         f"judge={dpo_run}: is not a reward model; set by=implicit for a DPO run's implicit reward, or train a "
+         "reward model with dpo-train objective=reward"),
+        (("by=implicit", f"judge={reward_run}"), 2, f"judge={reward_run}: is a reward model; set by=reward"),
         (("by=implicit", f"judge={tiny_path}"), 2,
-         f"judge={tiny_path}: a judge is an adapter on the model it was trained from, or a sequence-classification "
+         f"judge={tiny_path}: is a model without an adapter; name a run's adapter, or a sequence-classification "
          "model with one label"),
         (("by=reward", f"judge={tiny_path}"), 2,
-         f"judge={tiny_path}: is no reward model; by=implicit takes a DPO run's own reward, and dpo-train "
-         "objective=reward trains a reward model"),
+         f"judge={tiny_path}: is not a reward model; set by=implicit for a DPO run's implicit reward, or train a "
+         "reward model with dpo-train objective=reward"),
         (("by=rule", "rule=prettier"), 2, "rule=prettier: choose one of shorter, longer, unrepetitive"),
         (("by=reward", f"judge={gone}"), 4,
          f"judge={gone}: no such directory; name a run directory, checkpoints/step-*, final/, a PEFT adapter "
@@ -584,7 +596,7 @@ def test_a_judge_whose_tokenizer_was_changed_is_refused(command: Command, dpo_ru
     assert (ended.code, ended.err) == (
         4,
         f"error: judge={copy / 'final'}: was trained with another tokenizer than dpo-cli/tiny-random has now (its chat "
-        "template differs): its rewards would be of other texts\n",
+        "template differs); restore that base model\n",
     )
     manifest = json.loads((copy / "manifest.json").read_text())
     closing = manifest["template"]["closing_token"]
@@ -593,8 +605,8 @@ def test_a_judge_whose_tokenizer_was_changed_is_refused(command: Command, dpo_ru
     ended = command("dpo-label", f"samples={samples}", "by=implicit", f"judge={copy}")
     assert (ended.code, ended.err) == (
         4,
-        f"error: judge={copy / 'final'}: was trained with the template chat closed by token 0, and dpo-cli/tiny-random "
-        f"now gives chat closed by {closing}: its rewards would be of other texts\n",
+        f"error: judge={copy / 'final'}: was trained with template chat and closing token 0, but dpo-cli/tiny-random "
+        f"now has chat and {closing}; restore the base model of its training\n",
     )
 
 
@@ -605,8 +617,8 @@ def test_answers_under_another_template_than_the_judges_are_refused(
     ended = command("dpo-label", f"samples={samples}", "by=implicit", f"judge={dpo_run}")
     assert (ended.code, ended.err) == (
         2,
-        f"error: {samples}: these answers were drawn with template=plain, and the judge {dpo_run / 'final'} reads them "
-        "as chat; sample again with template=chat, or take a judge trained with data.template=plain\n",
+        f"error: {samples}: generated with template=plain, but the judge {dpo_run / 'final'} reads template=chat; "
+        "sample again with template=chat, or use a judge trained with data.template=plain\n",
     )
     samples_of(samples, numbered(1), template="chat")
     assert command("dpo-label", f"samples={samples}", "by=implicit", f"judge={dpo_run}").code == 0
@@ -635,8 +647,8 @@ def test_answers_under_another_template_than_the_judges_are_refused(
          "seed=1: of labels=sampled; nothing is sampled with labels=best; leave it out"),
         (("by=rule", "rule=shorter", "pairs=best"), "pairs=best: choose one of extremes, all"),
         (("by=human", "annotator=ann"),
-         "by=human: standard input is no terminal, and it needs one to show answers and read keys; without one there "
-         "are by=reward, by=implicit and by=rule"),
+         "by=human: standard input is not a terminal, which it needs to show answers and read keys; run it in a "
+         "terminal, or use by=reward, by=implicit or by=rule"),
     ],
 )  # fmt: skip
 def test_what_does_not_belong_to_the_labeller_is_refused(

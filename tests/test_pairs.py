@@ -47,7 +47,7 @@ def row(prompt: str = "one two", chosen: str = "yes", rejected: str = "no") -> d
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def test_every_dropped_pair_stands_under_its_word(load: Load) -> None:
+def test_every_dropped_pair_is_counted_under_its_reason(load: Load) -> None:
     rows = [
         row(),
         row(chosen="same", rejected="same"),
@@ -64,11 +64,11 @@ def test_every_dropped_pair_stands_under_its_word(load: Load) -> None:
     assert [pair.index for pair in data.train] == [0]
 
 
-def test_the_counts_are_said_in_words(load: Load) -> None:
+def test_the_counts_are_shown_as_sentences(load: Load) -> None:
     data = load([row(), row(prompt="x" * 30), row(chosen="y" * 40)], "data.max_length=20")
     assert data.train_report.sentences(20)[1:] == [
-        "dropped 1 pair whose prompt left no room for a response (max_length=20)",
-        "1 response cut at the end, the closing EOS with it (max_length=20)",
+        "dropped 1 pair whose prompt leaves no room for a response (max_length=20)",
+        "1 response cut at the end, without the closing EOS (max_length=20)",
     ]
 
 
@@ -105,11 +105,13 @@ def test_eval_limit_is_counted_where_a_hash_holds_out(load: Load) -> None:
     assert data.train_report.kept == len(data.train)
 
 
-def test_no_usable_pair_says_why(load: Load) -> None:
-    with pytest.raises(DataError, match=r"no usable pair \(1 identical\)"):
+def test_a_file_without_pairs_to_train_on_says_why(load: Load) -> None:
+    with pytest.raises(DataError) as error:
         load([row(chosen="a", rejected="a")])
-    with pytest.raises(DataError, match=r"no usable pair \(the file has no rows\)"):
+    assert str(error.value).endswith("rows.jsonl: all pairs were dropped: 1 pair whose two responses are the same text")
+    with pytest.raises(DataError) as error:
         load([])
+    assert str(error.value).endswith("rows.jsonl: has no pairs; name another file, or change data.eval_fraction")
 
 
 def test_limit_takes_the_first_rows(load: Load) -> None:

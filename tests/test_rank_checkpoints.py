@@ -1,4 +1,4 @@
-"""Checkpoints that play each other: tables by hand, a strength a player, and what is refused before a word is drawn."""
+"""Matches between checkpoints: tables by hand, a strength a player, and what is refused before generation."""
 
 import json
 import math
@@ -13,9 +13,11 @@ import torch
 from conftest import Ended, run_of, sample_rows, tiny_words, write_jsonl
 from safetensors.torch import load_file, save_file
 
+from dpo_cli.data.formats import FinishReason
 from dpo_cli.generation import sampler as module
-from dpo_cli.generation.generate import Text
-from dpo_cli.labelling.match import Match, play, short_names
+from dpo_cli.generation.generate import CompletionText
+from dpo_cli.labelling import match as match_module
+from dpo_cli.labelling.match import Match, short_names
 from dpo_cli.theory.bradley_terry import fit
 
 Command = Callable[..., Ended]
@@ -118,7 +120,7 @@ def test_a_run_and_its_base_are_ranked_from_their_own_answers(
     assert [strengths[name] for name in row["players"]] == pytest.approx(expected, abs=1e-9)
     assert (found["prior"], found["clusters"]) == (1.0, 6)
     assert found["log_strengths"] == sorted(found["log_strengths"], reverse=True)
-    assert f"{BASE} answers 6 prompts" in ended.out and "6 prompts of 6 rows" in ended.out
+    assert f"{BASE}: 6 prompts\n" in ended.out and "6 prompts of 6 rows" in ended.out
 
 
 def test_a_player_that_never_loses_ends_with_the_remedy_and_is_ranked_by_it(
@@ -130,10 +132,10 @@ def test_a_player_that_never_loses_ends_with_the_remedy_and_is_ranked_by_it(
     ended = ranked(command, output, prompts, *words)
     assert (ended.code, ended.err) == (
         3,
-        f"error: {prompts}: brief never lost to the others, so that their strength has no bound; prior=1 lets every "
-        "player draw one game with an average one\n",
+        f"error: {prompts}: brief never lost to the others, so their strength has no bound; set prior=1, which adds a "
+        "tie of every player with an average player\n",
     )
-    assert len(answers(output)) == 6 and not output.exists()  # what was drawn is kept
+    assert len(answers(output)) == 6 and not output.exists()  # the completions are kept
     ended = ranked(command, output, prompts, *words, "prior=1")
     assert ended.code == 0, ended.err
     found = json.loads(output.read_text())
@@ -144,7 +146,7 @@ def test_a_player_that_never_loses_ends_with_the_remedy_and_is_ranked_by_it(
     assert 6 * (1 - 1 / (1 + math.exp(-2 * x))) + 0.5 - 1 / (1 + math.exp(-x)) == pytest.approx(0, abs=1e-6)
 
 
-def test_the_answers_of_a_checkpoint_do_not_depend_on_who_else_plays(
+def test_the_completions_of_a_checkpoint_do_not_depend_on_the_other_checkpoints(
     command: Command, brief: Path, other: Path, prompts: Path, tmp_path: Path
 ) -> None:
     words = ("judge=shorter", "prior=1")
@@ -179,17 +181,17 @@ def test_a_reward_model_judges_with_the_rewards_it_gives_labels(
         )
 
 
-# Going on
+# Resume
 
 
-def test_a_match_that_was_cut_off_goes_on_and_one_that_was_played_is_not_played_again(
+def test_a_stopped_match_resumes_and_a_finished_match_is_not_played_again(
     command: Command, brief: Path, other: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = (f"checkpoints=[{BASE},{brief},{other}]", "judge=shorter", "batch_size=2")
     straight, output = tmp_path / "straight.json", tmp_path / "r.json"
     ended = ranked(command, straight, prompts, *words, "prior=1")
     assert ended.code == 0, ended.err
-    real, calls = module.distinct_answers, []
+    real, calls = module.distinct_completions, []
 
     def counted(*arguments: Any) -> Any:
         calls.append(len(arguments[2]))
@@ -197,25 +199,25 @@ def test_a_match_that_was_cut_off_goes_on_and_one_that_was_played_is_not_played_
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(module, "distinct_answers", counted)
+    monkeypatch.setattr(module, "distinct_completions", counted)
     stopped = ranked(command, output, prompts, *words)
-    assert (stopped.code, stopped.err) == (75, "error: stopped by SIGTERM; the same command goes on\n")
+    assert (stopped.code, stopped.err) == (75, "error: stopped by SIGTERM; to resume, run the same command\n")
     assert [path.name for path in sorted(tmp_path.glob("r.*"))] == ["r.answers.jsonl.part"]
     calls[:] = [0] * 5
     ended = ranked(command, output, prompts, *words, "prior=1")
     assert ended.code == 0, ended.err
-    assert sum(calls) == 3 * 6 - 4 * 2  # those of the four batches that were on disk are not drawn again
-    assert "device" in ended.out and f"answers  {tmp_path / 'r.answers.jsonl'}, whole when all is played" in ended.out
+    assert sum(calls) == 3 * 6 - 4 * 2  # the four batches on disk are not generated again
+    assert f"completions  {tmp_path / 'r.answers.jsonl'}, written when all are judged" in ended.out
     for name in ("json", "answers.jsonl"):
         assert output.with_suffix(f".{name}").read_bytes() == straight.with_suffix(f".{name}").read_bytes()
     # Ranked again, otherwise: by the answers that are there.
     before, calls[:] = output.with_suffix(".answers.jsonl").read_bytes(), [0] * 5
     again = ranked(command, output, prompts, *words, "prior=2")
-    assert again.code == 0 and sum(calls) == 0 and f"already played: {tmp_path / 'r.answers.jsonl'}" in again.out
+    assert again.code == 0 and sum(calls) == 0 and f"already complete: {tmp_path / 'r.answers.jsonl'}" in again.out
     assert json.loads(output.read_text())["prior"] == 2
     # Another match is not mixed with it, nor one of other weights under the same name.
     mixed = ranked(command, output, prompts, *words, "seed=1")
-    assert mixed.code == 2 and "was begun with other settings (seed was 0, is 1)" in mixed.err
+    assert mixed.code == 2 and "was started with other settings (seed was 0, is 1)" in mixed.err
     weights = brief / "final" / "adapter_model.safetensors"
     kept = weights.read_bytes()
     try:
@@ -223,11 +225,11 @@ def test_a_match_that_was_cut_off_goes_on_and_one_that_was_played_is_not_played_
         changed = ranked(command, output, prompts, *words)
     finally:
         weights.write_bytes(kept)
-    assert changed.code == 2 and f"was begun with other settings (weights.{brief}/final was" in changed.err
+    assert changed.code == 2 and f"was started with other settings (weights.{brief}/final was" in changed.err
     assert output.with_suffix(".answers.jsonl").read_bytes() == before
     output.with_suffix(".answers.jsonl").write_bytes(b'{"id": 1}\n')
     spoilt = ranked(command, output, prompts, *words)
-    assert spoilt.code == 3 and "r.answers.jsonl line 1: is not what dpo-rank wrote" in spoilt.err
+    assert spoilt.code == 3 and "r.answers.jsonl line 1: was not written by this version of dpo-rank" in spoilt.err
 
 
 # What is refused
@@ -240,11 +242,11 @@ def test_players_and_judge_read_prompts_in_one_form(
     plain = player(pairs, "plain", "data.template=plain", "max_steps=1")
     output = tmp_path / "r.json"
     mixed = ranked(command, output, prompts, f"checkpoints=[{BASE},{plain}]", "judge=shorter")
-    says = f"({BASE} as chat, {plain} as plain); template=chat or template=plain asks all of them so"
-    assert (mixed.code, mixed.err) == (2, f"error: checkpoints: are not asked alike {says}\n")
+    says = f"({BASE}: chat, {plain}: plain); set template=chat or template=plain for all of them"
+    assert (mixed.code, mixed.err) == (2, f"error: checkpoints: their templates differ {says}\n")
     judged = ranked(command, output, prompts, f"checkpoints=[{BASE},{brief}]", f"judge={plain}")
-    says = f"judge={plain}: reads answers as plain, and the checkpoints are asked as chat; template=plain asks them so"
-    assert (judged.code, judged.err) == (2, f"error: {says}, too\n")
+    says = f"judge={plain}: has template=plain, and the checkpoints have template=chat"
+    assert (judged.code, judged.err) == (2, f"error: {says}; set template=plain for the checkpoints\n")
     assert list(tmp_path.iterdir()) == []
     turns = [{"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": p}]} for p in PROMPTS]
     asked = write_jsonl(tmp_path / "turns.jsonl", turns)
@@ -262,20 +264,20 @@ def test_players_and_judge_read_prompts_in_one_form(
         assert [row["reward_chosen"], row["reward_rejected"]] == pytest.approx(rewards[row["sample"]], abs=1e-5)
 
 
-def test_the_space_behind_the_colon_of_a_conversation_in_plain_text_is_no_part_of_an_answer(
+def test_the_space_after_the_colon_of_a_conversation_in_plain_text_is_not_stored(
     command: Command, brief: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def answered(sampler: Any, prompts: list[list[int]], *_: Any) -> list[list[Text]]:
-        return [[Text(" Hi there", 3, True)] for _ in prompts]
+    def completed(model: Any, prompts: list[list[int]], *_: Any) -> list[list[CompletionText]]:
+        return [[CompletionText(" Hi there", 3, FinishReason.STOP)] for _ in prompts]
 
-    monkeypatch.setattr(play, "answer_all", answered)
+    monkeypatch.setattr(match_module, "generate_all", completed)
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     asked = write_jsonl(tmp_path / "p.jsonl", [{"prompt": turns}, {"prompt": "Why is it so?"}])
     words = (f"checkpoints=[{BASE},{brief}]", "judge=shorter", "prior=1", "template=plain")
     ended = ranked(command, tmp_path / "r.json", asked, *words)
     assert ended.code == 0, ended.err
     assert [row["responses"] for row in answers(tmp_path / "r.json")] == [["Hi there"] * 2, [" Hi there"] * 2]
-    assert "every prompt came to the same result: the intervals" in " ".join(ended.out.split())
+    assert "every prompt has the same result, so the intervals" in " ".join(ended.out.split())
 
 
 def test_a_judge_whose_rewards_are_no_numbers_ranks_nobody(
@@ -285,19 +287,19 @@ def test_a_judge_whose_rewards_are_no_numbers_ranks_nobody(
     weights = broken / "final" / "adapter_model.safetensors"
     save_file({name: tensor * float("nan") for name, tensor in load_file(weights).items()}, weights)
     ended = ranked(command, tmp_path / "r.json", prompts, f"checkpoints=[{BASE},{brief}]", f"judge={broken}", "prior=1")
-    says = f"judge={broken}/final: gives rewards that are no numbers; its weights are damaged"
+    says = f"judge={broken}/final: gives rewards that are not finite; its weights are damaged"
     assert (ended.code, ended.err) == (4, f"error: {says}\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["r.answers.jsonl.part"]  # what was drawn is kept
+    assert [path.name for path in tmp_path.iterdir()] == ["r.answers.jsonl.part"]  # the completions are kept
 
 
 def test_a_ranking_is_written_over_no_other_file(command: Command, tmp_path: Path) -> None:
     games = tmp_path / "games.json"
     games.write_text(content := '[{"winner": "A", "loser": "B"}, {"winner": "B", "loser": "A"}]')
     ended = command("dpo-rank", f"games={games}", f"output={games}")
-    says = f"output={games}: is there already, and is no ranking; name another file"
+    says = f"output={games}: already exists and is not a ranking; name another file"
     assert (ended.code, ended.err) == (2, f"error: {says}\n") and games.read_text() == content
     other = command("dpo-rank", f"games={games}", f"output={tmp_path / 'r.csv'}")
-    assert other.code == 2 and "must end in .json, which is what is written" in other.err
+    assert other.code == 2 and "must end in .json\n" in other.err
     os.mkfifo(tmp_path / "pipe.json")
     assert command("dpo-rank", f"games={games}", f"output={tmp_path / 'pipe.json'}").code == 2
     output = tmp_path / "new" / "r.json"
@@ -315,11 +317,11 @@ def test_dials_of_a_match_are_no_dials_of_a_file_of_games(command: Command, tmp_
         assert (ended.code, ended.err) == (2, f"error: {says}\n")
 
 
-def test_what_cannot_play_or_judge_is_refused_before_an_answer_is_drawn(
+def test_what_cannot_play_or_judge_is_refused_before_generation(
     command: Command, other: Path, reward: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[int] = []
-    monkeypatch.setattr(module, "distinct_answers", lambda *_: drawn.append(1))
+    generated: list[int] = []
+    monkeypatch.setattr(module, "distinct_completions", lambda *_: generated.append(1))
     gone = tmp_path / "gone"
     nowhere = "no such directory; name a run directory, checkpoints/step-*, final/, a PEFT adapter directory or a model"
     players = f"checkpoints=[{BASE},{other}]"
@@ -330,21 +332,21 @@ def test_what_cannot_play_or_judge_is_refused_before_an_answer_is_drawn(
         ((f"checkpoints=[{BASE}]", "judge=shorter"), 2,
          f"checkpoints=['{BASE}']: must be two or more, for instance checkpoints=[runs/a,runs/b]"),
         ((f"checkpoints=[{BASE},{reward}]", "judge=shorter"), 2,
-         f"checkpoints={reward}: is a reward model, which gives no answers; let it judge"),
+         f"checkpoints={reward}: is a reward model, which generates no text; use it as judge"),
         ((players,), 2, "judge=null: name a reward model's run, a DPO run, or a rule"),
         ((players, "judge=short"), 2,
-         "judge=short: no such directory, and no rule; rules are shorter, longer, unrepetitive"),
+         "judge=short: no such directory or rule; rules are shorter, longer, unrepetitive"),
         ((players, f"judge={gone}"), 4, f"judge={gone}: {nowhere}"),
-        ((players, f"judge={BASE}"), 2, f"judge={BASE}: a judge is an adapter on the model it was trained from, or a "
+        ((players, f"judge={BASE}"), 2, f"judge={BASE}: is a model without an adapter; name a run's adapter, or a "
          "sequence-classification model with one label"),
         ((players, "judge=shorter", "games=x.csv"), 2,
          "games=x.csv: give games=FILE, or checkpoints=[a,b,c] judge=... prompts=FILE"),
-        ((players, "judge=shorter", "max_prompt_length=5"), 3, "over max_prompt_length=5"),
+        ((players, "judge=shorter", "max_prompt_length=5"), 3, "more than max_prompt_length=5; raise it"),
     ):  # fmt: skip
         ended = ranked(command, tmp_path / "r.json", prompts, *words)
         assert ended.code == code and ended.err.count("\n") == 1, ended.err
         assert says in ended.err and (code == 3 or ended.err == f"error: {says}\n")
-    assert drawn == [] and list(tmp_path.iterdir()) == []
+    assert generated == [] and list(tmp_path.iterdir()) == []
 
 
 def test_prompts_are_needed_and_one_prompt_is_too_few(
@@ -355,5 +357,5 @@ def test_prompts_are_needed_and_one_prompt_is_too_few(
     says = "prompts=null: name a file of prompts, for instance prompts=prompts.jsonl"
     assert (ended.code, ended.err) == (2, f"error: {says}\n")
     ended = command("dpo-rank", *words, f"prompts={prompts}", "limit=1")
-    says = f"{prompts}: one prompt says nothing about how prompts differ; rank on more of them"
+    says = f"{prompts}: has one prompt, and intervals need two; use more prompts"
     assert (ended.code, ended.err) == (3, f"error: {says}\n")

@@ -93,13 +93,16 @@ NEEDS = "A row needs winner and loser, and may have count and tie; it has"
         ("winner,lost\nA,B\n", f"games.csv line 2: no 'loser'. {NEEDS} winner, lost"),
         (
             "winner,loser,count\nA,B,1\nA,B,1,000\n",
-            "games.csv line 3: has 1 cell more than the header; a text with a comma in it needs quotes",
+            "games.csv line 3: has 1 cell more than the header; quote a text that contains a comma",
         ),
         ("winner,loser\nA,B\nB\n", f"games.csv line 3: no 'loser'. {NEEDS} winner"),
         ("winner,loser\nA,B\n,B\n", "games.csv line 3: 'winner' is empty; a player needs a name"),
         ("winner,loser\nA,  \n", "games.csv line 2: 'loser' is empty; a player needs a name"),
-        ("winner,loser\nA,B\nA,A\n", "games.csv line 3: 'A' against itself; a game has two players"),
-        ("winner,loser\n\x1b[2J,\x1b[2J\n", "games.csv line 2: '\\x1b[2J' against itself; a game has two players"),
+        ("winner,loser\nA,B\nA,A\n", "games.csv line 3: 'A' plays against itself; a game needs two players"),
+        (
+            "winner,loser\n\x1b[2J,\x1b[2J\n",
+            "games.csv line 2: '\\x1b[2J' plays against itself; a game needs two players",
+        ),
         ("winner,loser,count\nA,B,-1\n", f"games.csv line 2: {COUNT} '-1'"),
         ("winner,loser,count\nA,B,nan\n", f"games.csv line 2: {COUNT} 'nan'"),
         ("winner,loser,count\nA,B,inf\n", f"games.csv line 2: {COUNT} 'inf'"),
@@ -107,8 +110,8 @@ NEEDS = "A row needs winner and loser, and may have count and tie; it has"
         ("winner,loser,count\nA,B,\n", f"games.csv line 2: {COUNT} ''"),
         ("winner,loser,count\nA,B,1e-300\n", f"games.csv line 2: {COUNT} '1e-300'"),
         ("winner,loser,count,tie\nA,B,1,maybe\n", f"games.csv line 2: {TIE} 'maybe'"),
-        ("winner,loser,count\n", "games.csv: holds no games. A row is winner,loser,count"),
-        ("", "games.csv: holds no games. A row is winner,loser,count"),
+        ("winner,loser,count\n", "games.csv: has no games. A row needs winner and loser, and may have count and tie"),
+        ("", "games.csv: has no games. A row needs winner and loser, and may have count and tie"),
     ],
 )
 def test_a_bad_row_is_refused_with_its_line(text: str, says: str) -> None:
@@ -136,7 +139,7 @@ def test_a_bad_line_of_json_is_refused_too(line: str, says: str) -> None:
 def test_a_file_that_is_not_there_is_named() -> None:
     games(WORKED)
     assert refused(Path("game.csv")) == "game.csv: no such file; did you mean games.csv?"
-    assert refused(Path("owner/games")) == "owner/games: no such file"
+    assert refused(Path("owner/games")) == "owner/games: no such file; name a file of games"
 
 
 def test_a_column_of_something_else_is_no_thousand_players() -> None:
@@ -151,33 +154,32 @@ def test_a_column_of_something_else_is_no_thousand_players() -> None:
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        (["Anna,Bert"], "Anna never lost to the others, so that their strength has no bound"),
+        (["Anna,Bert"], "Anna never lost to the others, so their strength has no bound"),
         (
             ["Anna,Bert", "Bert,Anna", "Anna,Carl", "Bert,Dora", "Carl,Dora", "Dora,Carl"],
-            "Anna and Bert never lost to the others, so that their strength has no bound",
+            "Anna and Bert never lost to the others, so their strength has no bound",
         ),
         (
             ["Anna,Bert", "Bert,Anna", "Anna,Carl"],
-            "Carl never beat the others, so that their strength has no bound",
+            "Carl never beat the others, so their strength has no bound",
         ),
         (
             ["Anna,Bert", "Bert,Carl", "Carl,Bert", "Carl,Dora"],
-            "Anna never lost to the others and Dora never beat the others, so that their strengths have no bound",
+            "Anna never lost to the others and Dora never beat the others, so their strengths have no bound",
         ),
         (
             ["Anna,Bert", "Bert,Anna", "Carl,Dora", "Dora,Carl", "Anna,Emil", "Emil,Bert"],
-            "no game joins these groups, so that their strengths cannot be compared: Anna, Bert and Emil | "
-            "Carl and Dora",
+            "no game connects these groups, so their strengths cannot be compared: Anna, Bert and Emil | Carl and Dora",
         ),
         (
             ["z\x07,a"] + [f"{one},z\x07" for one in "abcdefg"],
-            "z\\x07 and a never beat the others, so that their strength has no bound",
+            "z\\x07 and a never beat the others, so their strength has no bound",
         ),
     ],
 )
 def test_who_stands_in_the_way_of_a_ranking_is_named_with_the_remedy(rows: list[str], says: str) -> None:
     file = games("winner,loser\n" + "\n".join(rows) + "\n")
-    assert refused(file) == f"games.csv: {says}; prior=1 lets every player draw one game with an average one"
+    assert refused(file) == f"games.csv: {says}; set prior=1, which adds a tie of every player with an average player"
     assert "log strength" in shown(file, prior=1.0)  # the remedy is one
 
 
@@ -188,12 +190,12 @@ def test_long_lists_of_names_are_cut_and_names_of_others_cannot_act() -> None:
     with pytest.raises(DataError) as error:
         fit_players("many\n.csv", names, wins)
     assert str(error.value) == (
-        f"many\\n.csv: a\\x1b[31m, {'b' * 37}..., c, d, e and 4 others never lost to the others, so that their "
-        "strength has no bound; prior=1 lets every player draw one game with an average one"
+        f"many\\n.csv: a\\x1b[31m, {'b' * 37}..., c, d, e and 4 others never lost to the others, so their "
+        "strength has no bound; set prior=1, which adds a tie of every player with an average player"
     )
     with pytest.raises(DataError) as error:
         fit_players("many.csv", names[2:10], torch.zeros(8, 8))
-    assert "cannot be compared: c | d | e | f | g | h | 2 more; prior=1" in str(error.value)
+    assert "cannot be compared: c | d | e | f | g | h | 2 more; set prior=1" in str(error.value)
 
 
 @pytest.mark.parametrize("prior", [-1.0, math.nan, math.inf, 1e-9])
@@ -217,7 +219,7 @@ def test_the_worked_example_is_shown() -> None:
         "1  C        0.57 (-0.46, 1.61)  0.53      8     5   62 (28, 87)  ~\n"
         "2  A        0.06 (-0.56, 0.68)  0.32     20    11   67 (38, 87)  ~\n"
         "3  B       -0.63 (-1.56, 0.30)  0.48     12     4\n"
-        "~ not told apart from the next: the 95% interval holds 50\n"
+        "~ the 95% interval of % beats next contains 50\n"
         "\n"
         "   % row beats column   C   A   B\n"
         "1  C                    -  62  77\n"
@@ -231,8 +233,8 @@ def test_a_circle_is_said_not_to_fit_one_ranking() -> None:
     # chi-square 6 * 3^2 / 5 = 10.8; the deviance 6 (8 ln 1.6 + 2 ln 0.4) = 11.56; erfc(sqrt(5.4)) = 0.00102
     assert text.splitlines()[-2:] == [
         "fit: deviance 11.6, chi-square 10.8 on 1 degree of freedom, p = 0.001",
-        "warning: one strength per player does not explain these games: who wins depends on who meets whom, as where "
-        "A beats B, B beats C and C beats A; go by the games of each two players, not by their ranks",
+        "warning: one strength per player does not fit these games: results depend on who plays whom, for instance A "
+        "beats B, B beats C and C beats A; compare the games of each two players, not their ranks",
     ]
     assert "1  A       0.00 (-0.58, 0.58)" in text
 
@@ -259,11 +261,11 @@ def test_players_told_apart_carry_no_mark() -> None:
 def test_a_prior_and_columns_that_mean_nothing_are_told() -> None:
     text = shown(games("winner,loser,count,judge,date\nA,B,8,me,today\nB,C,8,me,today\nC,A,1,,\n"), prior=2.5)
     assert text.splitlines()[:3] == [
-        "warning: games.csv: not read: judge, date. A row is winner, loser, count and tie",
+        "warning: games.csv: columns not used: judge, date. A row has winner, loser, count and tie",
         "games.csv: 17 games between 3 players",
-        "prior=2.5: every player also drew 2.5 games with an imaginary average one",
+        "prior=2.5 adds 2.5 ties of every player with an imaginary average player",
     ]
-    assert text.endswith("on 1 degree of freedom; no p-value, because the prior moves both")
+    assert text.endswith("on 1 degree of freedom; no p-value, because a prior changes both")
 
 
 def test_clusters_are_told() -> None:
@@ -275,7 +277,7 @@ def test_clusters_are_told() -> None:
     names = ["A", "B", "C"]
     show_ranking(names, wins, fit_players("games", names, wins, clusters=prompts), Reporter(stream))
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "intervals count 12 prompts, not games: games of one prompt share answers"
+    assert lines[0] == "intervals are over 12 prompts, not games: games of one prompt share their responses"
     assert lines[-1].endswith("on 1 degree of freedom; no p-value, because games of one prompt are not independent")
 
 
@@ -283,7 +285,7 @@ def test_one_prompt_is_no_sample_of_prompts() -> None:
     wins = torch.tensor([[0.0, 2.0], [1.0, 0.0]])
     with pytest.raises(DataError) as error:
         fit_players("prompts.jsonl", ["A", "B"], wins, clusters=wins[None])
-    assert str(error.value) == ("prompts.jsonl: one prompt says nothing about how prompts differ; rank on more of them")
+    assert str(error.value) == ("prompts.jsonl: has one prompt, and intervals need two; use more prompts")
 
 
 LONG = [f"family/model-{size}b-instruct-dpo-\u202e" for size in range(1, 9)]
@@ -308,7 +310,7 @@ def test_more_players_than_a_screen_holds_have_no_matrix_there() -> None:
     wins = torch.ones(13, 13) - torch.eye(13)
     stream = io.StringIO()
     show_ranking([f"p{player}" for player in range(13)], wins, fit(wins), Reporter(stream))
-    assert "\nthe win probabilities of 13 players are too many to show\n" in stream.getvalue()
+    assert "\nwin probabilities are not shown for more than 12 players\n" in stream.getvalue()
 
 
 def test_no_number_of_games_shows_a_certainty() -> None:

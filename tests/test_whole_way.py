@@ -77,7 +77,7 @@ def test_the_answers_to_a_prompt_are_the_same_whatever_is_drawn_beside_them(
 def test_a_sampling_cut_off_anywhere_goes_on_to_the_same_bytes(
     command: Command, prompts: Path, tmp_path: Path, lost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batches of one prompt; killed after some of them, the journal's last line cut `lost` bytes before its end."""
+    """Batches of one prompt; killed after some of them, the job log's last line cut `lost` bytes before its end."""
     from dpo_cli.commands import sample
     from dpo_cli.generation import sampler
     from dpo_cli.storage import job_log
@@ -85,9 +85,9 @@ def test_a_sampling_cut_off_anywhere_goes_on_to_the_same_bytes(
     words = (*DRAWING, f"prompts={prompts}", "batch_size=2")
     straight, resumed = tmp_path / "straight.jsonl", tmp_path / "resumed.jsonl"
     assert command("dpo-sample", *words, f"output={straight}").code == 0
-    drawn: list[int] = []
-    draw = sampler.distinct_answers
-    monkeypatch.setattr(sampler, "distinct_answers", lambda *a: (drawn.append(len(a[2])), draw(*a))[1])
+    sizes: list[int] = []
+    generate = sampler.distinct_completions
+    monkeypatch.setattr(sampler, "distinct_completions", lambda *a: (sizes.append(len(a[2])), generate(*a))[1])
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -95,16 +95,16 @@ def test_a_sampling_cut_off_anywhere_goes_on_to_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(sample, "finish", killed)
         assert command("dpo-sample", *words, f"output={resumed}").code == 130
-    part = job_log.journal_of(resumed)
+    part = job_log.job_log_path(resumed)
     content = part.read_bytes()
     part.write_bytes(content[: len(content) - lost])
     whole = max(0, part.read_bytes().count(b"\n") - 1)  # batches that are on disk
-    drawn.clear()
+    sizes.clear()
     ended = command("dpo-sample", *words, f"output={resumed}")
     assert ended.code == 0, ended.err
     assert resumed.read_bytes() == straight.read_bytes()
-    assert sum(drawn) == 5 - whole
-    assert ("its last line was cut off in the middle" in ended.out) == (lost > 0)
+    assert sum(sizes) == 5 - whole
+    assert ("its last line is incomplete" in ended.out) == (lost > 0)
 
 
 def test_a_finished_sampling_is_not_done_again_and_another_is_not_mixed_with_it(
@@ -116,8 +116,8 @@ def test_a_finished_sampling_is_not_done_again_and_another_is_not_mixed_with_it(
     other = command("dpo-sample", *DRAWING, f"prompts={prompts}", f"output={samples}", "seed=3", "temperature=0.5")
     assert other.code == 2
     assert other.err == (
-        f"error: output={samples}: was begun with other settings (seed was 0, is 3; temperature was 1.0, is 0.5); "
-        "take the changes back, or name another output\n"
+        f"error: output={samples}: was started with other settings (seed was 0, is 3; temperature was 1.0, is 0.5); "
+        "undo the changes, or name another output\n"
     )
     assert samples.read_bytes() == before
 
@@ -126,7 +126,7 @@ def test_a_strangers_file_is_never_written_over(command: Command, prompts: Path,
     mine = tmp_path / "mine.jsonl"
     mine.write_text("precious\n")
     ended = command("dpo-sample", *DRAWING, f"prompts={prompts}", f"output={mine}")
-    assert ended.code == 2 and ended.err == f"error: output={mine}: is there already; name another file\n"
+    assert ended.code == 2 and ended.err == f"error: output={mine}: already exists; name another file\n"
     assert mine.read_text() == "precious\n"
 
 
@@ -148,7 +148,7 @@ def test_prompts_are_read_from_lines_messages_dialogues_and_pairs(command: Comma
     assert [row["index"] for row in rows(out)] == [0, 1, 2, 3]
     assert rows(out)[3]["prompt"] == "\n\nHuman: A pair?\n\nAssistant:"
     assert "4 prompts of 6 rows" in ended.out
-    assert "left out 1 that stood there before" in ended.out and "left out 1 that were empty" in ended.out
+    assert "dropped 1 prompt (repeated)" in ended.out and "dropped 1 prompt (empty)" in ended.out
     text = tmp_path / "lines.txt"
     text.write_text("First line\n\nSecond line\n")
     assert command("dpo-sample", *DRAWING, f"prompts={text}", f"output={tmp_path / 'l.jsonl'}").code == 0
@@ -160,7 +160,7 @@ def test_prompts_are_read_from_lines_messages_dialogues_and_pairs(command: Comma
     [
         ({"question": "x"}, "no 'prompt' key. A row needs a prompt, as text or messages; it has question"),
         ({"prompt": 3}, "'prompt' must be text, it is a number"),
-        ({"prompt": []}, "the prompt must end with a user message, which is then answered"),
+        ({"prompt": []}, "the prompt must end with a user message"),
         ("{", "not JSON"),
     ],
 )
@@ -172,7 +172,7 @@ def test_a_row_without_a_prompt_is_named(command: Command, tmp_path: Path, row: 
     assert ended.err.startswith(f"error: {file} line 2: {words}")
     assert not (tmp_path / "o.jsonl.part").exists()
     skipped = command("dpo-sample", *DRAWING, f"prompts={file}", f"output={tmp_path / 'o.jsonl'}", "on_bad_row=skip")
-    assert skipped.code == 0 and "left out 1 that held none" in skipped.out
+    assert skipped.code == 0 and "dropped 1 prompt (not readable)" in skipped.out
 
 
 # Pairs
@@ -196,8 +196,8 @@ def test_a_rule_labels_samples_and_dpo_trains_on_the_pairs(
     pairs = rows(tmp_path / "written.rule.jsonl")
     assert [(row["chosen"], row["rejected"]) for row in pairs] == [("one", "one two three"), ("a b", "a b c d e")]
     assert [row["probability"] for row in pairs] == [pytest.approx(4 / 6), pytest.approx(6 / 9)]
-    assert "left out 1 couple whose answers have the same reward" in ended.out
-    assert "left out 1 couple whose answers are the same text" in ended.out
+    assert "left out 1 pair whose responses have the same reward" in ended.out
+    assert "left out 1 pair whose responses are the same text" in ended.out
     trained = command(
         "dpo-train", "model=tiny", "data=jsonl", f"data.train={tmp_path / 'written.rule.jsonl'}",
         "data.eval_fraction=0", "max_steps=1", f"output_dir={tmp_path / 'run'}",
@@ -259,7 +259,7 @@ def test_implicit_rewards_are_those_of_dpo_eval(command: Command, tmp_path: Path
         margin = row["reward_chosen"] - row["reward_rejected"]
         assert margin > 0 and row["probability"] == pytest.approx(1 / (1 + math.exp(-margin)))
     refused = command("dpo-label", f"samples={samples}", "by=reward", f"judge={run}")
-    assert refused.code == 2 and refused.err.startswith(f"error: judge={run}: is no reward model; by=implicit takes")
+    assert refused.code == 2 and refused.err.startswith(f"error: judge={run}: is not a reward model; set by=implicit")
 
 
 def test_labels_of_other_samples_are_refused_with_what_differs(command: Command, samples: Path, tmp_path: Path) -> None:
@@ -269,18 +269,18 @@ def test_labels_of_other_samples_are_refused_with_what_differs(command: Command,
     ended = command("dpo-label", f"samples={other}", "by=rule", "rule=longer", f"output={out}")
     assert ended.code == 2
     assert re.match(
-        rf"error: output={re.escape(str(out))}: was begun with other settings \(samples was \w+, is ", ended.err
+        rf"error: output={re.escape(str(out))}: was started with other settings \(samples was \w+, is ", ended.err
     )
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", "holds no samples"),
-        ('{"prompt": "x", "chosen": "a", "rejected": "b"}\n', "no 'responses', a list of two texts or more"),
-        ('{"prompt": "x", "responses": ["a"]}\n', "has one answer; two are compared, so sample with n=2 or more"),
+        ("", "has no samples; make them with dpo-sample"),
+        ('{"prompt": "x", "chosen": "a", "rejected": "b"}\n', "no 'responses' key with a list of two texts or more"),
+        ('{"prompt": "x", "responses": ["a"]}\n', "has one response, and labels need two; sample with n=2 or more"),
         ('{"responses": ["a", "b"]}\n', "no 'prompt' key"),
-        ('{"prompt": "x", "responses": ["a", 3]}\n', "no 'responses', a list of two texts or more"),
+        ('{"prompt": "x", "responses": ["a", 3]}\n', "no 'responses' key with a list of two texts or more"),
     ],
 )
 def test_a_file_that_holds_no_samples_is_refused(command: Command, tmp_path: Path, content: str, words: str) -> None:
@@ -300,7 +300,7 @@ def test_samples_that_nobody_labelled_are_no_ranking(command: Command, samples: 
     words = ("model=tiny", "data=jsonl", f"data.train={samples}", f"output_dir={tmp_path / 'run'}")
     ended = command("dpo-train", *words)
     assert ended.code == 3
-    assert f"{samples} line 1: answers that nobody has labelled; dpo-label makes pairs of them" in ended.err
+    assert f"{samples} line 1: has responses without labels; make pairs of them with dpo-label" in ended.err
 
 
 def test_a_system_message_is_in_the_samples_that_were_drawn_under_it(command: Command, tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_checkpoints_play_each_other_before_a_judge(command: Command, prompts: P
         assert row["rewards"] == [pytest.approx(-math.log(1 + len(text.split()))) for text in row["responses"]]
     ranking = json.loads(out.read_text())
     assert set(ranking["names"]) == {"tiny-random", "run"} and ranking["clusters"] == 5
-    assert "mean reward (95%)" in played.out and "intervals count 5 prompts" in played.out
+    assert "mean reward (95%)" in played.out and "intervals are over 5 prompts" in played.out
 
 
 def test_a_tie_is_half_a_win_and_nobody_plays_themselves() -> None:

@@ -18,7 +18,7 @@ from dpo_cli.errors import CheckpointError, ConfigError, StorageError
 from dpo_cli.evaluation.page import page
 from dpo_cli.evaluation.report import calibration_facts, write_page, write_report
 from dpo_cli.evaluation.scores import Scorer, score_pairs, summarize, windows
-from dpo_cli.generation.generate import greedy_answers
+from dpo_cli.generation.generate import greedy_completions
 from dpo_cli.models.dtype import Decision, choose_device
 from dpo_cli.models.loading import (
     ModelSource,
@@ -308,13 +308,13 @@ def _answers(
     """Held-out prompts with the greedy answers of reference and policy to them, as they are."""
     pairs = [text.pair for text in data.held_out_texts[: config.samples]]
     limit = config.max_new_tokens
-    after = greedy_answers(policy, encoder, pairs, limit, device, signals.poll)
+    after = greedy_completions(policy, encoder, pairs, limit, device, signals.poll)
     if isinstance(reference, AdapterOffReference):
         with policy.disable_adapter():
-            before = greedy_answers(policy, encoder, pairs, limit, device, signals.poll)
+            before = greedy_completions(policy, encoder, pairs, limit, device, signals.poll)
     else:
         assert isinstance(reference, FrozenReference)
-        before = greedy_answers(reference.model, encoder, pairs, limit, device, signals.poll)
+        before = greedy_completions(reference.model, encoder, pairs, limit, device, signals.poll)
     prompts = [pair.messages[-1].content for pair in pairs]
     return [list(row) for row in zip(prompts, before, after, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Ranking: players, or models, by the strengths that explain who beat whom, with how far each can be trusted."""
+"""dpo-rank: a Bradley-Terry ranking of players or models, with standard errors and intervals."""
 
 import json
 from collections.abc import Sequence
@@ -12,43 +12,45 @@ from dpo_cli.config.schema import RankConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.files import local_path
+from dpo_cli.data.formats import FinishReason
 from dpo_cli.data.games import GREATEST_COUNT, LEAST_COUNT, Games, read_games
 from dpo_cli.errors import ConfigError, DataError, StorageError
-from dpo_cli.labelling.match import play, show_match
+from dpo_cli.labelling.match import Match, play
 from dpo_cli.storage.durable import write_whole
 from dpo_cli.storage.job_log import output_path
 from dpo_cli.theory import bradley_terry
 from dpo_cli.theory.bradley_terry import Fit, Groups, NoMaximumError
+from dpo_cli.theory.statistics import Estimate, mean_estimate
 
-REMEDY = "prior=1 lets every player draw one game with an average one"
-LONGEST_NAME = 14  # characters of a name in the tables, so that these fit 80 columns
-LONGEST_HEADING = 5  # characters: longer names head the columns of the matrix as numbers
-MATRIX_PLAYERS = 12  # more columns are no table on a screen
-SHOWN_IN_MESSAGE = 6  # names of a group, and groups
+REMEDY = "set prior=1, which adds a tie of every player with an average player"
+LONGEST_NAME = 14  # characters of a name in a table, which then fits 80 columns
+LONGEST_HEADING = 5  # characters: in place of longer names the matrix has ranks as headings
+MATRIX_PLAYERS = 12  # more columns do not fit a screen
+SHOWN_IN_MESSAGE = 6  # names and groups
 
 
 def rank(config: RankConfig, reporter: Reporter) -> Fit:
-    """dpo-rank: a file of games, or checkpoints that play each other before a judge."""
+    """Rank the players of a file of games, or checkpoints by what a judge says of their completions."""
     output = _output(config) if config.output is not None else None
     if config.games is not None:
         path = local_path(config.games)
         if path is None:
-            raise DataError(f"{safe_text(config.games)}: no such file; games are read from files")
+            raise DataError(f"{safe_text(config.games)}: no such file; name a local file of games")
         table = read_games(path)
         fit = rank_games(path, table, config.prior, reporter)
         if output is not None:
             write_ranking(output, table.players, table.wins, fit)
             reporter.facts([("ranking", str(output))])
         return fit
-    answers = output.with_name(f"{output.stem}.answers.jsonl") if output is not None else None
-    match = play(config, answers, reporter)
+    kept = output.with_name(f"{output.stem}.answers.jsonl") if output is not None else None
+    match = play(config, kept, reporter)
     show_match(match, reporter)
-    if answers is not None:
-        reporter.facts([("answers", str(answers))])
+    if kept is not None:
+        reporter.facts([("completions", str(kept))])
     tables = match.tables
     if bool((tables == tables[0]).all()):
         reporter.warn(
-            "every prompt came to the same result: the intervals, which count how prompts differ, are too narrow"
+            "every prompt has the same result, so the intervals, which measure how prompts differ, are too narrow"
         )
     fit = fit_players(str(config.prompts), match.players, tables.sum(0), config.prior, tables)
     show_ranking(match.players, tables.sum(0), fit, reporter)
@@ -59,7 +61,7 @@ def rank(config: RankConfig, reporter: Reporter) -> Fit:
 
 
 def _output(config: RankConfig) -> Path:
-    """Where the ranking goes; ConfigError where something else than a ranking is there already."""
+    """The file of the ranking; ConfigError where another kind of file exists there."""
     output = output_path(str(config.output), ".json")
     if not output.exists():
         return output
@@ -68,15 +70,40 @@ def _output(config: RankConfig) -> Path:
     except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or "log_strengths" not in found:
-        raise ConfigError(f"output={safe_text(output)}: is there already, and is no ranking; name another file")
+        raise ConfigError(f"output={safe_text(output)}: already exists and is not a ranking; name another file")
     return output
 
 
+def show_match(match: Match, reporter: Reporter) -> None:
+    """Print each model's mean reward, the difference to the first model's, and the mean length."""
+    rows = []
+    for player, name in enumerate(match.players):
+        mean = mean_estimate([rewards[player] for rewards in match.rewards])
+        more = mean_estimate([rewards[player] - rewards[0] for rewards in match.rewards])
+        tokens = sum(row[player] for row in match.tokens) / len(match.tokens)
+        rows.append([safe_text(name), _interval(mean), _interval(more) if player else "", significant(tokens)])
+    reporter.say()
+    reporter.grid(["model", "mean reward (95%)", "minus the first (95%)", "tokens"], rows)
+    cut = sum(sample.finish_reasons.count(FinishReason.LENGTH) for sample in match.samples)
+    if cut:
+        number = plural(sum(map(len, match.tokens)), "completion")
+        reporter.say(f"{cut:,} of {number} stopped at max_new_tokens (finish_reason length)")
+    tied = sum(len(set(rewards)) < len(rewards) for rewards in match.rewards)
+    if tied:
+        reporter.say(f"{plural(tied, 'prompt')} with equal rewards: a tie is half a win for each")
+    reporter.say()
+
+
+def _interval(estimate: Estimate) -> str:
+    low, high = significant(estimate.low), significant(estimate.high)
+    return f"{significant(estimate.mean)} ({low}, {high})"
+
+
 def rank_games(games: Path, table: Games, prior: float, reporter: Reporter) -> Fit:
-    """Fit strengths to the games of a file and show the ranking; DataError where they rank nobody."""
+    """Fit strengths to the games of a file and show the ranking; DataError where no ranking exists."""
     if table.ignored:
         ignored = safe_text(", ".join(table.ignored), limit=120)
-        reporter.warn(f"{games}: not read: {ignored}. A row is winner, loser, count and tie")
+        reporter.warn(f"{games}: columns not used: {ignored}. A row has winner, loser, count and tie")
     fit = fit_players(str(games), table.players, table.wins, prior)
     total = float(table.wins.sum())
     number = f"{_number(total)} {'game' if total == 1 else 'games'}"
@@ -88,11 +115,11 @@ def rank_games(games: Path, table: Games, prior: float, reporter: Reporter) -> F
 def fit_players(
     source: str, names: Sequence[str], wins: Tensor, prior: float = 0.0, clusters: Tensor | None = None
 ) -> Fit:
-    """`bradley_terry.fit`; where no maximum exists, DataError says which players are the reason and what to do."""
+    """Fit with `bradley_terry.fit`; DataError where no maximum exists, with the players that are the reason."""
     if prior != 0 and not LEAST_COUNT <= prior <= GREATEST_COUNT:
         raise ConfigError(f"prior={prior:g}: must be 0 or from {LEAST_COUNT:g} to {GREATEST_COUNT:g} games; 1 is usual")
     if clusters is not None and len(clusters) < 2:
-        raise DataError(f"{safe_text(source)}: one prompt says nothing about how prompts differ; rank on more of them")
+        raise DataError(f"{safe_text(source)}: has one prompt, and intervals need two; use more prompts")
     try:
         return bradley_terry.fit(wins, prior, clusters)
     except NoMaximumError as error:
@@ -104,14 +131,14 @@ def _no_maximum(error: NoMaximumError, names: Sequence[str]) -> str:
         groups = [_listed([group], names) for group in error.apart[:SHOWN_IN_MESSAGE]]
         more = len(error.apart) - len(groups)
         shown = " | ".join(groups + ([f"{more:,} more"] if more else []))
-        return f"no game joins these groups, so that their strengths cannot be compared: {shown}"
+        return f"no game connects these groups, so their strengths cannot be compared: {shown}"
     above, below = (sum(map(len, groups)) for groups in (error.undefeated, error.winless))
     undefeated = f"{_listed(error.undefeated, names)} never lost to the others"
     winless = f"{_listed(error.winless, names)} never beat the others"
     if above + below < len(names):
-        return f"{undefeated} and {winless}, so that their strengths have no bound"
-    # Two sides of one thing: the shorter list says it.
-    return f"{winless if below < above else undefeated}, so that their strength has no bound"
+        return f"{undefeated} and {winless}, so their strengths have no bound"
+    # Each implies the other: name the shorter list.
+    return f"{winless if below < above else undefeated}, so their strength has no bound"
 
 
 def _listed(groups: Groups | list[tuple[int, ...]], names: Sequence[str]) -> str:
@@ -123,13 +150,15 @@ def _listed(groups: Groups | list[tuple[int, ...]], names: Sequence[str]) -> str
 
 
 def show_ranking(names: Sequence[str], wins: Tensor, fit: Fit, reporter: Reporter) -> None:
-    """Print the ranking, the matrix of win probabilities, and how well one strength per player explains the games."""
+    """Print the ranking, the matrix of win probabilities, and how well one strength per player fits the games."""
     order = _best_first(fit)
     if fit.prior > 0:
-        drawn = f"{fit.prior:g} {'game' if fit.prior == 1 else 'games'}"
-        reporter.say(f"prior={fit.prior:g}: every player also drew {drawn} with an imaginary average one")
+        ties = f"{fit.prior:g} {'tie' if fit.prior == 1 else 'ties'}"
+        reporter.say(f"prior={fit.prior:g} adds {ties} of every player with an imaginary average player")
     if fit.clusters is not None:
-        reporter.say(f"intervals count {plural(fit.clusters, 'prompt')}, not games: games of one prompt share answers")
+        reporter.say(
+            f"intervals are over {plural(fit.clusters, 'prompt')}, not games: games of one prompt share their responses"
+        )
     if any(len(name) > LONGEST_NAME for name in map(safe_text, names)):
         reporter.facts([(str(rank), safe_text(names[player], 200)) for rank, player in enumerate(order, start=1)])
     reporter.say()
@@ -150,7 +179,7 @@ def _show_players(order: list[int], names: Sequence[str], wins: Tensor, fit: Fit
     games = (wins + wins.mT).sum(1)
     low, high = fit.interval()
     least, most = fit.win_probability_interval()
-    rows, told_apart = [], True
+    rows, all_apart = [], True
     for rank, player in enumerate(order, start=1):
         against_next, apart = "", True
         if rank < len(order):
@@ -158,7 +187,7 @@ def _show_players(order: list[int], names: Sequence[str], wins: Tensor, fit: Fit
             apart = float(least[pair]) > 0.5
             ends = f"({_percent(least[pair])}, {_percent(most[pair])})"
             against_next = f"{_percent(fit.win_probabilities[pair])} {ends}"
-            told_apart &= apart
+            all_apart &= apart
         rows.append(
             [
                 str(rank),
@@ -172,13 +201,13 @@ def _show_players(order: list[int], names: Sequence[str], wins: Tensor, fit: Fit
             ]
         )
     reporter.grid(["", "player", "log strength (95%)", "s.e.", "games", "wins", "% beats next", ""], rows, left=2)
-    if not told_apart:
-        reporter.say("~ not told apart from the next: the 95% interval holds 50", style="dim")
+    if not all_apart:
+        reporter.say("~ the 95% interval of % beats next contains 50", style="dim")
 
 
 def _show_matrix(order: list[int], names: Sequence[str], fit: Fit, reporter: Reporter) -> None:
     if len(order) > MATRIX_PLAYERS:
-        reporter.say(f"the win probabilities of {len(order):,} players are too many to show")
+        reporter.say(f"win probabilities are not shown for more than {MATRIX_PLAYERS} players")
         return
     shown = [safe_text(names[player], limit=LONGEST_NAME) for player in order]
     short = all(len(name) <= LONGEST_HEADING for name in shown)
@@ -192,21 +221,21 @@ def _show_matrix(order: list[int], names: Sequence[str], fit: Fit, reporter: Rep
 
 def _show_goodness(fit: Fit, reporter: Reporter) -> None:
     of_freedom = f"{plural(fit.degrees_of_freedom, 'degree')} of freedom"
-    said = f"fit: deviance {significant(fit.deviance)}, chi-square {significant(fit.chi_square)} on {of_freedom}"
+    line = f"fit: deviance {significant(fit.deviance)}, chi-square {significant(fit.chi_square)} on {of_freedom}"
     if fit.p_value is None:
-        why = "the prior moves both" if fit.prior > 0 else "games of one prompt are not independent"
-        reporter.say(f"{said}; no p-value, because {why}")
+        why = "a prior changes both" if fit.prior > 0 else "games of one prompt are not independent"
+        reporter.say(f"{line}; no p-value, because {why}")
         return
-    reporter.say(f"{said}, p = {significant(fit.p_value, 2)}")
+    reporter.say(f"{line}, p = {significant(fit.p_value, 2)}")
     if fit.p_value < 0.05:
         reporter.warn(
-            "one strength per player does not explain these games: who wins depends on who meets whom, as where A "
-            "beats B, B beats C and C beats A; go by the games of each two players, not by their ranks"
+            "one strength per player does not fit these games: results depend on who plays whom, for instance A beats "
+            "B, B beats C and C beats A; compare the games of each two players, not their ranks"
         )
 
 
 def _percent(probability: Tensor) -> str:
-    """Whole percents; never 0 or 100, which no number of games can show."""
+    """Whole percents; never 0 or 100, which no number of games can prove."""
     percent = 100 * float(probability)
     return "<1" if percent < 0.5 else ">99" if percent >= 99.5 else f"{percent:.0f}"
 
@@ -222,7 +251,7 @@ def _number(value: float) -> str:
 
 
 def write_ranking(path: Path, names: Sequence[str], wins: Tensor, fit: Fit) -> None:
-    """Write all of it as JSON, players best first in every list and table; StorageError where that is not possible."""
+    """Write the fit as JSON, best players first in every list and table; StorageError where that fails."""
     order = torch.tensor(_best_first(fit))
 
     def ranked(table: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""dpo-sample: answers of a model to a file of prompts, the raw material of preference pairs.
+"""dpo-sample: completions of a model for a file of prompts, from which preference pairs are made.
 
 The first step of the method: y1, y2 ~ pi_ref(y | x), Section 4 of https://arxiv.org/abs/2305.18290.
 """
@@ -12,59 +12,64 @@ from typing import Any
 from dpo_cli.config.schema import SampleConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural, safe_text, shell_word, significant
-from dpo_cli.data.prompts import PromptInFile, PromptReport, read_prompts
+from dpo_cli.data.formats import FinishReason
+from dpo_cli.data.prompts import PromptReport, PromptRow, read_prompts
 from dpo_cli.data.samples import as_stored, sample_id
 from dpo_cli.errors import DataError, StoppedError
-from dpo_cli.generation.decoding import Decoding
-from dpo_cli.generation.generate import Text
-from dpo_cli.generation.sampler import PARTS, Drawing, Sampler, answer_all, drawing_in_words, load_sampler
+from dpo_cli.generation.generate import CompletionText
+from dpo_cli.generation.sampler import (
+    LOG_KEYS,
+    GenerationModel,
+    describe_generation,
+    generate_all,
+    generation_options,
+    load_generation_model,
+)
 from dpo_cli.runs.manifest import environment
 from dpo_cli.signals import StopSignals
-from dpo_cli.storage.job_log import finish, is_done, journal_of, manifest_of, opened_journal, output_path
+from dpo_cli.storage.job_log import finish_job, is_done, job_log_path, manifest_path, open_job_log, output_path
 
 
 def sample(config: SampleConfig, reporter: Reporter) -> Path:
-    """Draw the answers; returns the file of samples, which appears when all are drawn."""
+    """Generate the completions; return the file of samples, which is written when all are done."""
     assert config.prompts is not None
     prompts, report = read_prompts(config.prompts, config.limit, config.on_bad_row == "skip")
     output = _output(config)
     with StopSignals(reporter.warn) as signals:
-        sampler = load_sampler(config, reporter)
-        ids = sampler.encoder.encode_prompts([prompt.read for prompt in prompts])
-        kept = [place for place, tokens in enumerate(ids) if len(tokens) <= config.max_prompt_length]
+        model = load_generation_model(config, reporter)
+        ids = model.encoder.encode_prompts([prompt.read for prompt in prompts])
+        kept = [index for index, tokens in enumerate(ids) if len(tokens) <= config.max_prompt_length]
         report.dropped.update({"prompt_too_long": len(ids) - len(kept)} if len(kept) < len(ids) else {})
         report.kept = len(kept)
         if not kept:
             raise DataError(
-                f"{report.source}: all prompts are longer than max_prompt_length={config.max_prompt_length}"
+                f"{report.source}: every prompt is longer than max_prompt_length={config.max_prompt_length}; raise it"
             )
-        prompts, ids = [prompts[place] for place in kept], [ids[place] for place in kept]
-        decoding = Decoding(config.max_new_tokens, config.temperature, config.top_p)
-        job = _job(config, sampler, prompts, ids)
-        _show_header(reporter, config, sampler, report, output)
+        prompts, ids = [prompts[index] for index in kept], [ids[index] for index in kept]
+        job = _job(config, model, prompts, ids)
+        _show_header(reporter, config, model, report, output)
         if is_done(output, job):
             reporter.say(f"already complete: {output}")
             return output
-        with opened_journal(output, job, PARTS, reporter.warn) as journal:
-            size = None if config.batch_size == "auto" else int(config.batch_size)
-            drawing = Drawing(config.n, decoding, config.seed, size)
+        with open_job_log(output, job, LOG_KEYS, reporter.warn) as log:
             try:
-                drawn = answer_all(sampler, ids, drawing, journal, reporter, signals.poll)
+                options = generation_options(config, config.n)
+                completions = generate_all(model, ids, options, log, reporter, signals.poll)
             except StoppedError as stop:
-                raise type(stop)(f"{stop}; go on with the same command and output={output}") from None
+                raise type(stop)(f"{stop}; to resume, run the same command with output={output}") from None
             of_all = {key: job[key] for key in ("model", "weights", "template", "temperature", "top_p", "seed")}
             rows = [
-                {**_row(prompt, answers), **of_all}
-                for prompt, answers in zip(prompts, drawn, strict=True)
-                if len(answers) >= min(2, config.n)
+                {**_row(prompt, texts), **of_all}
+                for prompt, texts in zip(prompts, completions, strict=True)
+                if len(texts) >= min(2, config.n)
             ]
             if not rows:
-                raise DataError(f"{report.source}: no prompt got two different answers; a higher temperature helps")
-            seconds = sum(float(part["seconds"]) for part in journal.done)
-            facts = _facts(rows, config.n, {**report.dropped, "identical": len(prompts) - len(rows)})
-            finish(journal, output, rows, {**environment(sampler.device), "job": job, **facts, "seconds": seconds})
+                raise DataError(f"{report.source}: no prompt has two different completions; raise temperature or top_p")
+            seconds = sum(float(part["seconds"]) for part in log.done)
+            counts = _counts(rows, config.n, {**report.dropped, "identical": len(prompts) - len(rows)})
+            finish_job(output, rows, {**environment(model.device), "job": job, **counts, "seconds": seconds})
         reporter.say()
-        reporter.facts([*_in_words(config, drawn, rows, seconds), *_next_steps(config, output)])
+        reporter.facts([*_result(config, completions, rows, seconds), *_next_steps(config, output)])
     return output
 
 
@@ -74,91 +79,95 @@ def _output(config: SampleConfig) -> Path:
     return Path("outputs") / "samples" / time.strftime("%Y-%m-%d_%H-%M-%S.jsonl")
 
 
-def _job(config: SampleConfig, sampler: Sampler, prompts: list[PromptInFile], ids: list[list[int]]) -> dict[str, Any]:
-    """What the answers depend on."""
+def _job(
+    config: SampleConfig, model: GenerationModel, prompts: list[PromptRow], ids: list[list[int]]
+) -> dict[str, Any]:
+    """What the completions depend on."""
     digest = hashlib.sha256()
-    for prompt, tokens in zip(prompts, ids, strict=True):  # the journal files answers by row
+    for prompt, tokens in zip(prompts, ids, strict=True):  # the job log stores completions by the index of the row
         digest.update(f"{prompt.index} {tokens}\n".encode("ascii"))
     return {
-        "model": sampler.name,
-        "weights": sampler.digest,
-        "dtype": str(sampler.dtype.value).removeprefix("torch."),
-        "device": sampler.device.type,
-        "template": sampler.encoder.kind,
+        "model": model.name,
+        "weights": model.digest,
+        "dtype": str(model.dtype.value).removeprefix("torch."),
+        "device": model.device.type,
+        "template": model.encoder.kind,
         "prompts": digest.hexdigest()[:32],
         **{key: getattr(config, key) for key in ("n", "temperature", "top_p", "max_new_tokens", "seed", "batch_size")},
     }
 
 
-def _row(prompt: PromptInFile, answers: Sequence[Text]) -> dict[str, Any]:
-    responses = [as_stored(prompt.written, answer.text) for answer in answers]
+def _row(prompt: PromptRow, completions: Sequence[CompletionText]) -> dict[str, Any]:
+    responses = [as_stored(prompt.written, completion.text) for completion in completions]
     return {
         "id": sample_id(prompt.written, responses),
         "prompt": prompt.written,
         "responses": responses,
-        "tokens": [answer.tokens for answer in answers],
-        "finished": [answer.ended for answer in answers],
+        "tokens": [completion.tokens for completion in completions],
+        "finish_reason": [completion.finish_reason for completion in completions],
         "index": prompt.index,
     }
 
 
-def _facts(rows: Sequence[dict[str, Any]], each: int, dropped: dict[str, int]) -> dict[str, Any]:
+def _counts(rows: Sequence[dict[str, Any]], n: int, dropped: dict[str, int]) -> dict[str, Any]:
     """Counts of what is in the file, and of the prompts that are not."""
-    ends = [end for row in rows for end in row["finished"]]
+    reasons = [reason for row in rows for reason in row["finish_reason"]]
     return {
         "samples": len(rows),
-        "answers": len(ends),
+        "completions": len(reasons),
         "dropped": {reason: number for reason, number in dropped.items() if number},
-        "fewer_than_asked": sum(len(row["responses"]) < each for row in rows),
-        "cut_at_the_limit": ends.count(False),
+        "fewer_than_n": sum(len(row["responses"]) < n for row in rows),
+        "finish_reason_length": reasons.count(FinishReason.LENGTH),
     }
 
 
-def _in_words(
-    config: SampleConfig, drawn: Sequence[Sequence[Text]], rows: Sequence[dict[str, Any]], seconds: float
+def _result(
+    config: SampleConfig,
+    completions: Sequence[Sequence[CompletionText]],
+    rows: Sequence[dict[str, Any]],
+    seconds: float,
 ) -> list[tuple[str, str]]:
-    """What came out. Rate and length are of all that was drawn, the rest of what is in the file."""
-    answers, tokens = sum(map(len, drawn)), sum(answer.tokens for texts in drawn for answer in texts)
-    rate = f"{significant(answers / seconds)} answers/s, {significant(tokens / seconds)} tokens/s"
-    told = [
-        ("done", f"{plural(len(rows), 'sample')} of {plural(config.n, 'answer')} in {duration(seconds)}: {rate}"),
-        ("", f"an answer has {significant(tokens / answers)} tokens on average"),
+    """The lines at the end. Rate and length are those of all completions, the counts those of the file."""
+    number, tokens = sum(map(len, completions)), sum(text.tokens for texts in completions for text in texts)
+    rate = f"{significant(number / seconds)} completions/s, {significant(tokens / seconds)} tokens/s"
+    lines = [
+        ("done", f"{plural(len(rows), 'sample')} of {plural(config.n, 'completion')} in {duration(seconds)}: {rate}"),
+        ("", f"{significant(tokens / number)} tokens a completion on average"),
     ]
-    facts = _facts(rows, config.n, {})
-    lacking, short, cut = len(drawn) - len(rows), facts["fewer_than_asked"], facts["cut_at_the_limit"]
-    if lacking:
-        told.append(("", f"left out {plural(lacking, 'prompt')} whose answers came out the same, redrawn or not"))
-    if short:
-        told.append(("", f"{plural(short, 'sample')} with fewer answers: the others came out the same"))
+    counts = _counts(rows, config.n, {})
+    dropped, fewer, cut = len(completions) - len(rows), counts["fewer_than_n"], counts["finish_reason_length"]
+    if dropped:
+        lines.append(("", f"dropped {plural(dropped, 'prompt')} without two different completions"))
+    if fewer:
+        lines.append(("", f"{plural(fewer, 'sample')} with fewer than {config.n} different completions"))
     if cut:
-        share = f"{cut:,} of {facts['answers']:,} answers"
-        told.append(("", f"{share} were cut at max_new_tokens={config.max_new_tokens}"))
-    return told
+        share = f"{cut:,} of {plural(counts['completions'], 'completion')}"
+        lines.append(("", f"{share} stopped at max_new_tokens={config.max_new_tokens} (finish_reason length)"))
+    return lines
 
 
 def _next_steps(config: SampleConfig, output: Path) -> list[tuple[str, str]]:
-    where = [("samples", str(output)), ("", str(manifest_of(output)))]
+    files = [("samples", str(output)), ("", str(manifest_path(output)))]
     if config.n == 1:
-        return where
+        return files
     return [
-        *where,
+        *files,
         ("next", f"dpo-label {shell_word('samples', output)} by=human annotator=NAME; or by=reward, implicit, rule"),
     ]
 
 
 def _show_header(
-    reporter: Reporter, config: SampleConfig, sampler: Sampler, report: PromptReport, output: Path
+    reporter: Reporter, config: SampleConfig, model: GenerationModel, report: PromptReport, output: Path
 ) -> None:
-    dtype = f"{str(sampler.dtype.value).removeprefix('torch.')}: {sampler.dtype.reason}"
+    dtype = f"{str(model.dtype.value).removeprefix('torch.')}: {model.dtype.reason}"
     rows = [
-        ("policy", f"{safe_text(sampler.name)} ({sampler.source.origin})"),
-        ("device", str(sampler.device)),
+        ("policy", f"{safe_text(model.name)} ({model.source.origin})"),
+        ("device", str(model.device)),
         ("dtype", dtype),
-        ("template", f"{sampler.encoder.kind}: {sampler.encoder.reason}"),
-        ("drawing", f"{plural(config.n, 'answer')} a prompt, {drawing_in_words(config)}"),
+        ("template", f"{model.encoder.kind}: {model.encoder.reason}"),
+        ("generation", f"{plural(config.n, 'completion')} a prompt, {describe_generation(config)}"),
     ]
-    for place, sentence in enumerate(report.sentences()):
-        rows.append(("prompts" if place == 0 else "", sentence))
-    rows.append(("output", f"{output}, whole when all is drawn; until then {journal_of(output).name}"))
+    rows += [("prompts" if index == 0 else "", sentence) for index, sentence in enumerate(report.sentences())]
+    rows.append(("output", f"{output}, written when the job is done; {job_log_path(output).name} until then"))
     reporter.facts(rows)
     reporter.say()

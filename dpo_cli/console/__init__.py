@@ -1,1 +1,1 @@
-"""What a person sees: the header, the live table, and the one door for text of others."""
+"""What a person sees: the header, the live table, and the escaping of untrusted text."""

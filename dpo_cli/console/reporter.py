@@ -1,7 +1,7 @@
-"""The live console: a view of metrics.jsonl, never load-bearing.
+"""The live console: a view of metrics.jsonl.
 
-On a terminal it is a table that grows in place with a sparkline and a progress bar; anywhere else one plain line
-a record. Whatever becomes of the terminal, pipe or disk behind it, the run goes on.
+On a terminal it is a live table with a sparkline and a progress bar; elsewhere one plain line a record. A closed
+terminal or pipe, or a full disk, never stops a run.
 """
 
 import os
@@ -33,7 +33,7 @@ ROWS_SHOWN = 10
 SPARKS = "▁▂▃▄▅▆▇█"
 ASCII_SPARKS = "_.-=+*#@"
 
-# What a record shows: heading and key, with digits. The order of the columns.
+# The columns of a record: heading, key, significant digits.
 COLUMNS = (
     ("loss", "loss", 3),
     ("margin", "rewards/margins", 3),
@@ -46,12 +46,12 @@ COLUMNS = (
 )
 
 
-class _Unbreakable:
-    """A stream that falls silent instead of raising: a closed pipe or a full disk must not stop training."""
+class _SafeStream:
+    """A stream that stops writing instead of raising: a closed pipe or a full disk must not stop training."""
 
-    def __init__(self, stream: TextIO, hopeful: bool = False) -> None:
+    def __init__(self, stream: TextIO, retry: bool = False) -> None:
         self._stream = stream
-        self._hopeful = hopeful  # a disk may have room again, a closed pipe has no reader again
+        self._retry = retry  # a full disk may have room later; a closed pipe stays closed
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
         self.alive = True
 
@@ -60,7 +60,7 @@ class _Unbreakable:
             try:
                 self._stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
             except (OSError, ValueError):
-                self.alive = self._hopeful
+                self.alive = self._retry
         return len(text)
 
     def flush(self) -> None:
@@ -68,7 +68,7 @@ class _Unbreakable:
             try:
                 self._stream.flush()
             except (OSError, ValueError):
-                self.alive = self._hopeful
+                self.alive = self._retry
 
     def close(self) -> None:
         with suppress(OSError, ValueError):
@@ -85,7 +85,7 @@ class _Unbreakable:
 
 
 def silence_closed_stdout() -> None:
-    """Point a broken standard output at nothing, so that Python's own last flush does not fail."""
+    """Redirect a broken standard output to os.devnull, so that the flush at exit does not fail."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -93,42 +93,43 @@ def silence_closed_stdout() -> None:
 
 
 def sparkline(values: list[float], width: int, marks: str = SPARKS) -> str:
-    """The values as a row of bars, lowest to highest, averaged into at most `width` of them."""
+    """The values as a row of at most `width` bars, each the mean of its bucket."""
     finite = [value for value in values if value == value and abs(value) != float("inf")]
     if not finite:
         return ""
     buckets = min(width, len(finite))
-    edges = [len(finite) * place // buckets for place in range(buckets + 1)]
+    edges = [len(finite) * index // buckets for index in range(buckets + 1)]
     means = [sum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     span = high - low or 1.0
     return "".join(marks[min(len(marks) - 1, int((mean - low) / span * len(marks)))] for mean in means)
 
 
-def watch_line(record: dict[str, Any]) -> str:
-    """How hard the pairs still pull and where the policy drifts, from a logged train step."""
+def drift_lines(record: dict[str, Any]) -> list[str]:
+    """The distribution of the gradient weight, and how far the policy has moved, from a record of a train step."""
     over, under = (100 * record[f"gradient_weight/{name}"] for name in ("over_0.9", "under_0.1"))
     chosen, rejected = (record[f"drift/{side}_per_token"] for side in ("chosen", "rejected"))
-    return (
-        f"pull {significant(record['gradient_weight'], 2)}, {over:.0f}% over 0.9, {under:.0f}% under 0.1   "
-        f"{record['drift/case']}: {chosen:+.3f} {rejected:+.3f} nats a token"
-    )
+    weight = significant(record["gradient_weight"], 2)
+    return [
+        f"grad weight {weight}; over 0.9 for {over:.0f}% of pairs, under 0.1 for {under:.0f}%",
+        f"log-ratio to the reference: chosen {chosen:+.3f}, rejected {rejected:+.3f} nats a token",
+    ]
 
 
 class Reporter:
-    """Everything a command shows; the same in plain text goes to train.log once a run directory is there."""
+    """Everything a command shows, also written as plain text to train.log once `open_log` was called."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = _Unbreakable(stream or sys.stdout)
+        self._stream = _SafeStream(stream or sys.stdout)
         self.console = Console(
             file=self._stream,  # type: ignore[arg-type]
             highlight=False,
             markup=False,
             emoji=False,
             soft_wrap=not self._stream.isatty(),
-            # A dumb terminal has no cursor to move; rich decides by TERM as well.
+            # None lets rich decide by TERM: a dumb terminal has no cursor to move.
             force_terminal=None if self._stream.isatty() else False,
-            # A width of 0 would show nothing at all.
+            # A width of 0 would show nothing.
             _environ={name: value for name, value in os.environ.items() if (name, value) != ("COLUMNS", "0")},
         )
         self._log: Any = None
@@ -141,12 +142,12 @@ class Reporter:
         self._last_plain = 0.0
 
     def open_log(self, path: Path) -> None:
-        """From here on write every line to `path` too."""
-        with suppress(OSError):  # a run without its log is better than no run
-            self._log = _Unbreakable(path.open("a", encoding="utf-8", errors="backslashreplace"), hopeful=True)
+        """Write every further line to `path` too."""
+        with suppress(OSError):  # a run without its log is better than none
+            self._log = _SafeStream(path.open("a", encoding="utf-8", errors="backslashreplace"), retry=True)
 
     def close(self) -> None:
-        """End the live view, leaving its last state on screen."""
+        """End the live view, with its last state on screen."""
         self.stop()
         if self._log is not None:
             self._log.close()
@@ -155,17 +156,17 @@ class Reporter:
     # Lines
 
     def say(self, text: str = "", style: str | None = None) -> None:
-        """One line, whatever is in it: names and messages of others are shown as `safe_text` shows them."""
+        """Show one line; untrusted text in it is escaped by `safe_text`."""
         text = safe_text(text)
         self._write_log(text)
         self.console.print(Text(text, style=style or ""))
 
     def warn(self, text: str) -> None:
-        """A warning: yellow, on standard output and in the log, so that it is not lost."""
+        """Show a warning: yellow, on standard output and in the log."""
         self.say(f"warning: {text}", style="yellow")
 
     def facts(self, rows: list[tuple[str, str]]) -> None:
-        """Labelled lines, aligned; a label may repeat as an empty one."""
+        """Show aligned lines with labels; an empty label continues the one above."""
         rows = [(label, safe_text(text)) for label, text in rows]
         width = max(len(label) for label, _ in rows)
         for label, text in rows:
@@ -182,7 +183,7 @@ class Reporter:
         self.console.print(grid)
 
     def pair(self, prompt: str, chosen: str, rejected: str, end: str) -> None:
-        """One decoded pair with its boundaries: where the prompt ends, and the token that closes each response."""
+        """Show a decoded pair with its boundaries: the end of the prompt, and the closing token of each response."""
         shown = Text()
         shown.append(safe_text(prompt), style="dim")
         for label, text in (("chosen", chosen), ("rejected", rejected)):
@@ -196,11 +197,11 @@ class Reporter:
         self.console.print(shown)
 
     def grid(self, headings: list[str], rows: list[list[str]], left: int = 1) -> None:
-        """A small table: the first `left` columns are words, the others numbers."""
+        """Show a small table; the first `left` columns are aligned left, the others right."""
         rows = [[safe_text(cell) for cell in row] for row in rows]
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for place, heading in enumerate(headings):
-            table.add_column(Text(heading), justify="left" if place < left else "right", overflow="fold")
+        for index, heading in enumerate(headings):
+            table.add_column(Text(heading), justify="left" if index < left else "right", overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         self.console.print(table)
@@ -208,7 +209,7 @@ class Reporter:
             self._write_log("  ".join(row))
 
     def side_by_side(self, headings: list[str], rows: list[list[str]]) -> None:
-        """Long texts beside each other, a row each; below each other where there is no terminal."""
+        """Show long texts side by side, or one below the other off a terminal."""
         rows = [[safe_text(cell) for cell in row] for row in rows]
         for row in rows:
             self._write_log("\n".join(f"{heading}: {cell}" for heading, cell in zip(headings, row, strict=True)))
@@ -219,8 +220,8 @@ class Reporter:
                 self.console.print()
             return
         table = Table(header_style="dim", show_lines=True, expand=True)
-        for place, heading in enumerate(headings):
-            table.add_column(Text(heading), ratio=2 if place else 1, overflow="fold")
+        for index, heading in enumerate(headings):
+            table.add_column(Text(heading), ratio=2 if index else 1, overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         self.console.print(table)
@@ -228,7 +229,7 @@ class Reporter:
     # Progress
 
     def start(self, what: str, total: int, done: int = 0) -> None:
-        """Begin a progress view of `total` units (`step`, `pair`), `done` of which are done."""
+        """Start a progress view of `total` units (`step`, `pair`), `done` of which are done."""
         self.stop()
         self._unit, self._total = what, total
         self._progress = Progress(
@@ -247,11 +248,11 @@ class Reporter:
             self._live.start()
 
     def advance(self, units: int = 1) -> None:
-        """`units` more are done."""
+        """Count `units` more as done."""
         if self._progress is not None:
             self._progress.advance(self._progress.task_ids[0], units)
             self._refresh()
-            # Evaluations log no record: off a terminal a line every half minute says that they go on.
+            # Evaluations log no record: off a terminal a line every half minute shows their progress.
             if self._live is None and self._unit != "step" and time.monotonic() - self._last_plain > 30:
                 self._last_plain = time.monotonic()
                 task = self._progress.tasks[0]
@@ -259,7 +260,7 @@ class Reporter:
                 self.say(f"{self._unit} {task.completed:.0f}/{self._total}{left}")
 
     def working(self, what: str, total: int) -> Callable[[int], None]:
-        """Hears how many units more are done of something between two steps; off a terminal it says so now and then."""
+        """A function that counts units of work between two steps; off a terminal it shows a line every half minute."""
         done, last = 0, time.monotonic()
 
         def advance(units: int) -> None:
@@ -295,8 +296,9 @@ class Reporter:
     def _plain_line(self, record: dict[str, Any]) -> str:
         split = "eval " if record["split"] == "eval" else ""
         cells = [f"{heading} {significant(record[key], digits)}" for heading, key, digits in COLUMNS if key in record]
-        pull = f"  pull {significant(record['gradient_weight'])}" if "gradient_weight" in record else ""
-        return f"{split}step {record['step']}/{self._total}  " + "  ".join(cells) + pull
+        if "gradient_weight" in record:
+            cells.append(f"grad weight {significant(record['gradient_weight'])}")
+        return f"{split}step {record['step']}/{self._total}  " + "  ".join(cells)
 
     def _frame(self) -> RenderableType:
         parts: list[RenderableType] = []
@@ -320,7 +322,8 @@ class Reporter:
             parts.append(Text(f"margin {line} {significant(self._margins[-1])}", no_wrap=True, overflow="crop"))
         watched = [row for row in self._rows if "drift/case" in row]
         if watched:
-            parts.append(Text(watch_line(watched[-1]), style="dim", no_wrap=True, overflow="ellipsis"))
+            lines = drift_lines(watched[-1])
+            parts += [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in lines]
         if self._progress is not None:
             parts.append(self._progress)
         return Group(*parts)

@@ -1,6 +1,6 @@
-"""The one door for text of others: data, model output, names and messages of libraries pass here to a screen.
+"""Untrusted text: data, model output, names and messages of libraries pass `safe_text` before they are shown.
 
-Whatever could move the cursor, set the clipboard, reorder the line or fake a style is shown as an escape.
+Characters that could move the cursor, set the clipboard, reorder the line or fake a style are shown as escapes.
 """
 
 import os
@@ -12,21 +12,21 @@ from typing import Any
 # Cc: C0 and C1 controls. Cf: bidi marks, zero-width characters. Cs: lone surrogates. Co, Cn: unassigned glyphs.
 _UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-# Tokens that show by their form what they are: Hugging Face, OpenAI and its like, GitHub, GitLab, Slack, AWS, Google.
+# Tokens with a known form: Hugging Face, OpenAI and similar, GitHub, GitLab, Slack, AWS, Google.
 _SECRET = re.compile(
     r"\b(?:hf_|sk-(?=\S*\d)|gh[opsu]_|github_pat_|glpat-|xox[a-z]-|AIza)[A-Za-z0-9_-]{16,}|\bAKIA[A-Z0-9]{16}\b"
-    r"|(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"  # a user and a password in an address
+    r"|(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"  # user and password in a URL
 )
-# What an environment variable is called that holds one.
+# Names of environment variables that hold secrets.
 _SECRET_NAME = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_KEY)(?:_|$)", re.I)
 REDACTED = "[redacted]"
 
 
 def redacted(text: str) -> str:
-    """The text without secrets: tokens known by their form, and values of environment variables named like one."""
+    """The text without secrets: tokens of a known form, and values of environment variables with such a name."""
     text = _SECRET.sub(REDACTED, text)
     named = {value for name, value in os.environ.items() if len(value) >= 8 and _SECRET_NAME.search(name)}
-    for value in sorted(named, key=len, reverse=True):  # one may begin another
+    for value in sorted(named, key=len, reverse=True):  # one may contain another
         text = text.replace(value, REDACTED)
     return text
 
@@ -63,19 +63,19 @@ def safe_text(text: object, limit: int | None = None) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, as it is; the name of its kind where it says nothing."""
+    """The first line of an error's message; the name of its type where the message is empty."""
     words = str(error).strip()
     return words.splitlines()[0] if words else type(error).__name__
 
 
 def hydra_quoted(text: str) -> str:
-    """The text as a quoted value of Hydra's grammar, where backslashes count only before a quote."""
+    """The text as a quoted value of Hydra's grammar, where a backslash escapes only before a quote."""
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
     return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
 
 
 def shell_word(key: str, value: object) -> str:
-    """`key=value` as it can be copied onto a command line: quoted for the shell, and for Hydra's grammar."""
+    """`key=value` to copy onto a command line: quoted for the shell and for Hydra's grammar."""
     text = str(value)
     if set(text) & set("[]{}(),'\"\\$"):
         text = hydra_quoted(text)
@@ -88,7 +88,7 @@ def plural(number: int, noun: str) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number in `digits` significant digits without an exponent where it stays short: 0.0312, 5e-07."""
+    """A number in `digits` significant digits, without an exponent where that is short: 0.0312, 5e-07."""
     if value != value or value in (float("inf"), float("-inf")):
         return str(value)
     if value == 0:

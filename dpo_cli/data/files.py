@@ -1,6 +1,6 @@
-"""Rows of a file or hub data set, one after the other, each with the place it stands in.
+"""Sources of rows: a file or a hub data set. Each row comes with its location, for messages.
 
-A row that cannot be read is yielded with its problem: whether it stops the run is the caller's decision.
+A row that cannot be read is yielded with its problem; the caller decides whether it stops the run.
 """
 
 import csv
@@ -11,22 +11,22 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dpo_cli.console.text import plural, safe_text
 from dpo_cli.errors import DataError
 from dpo_cli.paths import user_path
 
-MAX_LINE_BYTES = 16 * 2**20  # a longer line is a mistake, not a pair
+MAX_LINE_BYTES = 16 * 2**20  # a longer line is not a pair
 SHIPPED = {"sample:train": "sample/train.jsonl", "sample:test": "sample/test.jsonl"}
 
 
 @dataclass(frozen=True)
-class RowInFile:
-    """One row as it was found; `problem` says why `value` is missing."""
+class SourceRow:
+    """One row of a source; `problem` says why `value` is missing."""
 
-    index: int  # from 0, blank lines not counted
-    place: str  # for messages: `pairs.jsonl line 412`
+    index: int  # from 0; blank lines do not count
+    location: str  # for messages: `pairs.jsonl line 412`
     value: dict[str, Any] | None
     problem: str | None = None
 
@@ -34,7 +34,7 @@ class RowInFile:
 def local_path(source: str) -> Path | None:
     """The file that a `data.train` or `data.eval` names, or None for a hub data set.
 
-    DataError where it names neither: a missing file is never mistaken for a hub data set.
+    DataError where it names neither, so that a missing file is never looked up on the hub.
     """
     if source in SHIPPED:
         return Path(__file__).resolve().parent.parent / "assets" / SHIPPED[source]
@@ -44,7 +44,7 @@ def local_path(source: str) -> Path | None:
     if path.is_dir():
         raise DataError(f"{safe_text(source)}: is a folder; name a file in it")
     if path.exists():
-        raise DataError(f"{safe_text(source)}: is not a regular file; write its content to one")
+        raise DataError(f"{safe_text(source)}: is not a regular file; copy its content into one")
     name = path.name.lower()
     looks_local = _reader(name) is not None or source.startswith((".", "/", "~")) or source.count("/") != 1
     if not looks_local:
@@ -62,11 +62,11 @@ def _reader(name: str) -> Any:
     return None
 
 
-def read_rows(path: Path) -> Iterator[RowInFile]:
-    """Every row of a local file by its ending; DataError where the file as a whole cannot be read."""
+def read_rows(path: Path) -> Iterator[SourceRow]:
+    """Every row of a local file, read by its ending; DataError where the file cannot be read at all."""
     reader = _reader(path.name.lower())
     if reader is None:
-        raise DataError(f"{safe_text(path)}: unknown kind of file; kinds are {', '.join(READERS)}")
+        raise DataError(f"{safe_text(path)}: unknown file type; use one of {', '.join(READERS)}")
     try:
         yield from reader(path)
     except (OSError, EOFError) as error:
@@ -100,37 +100,39 @@ def _parse(line: bytes) -> tuple[dict[str, Any] | None, str | None]:
     return value, None
 
 
-def _jsonl(path: Path) -> Iterator[RowInFile]:
+def _jsonl(path: Path) -> Iterator[SourceRow]:
     index = 0
     with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
-        # Lines end at \n only: U+2028 and its like may stand inside a string.
+        # Lines end at \n only: a string may contain U+2028 and other line separators.
         for number, line in enumerate(file, start=1):
             content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if not content.strip():
                 continue
             value, problem = _parse(content.rstrip(b"\r\n"))
-            yield RowInFile(index, f"{safe_text(path)} line {number}", value, problem)
+            yield SourceRow(index, f"{safe_text(path)} line {number}", value, problem)
             index += 1
 
 
-def _json(path: Path) -> Iterator[RowInFile]:
+def _json(path: Path) -> Iterator[SourceRow]:
     try:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"), parse_constant=_no_constant)
     except RecursionError:
         raise DataError(f"{safe_text(path)}: nested too deeply") from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError among them
-        raise DataError(f"{safe_text(path)}: not JSON ({safe_text(error)}); a row a line is .jsonl") from None
+        raise DataError(
+            f"{safe_text(path)}: not JSON ({safe_text(error)}); name a file with one row a line .jsonl"
+        ) from None
     if not isinstance(rows, list):
         raise DataError(f"{safe_text(path)}: must hold a JSON list of rows")
     for index, value in enumerate(rows):
-        place = f"{safe_text(path)} row {index + 1}"
+        location = f"{safe_text(path)} row {index + 1}"
         if isinstance(value, dict):
-            yield RowInFile(index, place, value)
+            yield SourceRow(index, location, value)
         else:
-            yield RowInFile(index, place, None, "not a JSON object")
+            yield SourceRow(index, location, None, "not a JSON object")
 
 
-def _csv(path: Path) -> Iterator[RowInFile]:
+def _csv(path: Path) -> Iterator[SourceRow]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -138,27 +140,27 @@ def _csv(path: Path) -> Iterator[RowInFile]:
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.DictReader(io.StringIO(text, newline=""))
     index = 0
-    _ = reader.fieldnames  # reads the header, so that line_num stands before the first row
+    _ = reader.fieldnames  # reads the header, so that line_num is that of the header
     while True:
-        place = f"{safe_text(path)} line {reader.line_num + 1}"
+        location = f"{safe_text(path)} line {reader.line_num + 1}"
         try:
             value = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield RowInFile(index, place, None, f"not CSV ({error})")
+            yield SourceRow(index, location, None, f"not CSV ({error})")
             return
         complete = {key: cell for key, cell in value.items() if key is not None and cell is not None}
-        more = len(value.get(None) or ())  # cells without a heading
+        more = len(value.get(None) or ())  # cells without a column name
         if more:
-            problem = f"has {plural(more, 'cell')} more than the header; a text with a comma in it needs quotes"
-            yield RowInFile(index, place, None, problem)
+            problem = f"has {plural(more, 'cell')} more than the header; quote a text that contains a comma"
+            yield SourceRow(index, location, None, problem)
         else:
-            yield RowInFile(index, place, complete)
+            yield SourceRow(index, location, complete)
         index += 1
 
 
-def _parquet(path: Path) -> Iterator[RowInFile]:
+def _parquet(path: Path) -> Iterator[SourceRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -167,7 +169,7 @@ def _parquet(path: Path) -> Iterator[RowInFile]:
             index = 0
             for batch in file.iter_batches(batch_size=1024):
                 for value in batch.to_pylist():
-                    yield RowInFile(index, f"{safe_text(path)} row {index + 1}", value)
+                    yield SourceRow(index, f"{safe_text(path)} row {index + 1}", value)
                     index += 1
     except pyarrow.ArrowException as error:
         raise DataError(f"{safe_text(path)}: not Parquet ({safe_text(error, limit=120)})") from None
@@ -176,23 +178,65 @@ def _parquet(path: Path) -> Iterator[RowInFile]:
 READERS = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 
-def read_hub(name: str, subset: str | None, split: str) -> Iterator[RowInFile]:
-    """Every row of one split of a hub data set; DataError where it cannot be had."""
-    import datasets
+class Source(Protocol):
+    """Where rows come from."""
 
-    datasets.disable_progress_bars()
-    try:
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
+    def rows(self) -> Iterator[SourceRow]:
+        """Every row, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """A local file."""
+
+    name: str
+    path: Path
+
+    def rows(self) -> Iterator[SourceRow]:
+        """Every row of the file."""
+        return read_rows(self.path)
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """One split of a hub data set."""
+
+    name: str
+    data_set: str
+    subset: str | None
+    split: str
+
+    def rows(self) -> Iterator[SourceRow]:
+        """Every row of the split; DataError where it cannot be loaded."""
+        import datasets
+
+        datasets.disable_progress_bars()
         try:
-            rows = datasets.load_dataset(name, name=subset, split=split)
-        except ValueError:
-            if subset is None:
-                raise
-            rows = datasets.load_dataset(name, data_dir=subset, split=split)  # a folder, such as harmless-base
-    except Exception as error:  # whatever the hub's client raises, the user can act on one thing
-        reason = safe_text(error, limit=160)
-        raise DataError(
-            f"{safe_text(name)} (split {safe_text(split)}): cannot be loaded from the hub ({reason}); "
-            "for a file of yours write data.train=PATH"
-        ) from None
-    for index, value in enumerate(rows):
-        yield RowInFile(index, f"{safe_text(name)} {safe_text(split)} row {index + 1}", value)
+            try:
+                rows = datasets.load_dataset(self.data_set, name=self.subset, split=self.split)
+            except ValueError:
+                if self.subset is None:
+                    raise
+                # A folder, such as harmless-base.
+                rows = datasets.load_dataset(self.data_set, data_dir=self.subset, split=self.split)
+        except Exception as error:  # whatever the hub's client raises, the remedy is the same
+            raise DataError(
+                f"{safe_text(self.data_set)} (split {safe_text(self.split)}): cannot be loaded from the hub "
+                f"({safe_text(error, limit=160)}); to read a local file, set data.train=PATH"
+            ) from None
+        for index, value in enumerate(rows):
+            yield SourceRow(index, f"{safe_text(self.data_set)} {safe_text(self.split)} row {index + 1}", value)
+
+
+def open_source(source: str, subset: str | None, split: str) -> Source:
+    """The source that `data.train` or `data.eval` names; DataError where there is none."""
+    path = local_path(source)
+    if path is None:
+        return HubSource(safe_text(f"{source} ({split})"), source, subset, split)
+    return FileSource(safe_text(source), path)

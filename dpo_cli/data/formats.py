@@ -1,27 +1,36 @@
 """Row formats: each a pure function from one row of a file to a `PreferencePair`.
 
-A pair is kept in two readings, so that either template finds what it needs: the prompt as messages, which a chat
-template renders, and the prompt as plain text, which `data.template=plain` trains on as it is.
+A pair holds its prompt in two forms: as messages, which a chat template renders, and as plain text, which
+`data.template=plain` trains on as it is.
 """
 
 import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
-ENDS = ("chosen_finished", "rejected_finished")  # in rows of answers that were drawn: false where one was cut
+# Keys of rows whose responses a model generated: how each of the two ended.
+FINISH_KEYS = ("chosen_finish_reason", "rejected_finish_reason")
 
-# Notes: what was done to a row that its author may not expect. Counted and printed.
-DIVERGES_EARLY = "part before the last turn: the later turns stay in the responses"
-PROMPT_REPEATED = "repeat the prompt in their responses: it is taken once"
+# Notes: changes to a row that its author may not expect. Counted and printed.
+DIVERGES_EARLY = "differ before the last turn: the later turns are part of the responses"
+PROMPT_REPEATED = "repeat the prompt in their responses: it was removed from them"
+
+
+class FinishReason(StrEnum):
+    """How a completion ended, as vLLM and OpenAI name it: by its own stop token, or at a limit of tokens."""
+
+    STOP = "stop"
+    LENGTH = "length"
 
 
 class BadRowError(ValueError):
-    """A row that is no preference pair; the message says what was expected and what was found."""
+    """A row that is not a preference pair; the message says what was expected and what was found."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +43,20 @@ class Message:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A prompt with the response somebody preferred and the one they did not."""
+    """A prompt with a preferred and a dispreferred response."""
 
     messages: tuple[Message, ...]  # the prompt as a conversation
     prompt_text: str  # the prompt as plain text
     chosen: str
     rejected: str
     notes: tuple[str, ...] = ()
-    chosen_finished: bool = True  # False: it was cut at a limit when it was drawn, and did not choose to end there
-    rejected_finished: bool = True
+    chosen_finish_reason: FinishReason = FinishReason.STOP
+    rejected_finish_reason: FinishReason = FinishReason.STOP
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is answered, in both readings."""
+    """A prompt in both forms."""
 
     messages: tuple[Message, ...]
     text: str
@@ -61,7 +70,7 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
-# What other data sets call the three: the likeliest first.
+# Names of the three keys in other data sets, the most likely first.
 OTHER_NAMES = {
     "prompt": ("question", "instruction", "input", "query"),
     "chosen": ("preferred", "accepted", "winner", "good", "positive", "better"),
@@ -84,7 +93,7 @@ def _text(row: Row, name: str) -> str:
 
 
 def text_of(value: object, name: str) -> str:
-    """A cell as text; BadRowError where it is none."""
+    """The value of a cell that must be text; BadRowError where it is not."""
     if not isinstance(value, str):
         raise BadRowError(f"'{name}' must be text, it is {_kind(value)}")
     return _valid(value, name)
@@ -113,9 +122,9 @@ def _messages(value: object, name: str) -> tuple[Message, ...]:
 
 
 def dialogue_messages(text: str) -> tuple[Message, ...]:
-    """A prompt in HH form (`Human:` and `Assistant:` turns, open at the end) as messages.
+    """The messages of a prompt in HH form: `Human:` and `Assistant:` turns, the last of them open.
 
-    Two turns of the same speaker in a row are joined: most chat templates insist that speakers alternate.
+    Adjacent turns of one speaker are joined: most chat templates require that speakers alternate.
     """
     parts = re.split(r"\n\n(Human|Assistant):", text)
     turns: list[Message] = []
@@ -125,13 +134,13 @@ def dialogue_messages(text: str) -> tuple[Message, ...]:
             turns[-1] = Message(role, f"{turns[-1].content}\n\n{content.strip()}")
         else:
             turns.append(Message(role, content.strip()))
-    if turns and turns[-1].role == "assistant":  # the open turn, which the response fills
+    if turns and turns[-1].role == "assistant":  # the open turn, which the response completes
         turns.pop()
     return tuple(turns)
 
 
 def dialogue_text(messages: tuple[Message, ...]) -> str:
-    """Messages as a prompt in HH form; a system message comes first, as plain text."""
+    """Messages as a prompt in HH form; a system message is plain text before the turns."""
     shown = [message.content if message.role == "system" else _turn(message) for message in messages]
     return "".join(shown) + ASSISTANT
 
@@ -156,8 +165,8 @@ def _shared(first: str, second: str) -> int:
 def hh(row: Row) -> PreferencePair:
     r"""Whole dialogues in `chosen` and `rejected`; the prompt is all up to the last `\n\nAssistant:` they share.
 
-    Not their longest common prefix: that would cut inside words. Where the dialogues part before their last
-    turn, the later turns stay in the responses and the pair carries a note.
+    Not their longest common prefix, which could end within a word. Where the dialogues differ before their last
+    turn, the later turns are part of the responses and the pair has a note.
     """
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     cut = chosen.rfind(ASSISTANT, 0, _shared(chosen, rejected))
@@ -176,17 +185,17 @@ def standard(row: Row) -> PreferencePair:
     """`prompt`, `chosen` and `rejected` as text."""
     prompt, chosen, rejected = (_text(row, name) for name in ("prompt", "chosen", "rejected"))
     notes: tuple[str, ...] = ()
-    # Three words or more: a short greeting may well open both responses on its own. What was drawn stays as it was.
-    drawn = any(row.get(name) is not None for name in ENDS)
-    if not drawn and len(prompt.split()) >= 3 and chosen.startswith(prompt) and rejected.startswith(prompt):
+    # Three words or more: both responses may begin with a short greeting. Generated responses stay as they are.
+    generated = any(row.get(name) is not None for name in FINISH_KEYS)
+    if not generated and len(prompt.split()) >= 3 and chosen.startswith(prompt) and rejected.startswith(prompt):
         chosen, rejected, notes = chosen[len(prompt) :], rejected[len(prompt) :], (PROMPT_REPEATED,)
     return PreferencePair(_text_prompt(prompt).messages, prompt, chosen, rejected, notes)
 
 
 def messages(row: Row) -> PreferencePair:
-    """Messages in `chosen` and `rejected`, with the prompt given, repeated in them, or only implied by them.
+    """Messages in `chosen` and `rejected`; the prompt is given, repeated in them, or what both begin with.
 
-    A prompt may be text or messages. Without one it is what both conversations share.
+    A given prompt may be text or messages.
     """
     prompt = row.get("prompt")
     given: tuple[Message, ...] | None = None
@@ -208,7 +217,7 @@ def messages(row: Row) -> PreferencePair:
             found = ", ".join(message.role for message in answer) or "nothing"
             raise BadRowError(f"'{name}' must answer the prompt with one assistant message; it has {found}")
     notes = (PROMPT_REPEATED,) if chosen_repeats or rejected_repeats else ()
-    # The space is what HH's plain form has after the colon; a chat template trims it.
+    # HH's plain form has a space after the colon; a chat template strips it.
     return PreferencePair(given, dialogue_text(given), f" {chosen[0].content}", f" {rejected[0].content}", notes)
 
 
@@ -224,7 +233,7 @@ def _answer(row: Row, name: str, given: tuple[Message, ...] | None) -> tuple[tup
 
 
 def auto(row: Row) -> PreferencePair:
-    """Judges each row by its own shape, so that mixed files work and the answer never depends on the first row."""
+    """Choose the format of each row by its keys and types, so that files with mixed formats work."""
     chosen, rejected = _field(row, "chosen"), _field(row, "rejected")
     if isinstance(chosen, list) or isinstance(rejected, list) or isinstance(row.get("prompt"), list):
         return messages(row)
@@ -235,9 +244,9 @@ def auto(row: Row) -> PreferencePair:
 
 
 def prompt_of(row: Row) -> Prompt:
-    """The prompt of a row that need hold nothing else: `prompt` as text or messages, or what a pair's responses share.
+    """The prompt of a row: `prompt` as text or messages, or what the responses of a pair begin with.
 
-    So a file of pairs serves as a file of prompts.
+    So a file of pairs can be used as a file of prompts.
     """
     if row.get("prompt") is None and "chosen" in row and "rejected" in row:
         pair = auto(row)
@@ -249,13 +258,13 @@ def prompt_of(row: Row) -> Prompt:
     if isinstance(prompt, list | tuple):
         turns = _messages(prompt, "prompt")
         if not turns or turns[-1].role == "assistant":
-            raise BadRowError("the prompt must end with a user message, which is then answered")
+            raise BadRowError("the prompt must end with a user message")
         return Prompt(turns, dialogue_text(turns))
     return _text_prompt(text_of(prompt, "prompt"))
 
 
 def _text_prompt(text: str) -> Prompt:
-    """A prompt given as text: a dialogue in HH form that is open at its end, or what a user says."""
+    """A prompt given as text: a dialogue in HH form with an open last turn, or one user message."""
     turns = dialogue_messages(text) if text.endswith(ASSISTANT) else ()
     return Prompt(turns or (Message("user", text),), text)
 
@@ -263,12 +272,12 @@ def _text_prompt(text: str) -> Prompt:
 def ranked(row: Row) -> tuple[PreferencePair, ...]:
     """Several `responses` to one `prompt`, the best first or with `scores`: a pair of every two that differ in rank.
 
-    All comparisons of a prompt belong together, as in Section 3.5 of https://arxiv.org/abs/2203.02155: the run keeps
-    them next to each other, so that in a batch they share the prompt and each response is computed once.
+    All comparisons of a prompt stay adjacent, as in Section 3.5 of https://arxiv.org/abs/2203.02155, so that in a batch
+    they share the prompt and each response is computed once.
     """
     responses = _listed(row, "responses")
-    if "scores" not in row and ("finished" in row or "rewards" in row):  # as dpo-sample and dpo-rank write them
-        raise BadRowError("answers that nobody has labelled; dpo-label makes pairs of them")
+    if "scores" not in row and {"finish_reason", "finished", "rewards"} & set(row):  # written by dpo-sample or dpo-rank
+        raise BadRowError("has responses without labels; make pairs of them with dpo-label")
     if len(responses) < 2:
         raise BadRowError(f"'responses' must hold at least two, it has {len(responses)} (format=ranked)")
     scores = row.get("scores")
@@ -278,20 +287,18 @@ def ranked(row: Row) -> tuple[PreferencePair, ...]:
         raise BadRowError("'scores' must be a list of numbers, one for each response (format=ranked)")
     if len(scores) != len(responses):
         raise BadRowError(f"'scores' has {len(scores)} numbers for {len(responses)} responses (format=ranked)")
-    finished = row.get("finished")
-    if finished is not None and (not isinstance(finished, list) or len(finished) != len(responses)):
-        raise BadRowError("'finished' must be a list of true or false, one for each response (format=ranked)")
-    best_first = sorted(range(len(responses)), key=lambda place: -scores[place])
+    reasons = finish_reasons(row, len(responses))
+    best_first = sorted(range(len(responses)), key=lambda index: -scores[index])
     pairs = []
     for rank, better in enumerate(best_first):
         for worse in best_first[rank + 1 :]:
             if scores[better] > scores[worse]:
                 sides = {"prompt": row.get("prompt"), "chosen": responses[better], "rejected": responses[worse]}
-                if finished is not None:
-                    sides |= dict(zip(ENDS, (finished[better], finished[worse]), strict=True))
-                pairs.append(_with_ends(auto(sides), sides))
+                if reasons:
+                    sides |= dict(zip(FINISH_KEYS, (reasons[better], reasons[worse]), strict=True))
+                pairs.append(_with_finish_reasons(auto(sides), sides))
     if not pairs:
-        raise BadRowError("all responses have one score, so that none is preferred (format=ranked)")
+        raise BadRowError("all responses have the same score, so none is preferred (format=ranked)")
     return tuple(pairs)
 
 
@@ -310,25 +317,44 @@ def pairs_of(row: Row, name: str) -> tuple[PreferencePair, ...]:
     """The pairs of one row in the format `name`: one, but for ranked rows."""
     if name == "ranked" or (name == "auto" and "responses" in row and "chosen" not in row):
         return ranked(row)
-    return (_with_ends(FORMATS[name](row), row),)
+    return (_with_finish_reasons(FORMATS[name](row), row),)
 
 
-def _with_ends(pair: PreferencePair, row: Row) -> PreferencePair:
-    """The pair, with what `chosen_finished` and `rejected_finished` say of its ends, where the row has them."""
-    ends = [_end(row, name) for name in ENDS]
-    return replace(pair, chosen_finished=ends[0], rejected_finished=ends[1])
+def _with_finish_reasons(pair: PreferencePair, row: Row) -> PreferencePair:
+    """The pair with the finish reasons of the row, `stop` where the row has none."""
+    reasons = []
+    for name in FINISH_KEYS:
+        _refuse_older_name(row, name)
+        value = row.get(name)
+        reasons.append(FinishReason.STOP if value in (None, "") else _finish_reason(value, name))  # "": a cell of CSV
+    return replace(pair, chosen_finish_reason=reasons[0], rejected_finish_reason=reasons[1])
 
 
-def _end(row: Row, name: str) -> bool:
-    value = row.get(name)
-    if isinstance(value, str):  # CSV has no other types
-        value = {"true": True, "false": False, "": None}.get(value.strip().lower(), value)
-    if value is not None and not isinstance(value, bool):
-        raise BadRowError(f"'{name}' must be true or false, it is {_kind(value)}")
-    return value is not False
+def finish_reasons(row: Row, responses: int) -> tuple[FinishReason, ...]:
+    """The finish reasons of a row of several responses; empty where the row has none."""
+    _refuse_older_name(row, "finish_reason")
+    reasons = row.get("finish_reason")
+    if reasons is None:
+        return ()
+    if not isinstance(reasons, list) or len(reasons) != responses:
+        raise BadRowError('\'finish_reason\' must be a list of "stop" or "length", one for each response')
+    return tuple(_finish_reason(reason, "finish_reason") for reason in reasons)
 
 
-# Chosen by `data.format`; `ranked` rows are more than one pair each.
+def _finish_reason(value: object, name: str) -> FinishReason:
+    if value not in tuple(FinishReason):
+        raise BadRowError(f'\'{name}\' is {value!r}; it must be "stop" or "length"')
+    return FinishReason(str(value))
+
+
+def _refuse_older_name(row: Row, name: str) -> None:
+    older = name.replace("finish_reason", "finished")
+    if row.get(older) is not None:
+        value = '"stop" or "length"' if name in FINISH_KEYS else 'a list of "stop" or "length"'
+        raise BadRowError(f"'{older}' is an older name; write \"{name}\": {value}")
+
+
+# Chosen by `data.format`; a `ranked` row gives several pairs.
 FORMATS: dict[str, Callable[[Row], PreferencePair]] = {
     "auto": auto,
     "hh": hh,

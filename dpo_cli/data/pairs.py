@@ -1,4 +1,4 @@
-"""From a data config to tokenized pairs to train on and to hold out, with a count for everything left behind."""
+"""From a data config to tokenized pairs, for training and held out, with a count of everything that is dropped."""
 
 import hashlib
 from collections import Counter
@@ -8,27 +8,27 @@ from typing import Any
 
 from dpo_cli.config.schema import DataConfig
 from dpo_cli.console.text import plural, safe_text
-from dpo_cli.data.files import RowInFile, local_path, read_hub, read_rows
+from dpo_cli.data.files import SourceRow, local_path, open_source
 from dpo_cli.data.formats import BadRowError, PreferencePair, pairs_of
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_ids, truncate
 from dpo_cli.errors import DataError
 
-CHUNK = 512  # pairs encoded at once
+CHUNK = 512  # pairs that are encoded together
 TEXTS_KEPT = 64  # training pairs whose texts stay in memory
 
-# Why a pair is dropped: the words of the manifest, the console and report.json, with their meaning.
+# Why a pair is dropped: the key in the manifest, the console and report.json, and what it means.
 REASONS = {
-    "bad_row": "could not be read",
+    "bad_row": "that could not be read",
     "identical": "whose two responses are the same text",
     "empty_response": "with an empty response",
-    "prompt_too_long": "whose prompt left no room for a response",
-    "identical_after_truncation": "whose responses are the same after truncation",
+    "prompt_too_long": "whose prompt leaves no room for a response",
+    "identical_after_truncation": "whose responses are the same text after truncation",
 }
 
 
 @dataclass
 class Report:
-    """What became of the rows of one side: kept, dropped by reason, and what was done to those kept."""
+    """The rows of one side: how many pairs were kept, dropped for which reason, and changed."""
 
     source: str
     rows: int = 0
@@ -38,7 +38,7 @@ class Report:
     truncation: Truncation = field(default_factory=Truncation)
 
     def sentences(self, max_length: int) -> list[str]:
-        """The counts in words, one fact a line; nothing is skipped in silence."""
+        """The counts as sentences, one a line."""
         lines = [f"kept {plural(self.kept, 'pair')} of {plural(self.rows, 'row')} from {self.source}"]
         lines += [
             f"dropped {plural(number, 'pair')} {REASONS[reason]}"
@@ -48,15 +48,15 @@ class Report:
         lines += [f"{plural(number, 'pair')} {note}" for note, number in self.notes.items()]
         if self.truncation.prompts_cut:
             lines.append(
-                f"{plural(self.truncation.prompts_cut, 'prompt')} lost the oldest part (max_length={max_length})"
+                f"{plural(self.truncation.prompts_cut, 'prompt')} lost their oldest part (max_length={max_length})"
             )
         if self.truncation.responses_cut:
             cut = plural(self.truncation.responses_cut, "response")
-            lines.append(f"{cut} cut at the end, the closing EOS with it (max_length={max_length})")
+            lines.append(f"{cut} cut at the end, without the closing EOS (max_length={max_length})")
         return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """For the manifest: a count under each word."""
+        """The counts under their keys, for the manifest."""
         return {
             "source": self.source,
             "rows": self.rows,
@@ -70,7 +70,7 @@ class Report:
 
 @dataclass(frozen=True)
 class TextPair:
-    """A pair as text, with the row it came from."""
+    """A pair as text, with the index of its row."""
 
     pair: PreferencePair
     index: int
@@ -78,18 +78,18 @@ class TextPair:
 
 @dataclass(frozen=True)
 class PairData:
-    """The tokenized pairs of a run, and what is known of them."""
+    """The tokenized pairs of a run, and their reports."""
 
     train: list[TokenizedPair]
     held_out: list[TokenizedPair]
     train_report: Report
     held_out_report: Report
-    train_texts: list[TextPair]  # of the first few of `train`: enough to check and to show
+    train_texts: list[TextPair]  # of the first pairs of `train`, to check and to show
     held_out_texts: list[TextPair]  # in the order of `held_out`
     fingerprint: str  # of every token of every training pair, in order
 
     def reports(self) -> list[tuple[str, Report]]:
-        """The reports of the sides that there are."""
+        """The reports of the sides that have rows."""
         sides = [("train", self.train_report), ("held out", self.held_out_report)]
         return [(name, report) for name, report in sides if report.rows]
 
@@ -108,16 +108,15 @@ def _sha256(*texts: str) -> str:
 
 
 def is_held_out(pair: PreferencePair, fraction: float, seed: int) -> bool:
-    """Whether a pair is held out: by a seeded hash of its prompt.
+    """Whether a pair is held out, by a seeded hash of its prompt.
 
-    The same pair lands on the same side in every run and on every rank, and two pairs of one prompt on one side,
-    so that nothing leaks.
+    A pair is on the same side in every run and on every rank. All pairs of a prompt are on one side.
     """
     value = int(_sha256(f"split {seed}", pair.prompt_text)[:16], 16)
     return value < fraction * 2**64
 
 
-def _text_pairs(rows: Iterator[RowInFile], config: DataConfig, limit: int | None, report: Report) -> Iterator[TextPair]:
+def _text_pairs(rows: Iterator[SourceRow], config: DataConfig, limit: int | None, report: Report) -> Iterator[TextPair]:
     for row in rows:
         if limit is not None and row.index >= limit:
             return
@@ -134,12 +133,12 @@ def _text_pairs(rows: Iterator[RowInFile], config: DataConfig, limit: int | None
                     yield TextPair(pair, row.index)
                 continue
         if config.on_bad_row == "error":
-            raise DataError(f"{row.place}: {problem} (data.on_bad_row=skip counts and drops such rows)")
+            raise DataError(f"{row.location}: {problem} (data.on_bad_row=skip counts and drops such rows)")
         report.dropped["bad_row"] += 1
 
 
 def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """The row under our names; a column that is named is taken from there and from nowhere else."""
+    """The row with its columns renamed; a column named in `data.columns` is read from there only."""
     for ours, theirs in columns.items():
         if theirs not in row:
             raise BadRowError(
@@ -188,15 +187,8 @@ def _tokenize(
         yield from finish(chunk)
 
 
-def _open(source: str, subset: str | None, split: str) -> tuple[Iterator[RowInFile], str]:
-    path = local_path(source)
-    if path is not None:
-        return read_rows(path), safe_text(source)
-    return read_hub(source, subset, split), safe_text(f"{source} ({split})")
-
-
 def check_sources(config: DataConfig) -> None:
-    """DataError where a named file is missing or empty: asked before anything heavy is loaded."""
+    """DataError where a named file is missing or empty; called before anything large is loaded."""
     for source in (config.train, config.eval):
         path = local_path(source) if source else None
         if path is not None and path.stat().st_size == 0:
@@ -213,8 +205,8 @@ def load_pairs(
 ) -> PairData:
     """Read, tokenize, truncate and split the pairs of a run.
 
-    `poll` is called between chunks, so that a signal is answered. DataError where a row cannot be read (unless
-    `on_bad_row=skip`) or no pair is left.
+    `poll` is called between chunks and may raise. DataError where a row cannot be read (unless `on_bad_row=skip`) or no
+    pair is left.
     """
     assert config.train is not None
     train, held_out = Report(safe_text(config.train)), Report("")
@@ -225,8 +217,9 @@ def load_pairs(
         held_source = config.train
 
     if not (held_out_only and held_source):
-        rows, train.source = _open(config.train, config.subset, config.train_split)
-        texts = _text_pairs(rows, config, config.limit, train)
+        source = open_source(config.train, config.subset, config.train_split)
+        train.source = source.name
+        texts = _text_pairs(source.rows(), config, config.limit, train)
         for item in _tokenize(texts, encoder, config, train, poll):
             by_hash = held_source is None and is_held_out(item[1].pair, config.eval_fraction, seed)
             (held_rows if by_hash else train_rows).append(item)
@@ -235,8 +228,9 @@ def load_pairs(
             held_rows = held_rows[: config.eval_limit]
             held_out = Report(f"{train.source} (held out by a hash of the prompt)", len(held_rows), len(held_rows))
     if held_source is not None:
-        rows, held_out.source = _open(held_source, config.subset, held_split)
-        texts = _text_pairs(rows, config, config.eval_limit, held_out)
+        source = open_source(held_source, config.subset, held_split)
+        held_out.source = source.name
+        texts = _text_pairs(source.rows(), config, config.eval_limit, held_out)
         held_rows = list(_tokenize(texts, encoder, config, held_out, poll))
 
     if not held_out_only:
@@ -257,12 +251,15 @@ def load_pairs(
 def _require_pairs(rows: list[tuple[TokenizedPair, TextPair]], report: Report) -> None:
     if rows:
         return
-    reasons = ", ".join(f"{number} {reason}" for reason, number in report.dropped.items()) or "the file has no rows"
-    raise DataError(f"{report.source or 'held-out data'}: no usable pair ({reasons})")
+    source = report.source or "held-out data"
+    if not report.dropped:
+        raise DataError(f"{source}: has no pairs; name another file, or change data.eval_fraction")
+    reasons = ", ".join(f"{plural(number, 'pair')} {REASONS[reason]}" for reason, number in report.dropped.items())
+    raise DataError(f"{source}: all pairs were dropped: {reasons}")
 
 
 def fingerprint(pairs: list[TokenizedPair]) -> str:
-    """A hash of every token of every pair, in order: two runs on the same tokens have the same."""
+    """A hash of every token of every pair, in order."""
     digest = hashlib.sha256()
     for pair in pairs:
         for ids in (pair.prompt, pair.chosen, pair.rejected):

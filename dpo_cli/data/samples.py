@@ -1,6 +1,6 @@
-"""Sampled answers on disk: what dpo-sample writes and dpo-label reads.
+"""Samples on disk: what dpo-sample writes and dpo-label reads.
 
-A row is a prompt with several answers to it. Its id is a hash of both, so that a judgement is of these very texts.
+A row is a prompt with several responses. Its id is a hash of both, so that a judgement belongs to these exact texts.
 """
 
 import hashlib
@@ -11,99 +11,97 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.console.text import safe_text
-from dpo_cli.data.files import RowInFile, read_rows
-from dpo_cli.data.formats import BadRowError, Prompt, prompt_of, text_of
+from dpo_cli.data.files import SourceRow, read_rows
+from dpo_cli.data.formats import BadRowError, FinishReason, Prompt, finish_reasons, prompt_of, text_of
 from dpo_cli.errors import DataError
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with the answers drawn to it."""
+    """A prompt with several responses."""
 
     id: str
-    prompt: Any  # as it stands in the file: text, or a list of messages
+    prompt: Any  # as in the file: text, or a list of messages
     responses: tuple[str, ...]
-    finished: tuple[bool, ...] = ()  # False: that response was cut at the limit; empty where the file says nothing
+    finish_reasons: tuple[FinishReason, ...] = ()  # of each response; empty where the file has none
 
-    def is_finished(self, place: int) -> bool:
-        """Whether a response ended by itself."""
-        return not self.finished or self.finished[place]
+    def finish_reason(self, index: int) -> FinishReason:
+        """The finish reason of a response, `stop` where the file has none."""
+        return self.finish_reasons[index] if self.finish_reasons else FinishReason.STOP
 
     @property
     def read(self) -> Prompt:
-        """The prompt in both readings, as messages and as plain text."""
+        """The prompt in both forms, as messages and as plain text."""
         return prompt_of({"prompt": self.prompt})
 
 
 def sample_id(prompt: Any, responses: Sequence[str]) -> str:
-    """32 hexadecimal digits that stand for these very texts, whatever file they are in."""
+    """32 hexadecimal digits of a hash of the texts: the same in every file."""
     text = json.dumps([prompt, *responses], ensure_ascii=True, sort_keys=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """The samples of a file, each once, in their order; DataError names the line that is none, half a one included."""
+    """The samples of a file, each once, in their order; DataError names a line that is not a sample."""
     samples: dict[str, Sample] = {}
     for row in read_rows(path):
         sample = _sample_of(row)
         samples.setdefault(sample.id, sample)
     if not samples:
-        raise DataError(f"{safe_text(path)}: holds no samples")
+        raise DataError(f"{safe_text(path)}: has no samples; make them with dpo-sample")
     return list(samples.values())
 
 
 def templates_of(path: Path) -> set[str]:
-    """The templates that answers were drawn under, where the file says so."""
+    """The templates that the file names for its responses."""
     found = {row.value.get("template") for row in read_rows(path) if row.value is not None}
     return {template for template in found if isinstance(template, str)}
 
 
-def _sample_of(row: RowInFile) -> Sample:
+def _sample_of(row: SourceRow) -> Sample:
     if row.value is None:
-        raise DataError(f"{row.place}: {row.problem}")
+        raise DataError(f"{row.location}: {row.problem}")
     responses = row.value.get("responses")
     if isinstance(responses, list) and len(responses) == 1:
-        raise DataError(f"{row.place}: has one answer; two are compared, so sample with n=2 or more")
+        raise DataError(f"{row.location}: has one response, and labels need two; sample with n=2 or more")
     if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(text, str) for text in responses):
         has = ", ".join(map(str, row.value)) or "nothing"
         raise DataError(
-            f"{row.place}: no 'responses', a list of two texts or more; it has {safe_text(has, 120)}. Samples are what "
-            "dpo-sample writes"
+            f"{row.location}: no 'responses' key with a list of two texts or more; it has {safe_text(has, 120)}. "
+            "Make samples with dpo-sample"
         )
     try:
         prompt_of({name: cell for name, cell in row.value.items() if name == "prompt"})
         for text in responses:
             text_of(text, "responses")
+        reasons = finish_reasons(row.value, len(responses))
     except BadRowError as error:
-        raise DataError(f"{row.place}: {safe_text(error, limit=300)}") from None
-    finished = row.value.get("finished") or []
-    if not isinstance(finished, list) or not all(isinstance(one, bool) for one in finished):
-        raise DataError(f"{row.place}: 'finished' must be a list of true or false")
-    if finished and len(finished) != len(responses):
-        raise DataError(f"{row.place}: 'finished' has {len(finished)} entries for {len(responses)} responses")
+        raise DataError(f"{row.location}: {safe_text(error, limit=300)}") from None
     prompt = row.value["prompt"]
-    if isinstance(prompt, list):  # whatever else its messages carry is not asked
+    if isinstance(prompt, list):  # other keys of a message are ignored
         prompt = [{"role": message["role"], "content": message["content"]} for message in prompt]
-    return Sample(sample_id(prompt, responses), prompt, tuple(responses), tuple(finished))
+    return Sample(sample_id(prompt, responses), prompt, tuple(responses), reasons)
 
 
-def as_stored(prompt: Any, answer: str) -> str:
-    """An answer as it stands in a file of samples.
+def as_stored(prompt: Any, completion: str) -> str:
+    """A completion as it is stored in a file of samples.
 
-    Messages rendered as plain text end in a colon, behind which an answer begins with a space: it is no part of it.
+    Messages rendered as plain text end with a colon, after which a completion begins with a space. It is not stored.
     """
-    return answer.removeprefix(" ") if isinstance(prompt, list) else answer
+    return completion.removeprefix(" ") if isinstance(prompt, list) else completion
 
 
-def as_drawn(prompt: Any, response: str) -> str:
-    """The other way round: a response as it follows its prompt."""
+def as_continuation(prompt: Any, response: str) -> str:
+    """The inverse of `as_stored`: a response as it follows its prompt."""
     return f" {response}" if isinstance(prompt, list) else response
 
 
-def fingerprint_of(samples: Iterator[Sample] | Sequence[Sample]) -> str:
-    """A hash of the samples in their order: labels of other samples have another."""
+def samples_fingerprint(samples: Iterator[Sample] | Sequence[Sample]) -> str:
+    """A hash of the samples in their order, with their finish reasons."""
     digest = hashlib.sha256()
     for sample in samples:
-        cut = [str(place) for place in range(len(sample.responses)) if not sample.is_finished(place)]
+        cut = [
+            str(index) for index in range(len(sample.responses)) if sample.finish_reason(index) is FinishReason.LENGTH
+        ]
         digest.update(sample.id.encode("ascii") + ",".join(cut).encode("ascii"))
     return digest.hexdigest()[:32]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_cli.data.formats import Message, PreferencePair, Prompt
+from dpo_cli.data.formats import FinishReason, Message, PreferencePair, Prompt
 from dpo_cli.errors import CheckpointError, ConfigError
 
 TokenIds = NDArray[np.int32]
@@ -184,8 +184,8 @@ class PairEncoder:
         prompt_ids = self._encode_many(prompts)
         responses: list[list[list[int]]] = []
         for answers in (
-            [(pair.chosen, pair.chosen_finished) for pair in pairs],
-            [(pair.rejected, pair.rejected_finished) for pair in pairs],
+            [(pair.chosen, pair.chosen_finish_reason is FinishReason.STOP) for pair in pairs],
+            [(pair.rejected, pair.rejected_finish_reason is FinishReason.STOP) for pair in pairs],
         ):
             shown = [self.response_text(text) for text, _ in answers]
             whole = self._encode_many([prompt + text for prompt, text in zip(prompts, shown, strict=True)])

@@ -1,1 +1,1 @@
-"""Completions of a model: decoding, sampling, and the texts that come of them."""
+"""Completions of a model: decoding, and their texts."""

@@ -1,4 +1,4 @@
-"""Answers of a model to prompts as text: greedy ones, to see what training did, and sampled ones, to compare."""
+"""Completions of a model as text: greedy ones, which show what training changed, and sampled ones, to compare."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,24 +6,31 @@ from typing import Any
 
 import torch
 
-from dpo_cli.data.formats import PreferencePair, Prompt
+from dpo_cli.data.formats import FinishReason, PreferencePair, Prompt
 from dpo_cli.data.tokens import PairEncoder
-from dpo_cli.generation.decoding import Answer, Decoding, Draw, draw_answers, end_tokens, rows_at_once
+from dpo_cli.generation.decoding import (
+    Completion,
+    CompletionRequest,
+    SamplingParams,
+    generate_completions,
+    max_batch_size,
+    stop_token_ids,
+)
 
-PROMPTS_AT_ONCE = 16
-REDRAWS = 4  # of an answer that is there already
+GREEDY_BATCH = 16  # prompts
+MAX_RETRIES = 4  # of a completion that repeats an earlier one
 
 
 @dataclass(frozen=True)
-class Text:
-    """An answer as text."""
+class CompletionText:
+    """A completion as text."""
 
     text: str
     tokens: int
-    ended: bool  # by itself, not at the limit
+    finish_reason: FinishReason
 
 
-def greedy_answers(
+def greedy_completions(
     model: Any,
     encoder: PairEncoder,
     pairs: list[PreferencePair],
@@ -31,67 +38,68 @@ def greedy_answers(
     device: torch.device,
     poll: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """The greedy answer to the prompt of each pair, as text, cut after `max_new_tokens` tokens."""
+    """Generate the greedy completion of each pair's prompt, at most `max_new_tokens` tokens long, as text."""
     prompts = encoder.encode_prompts([Prompt(pair.messages, pair.prompt_text) for pair in pairs])
-    answers: list[str] = []
-    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-        draws = [Draw(prompt) for prompt in prompts[start : start + PROMPTS_AT_ONCE]]
-        ends = end_tokens(model, encoder.closing)
-        drawn = draw_answers(model, draws, Decoding(max_new_tokens), ends, device, poll)
-        answers += [encoder.tokenizer.decode(answer.tokens).strip() for answer in drawn]
-    return answers
+    stop_ids = stop_token_ids(model, encoder.closing)
+    texts: list[str] = []
+    for start in range(0, len(prompts), GREEDY_BATCH):
+        requests = [CompletionRequest(prompt) for prompt in prompts[start : start + GREEDY_BATCH]]
+        completions = generate_completions(model, requests, SamplingParams(max_new_tokens), stop_ids, device, poll)
+        texts += [encoder.tokenizer.decode(completion.token_ids).strip() for completion in completions]
+    return texts
 
 
-def said_by(encoder: PairEncoder, answer: Answer) -> Text:
-    """What a drawn answer says, without special tokens: as text they would become commands to whoever reads it.
+def completion_text(encoder: PairEncoder, completion: Completion) -> CompletionText:
+    """Decode a completion without special tokens, which as text could act as commands to whoever reads it.
 
-    Under a chat template white space around it goes, as it does in training. Of an answer that was cut within a
-    character, whose bytes may be several tokens, the part of it goes.
+    A chat template strips white space around it, as in training. A completion of finish reason `length` may end within
+    a character of several tokens; that part is dropped.
     """
-    text = encoder.tokenizer.decode(answer.tokens, skip_special_tokens=True)
-    text = text if answer.ended else text.rstrip("\ufffd")
-    return Text(encoder.response_text(text), len(answer.tokens), answer.ended)
+    text = encoder.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    text = text.rstrip("\ufffd") if completion.finish_reason is FinishReason.LENGTH else text
+    return CompletionText(encoder.response_text(text), len(completion.token_ids), completion.finish_reason)
 
 
-def batches_of(
-    model: Any, prompts: Sequence[list[int]], each: int, decoding: Decoding, device: torch.device, size: int | None
+def prompt_batches(
+    model: Any, prompts: Sequence[list[int]], n: int, params: SamplingParams, device: torch.device, size: int | None
 ) -> list[list[int]]:
-    """The prompts, by number, in batches of `size` answers, the longest first: those of like length are together."""
-    order = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
+    """Indices of the prompts in batches of `size` completions, `n` of each prompt, the longest prompts first."""
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     longest = len(prompts[order[0]]) if order else 1
-    together = max(1, (size or rows_at_once(model, longest, decoding, device)) // each)
-    return [order[start : start + together] for start in range(0, len(order), together)]
+    step = max(1, (size or max_batch_size(model, longest, params, device)) // n)
+    return [order[start : start + step] for start in range(0, len(order), step)]
 
 
-def distinct_answers(
+def distinct_completions(
     model: Any,
     encoder: PairEncoder,
     prompts: Sequence[list[int]],
-    each: int,
-    decoding: Decoding,
+    n: int,
+    params: SamplingParams,
     seed: int,
     device: torch.device,
     poll: Callable[[], None] = lambda: None,
-) -> list[list[Text]]:
-    """`each` answers to every prompt, all different; one that is there already is redrawn up to REDRAWS times.
+) -> list[list[CompletionText]]:
+    """Generate `n` different completions of every prompt; a repeated one is generated again up to MAX_RETRIES times.
 
-    Where a prompt still lacks some, fewer are returned. An answer depends on seed, prompt and its number alone.
+    A prompt may still end with fewer. A completion depends on the seed, its prompt and its index alone.
     """
-    ends = end_tokens(model, encoder.closing)
-    found: list[list[Text]] = [[] for _ in prompts]
-    asked = [0] * len(prompts)  # answers drawn so far
-    for _ in range(1 + REDRAWS):
-        lacking = [place for place in range(len(prompts)) if len(found[place]) < each]
-        if not lacking:
+    stop_ids = stop_token_ids(model, encoder.closing)
+    found: list[list[CompletionText]] = [[] for _ in prompts]
+    generated = [0] * len(prompts)  # completions of each prompt so far, repeated ones included
+    for _ in range(1 + MAX_RETRIES):
+        requests, owners = [], []
+        for index, prompt in enumerate(prompts):
+            missing = n - len(found[index])
+            first = generated[index]
+            requests += [CompletionRequest(list(prompt), seed, first + number) for number in range(missing)]
+            owners += [index] * missing
+            generated[index] += missing
+        if not requests:
             break
-        draws, owners = [], []
-        for place in lacking:
-            wanted = each - len(found[place])
-            draws += [Draw(list(prompts[place]), seed, asked[place] + number) for number in range(wanted)]
-            owners += [place] * wanted
-            asked[place] += wanted
-        for place, answer in zip(owners, draw_answers(model, draws, decoding, ends, device, poll), strict=True):
-            text = said_by(encoder, answer)
-            if all(text.text != known.text for known in found[place]):
-                found[place].append(text)
+        completions = generate_completions(model, requests, params, stop_ids, device, poll)
+        for index, completion in zip(owners, completions, strict=True):
+            text = completion_text(encoder, completion)
+            if all(text.text != known.text for known in found[index]):
+                found[index].append(text)
     return found

@@ -1,4 +1,4 @@
-"""A model that answers prompts, batch by batch: what a journal holds already is not drawn again."""
+"""A loaded model that completes prompts, batch by batch; batches in the job log are not generated again."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,10 +10,11 @@ import torch
 from dpo_cli.config.schema import GenerationConfig, SampleConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
+from dpo_cli.data.formats import FinishReason
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import ConfigError
-from dpo_cli.generation.decoding import Decoding
-from dpo_cli.generation.generate import Text, batches_of, distinct_answers
+from dpo_cli.generation.decoding import SamplingParams
+from dpo_cli.generation.generate import CompletionText, distinct_completions, prompt_batches
 from dpo_cli.models.dtype import Decision, choose_device, choose_dtype
 from dpo_cli.models.loading import (
     ModelSource,
@@ -30,14 +31,14 @@ from dpo_cli.runs.model_ref import (
     ref_dtype,
     ref_encoder,
 )
-from dpo_cli.storage.job_log import Journal
+from dpo_cli.storage.job_log import JobLog
 
-PARTS = ("player", "together", "seconds", "answers")  # what a line of the journal holds
+LOG_KEYS = ("model_index", "batch_size", "seconds", "completions")  # of a line of the job log
 
 
 @dataclass(frozen=True)
-class Sampler:
-    """A model that answers, with what its answers depend on."""
+class GenerationModel:
+    """A loaded model, with what its completions depend on."""
 
     name: str
     model: Any
@@ -49,87 +50,93 @@ class Sampler:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How answers are drawn."""
+class GenerationOptions:
+    """How completions are generated."""
 
-    each: int  # answers to a prompt, all different
-    decoding: Decoding
+    n: int  # completions of each prompt, all different
+    params: SamplingParams
     seed: int
-    batch_size: int | None  # answers at once; None: as many as memory allows
+    batch_size: int | None  # completions in one batch; None: as many as memory allows
 
 
-def drawing_in_words(config: GenerationConfig) -> str:
-    """How answers are drawn, for a header."""
+def describe_generation(config: GenerationConfig) -> str:
+    """The sampling parameters, for a header."""
     how = f"temperature {significant(config.temperature)}, top_p {significant(config.top_p)}"
     return f"{how}, at most {plural(config.max_new_tokens, 'token')}, seed {config.seed}"
 
 
-def load_sampler(config: SampleConfig, reporter: Reporter) -> Sampler:
-    """The model that the config names, or the checkpoint's policy."""
+def generation_options(config: GenerationConfig, n: int) -> GenerationOptions:
+    """The options of a command that generates `n` completions of each prompt."""
+    params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p)
+    return GenerationOptions(n, params, config.seed, None if config.batch_size == "auto" else int(config.batch_size))
+
+
+def load_generation_model(config: SampleConfig, reporter: Reporter) -> GenerationModel:
+    """Load the model that the config names, or the checkpoint's policy."""
     device = choose_device(config.device)
     if config.checkpoint is None:
         source = find_model(config.model, reporter.say)
         encoder = PairEncoder(load_tokenizer(source), config.template)
         dtype = choose_dtype(config.model.dtype, device.value, lora=True)
         model = load_model(source, dtype.value, device.value)
-        return Sampler(source.name, model, encoder, model_fingerprint(model), device.value, dtype, source)
+        return GenerationModel(source.name, model, encoder, model_fingerprint(model), device.value, dtype, source)
     asked = ModelName(config.checkpoint, None, config.trust_remote_code, alone=True)
-    return load_checkpoint_sampler(find_model_ref(asked), config.template, device.value, reporter)
+    return load_checkpoint_model(find_model_ref(asked), config.template, device.value, reporter)
 
 
-def load_checkpoint_sampler(
-    subject: ModelRef, template: str | None, device: torch.device, reporter: Reporter
-) -> Sampler:
-    """The policy of a run, checkpoint or adapter, or a model; ConfigError for a reward model, which answers nothing."""
-    if not subject.objective.generates:
-        raise ConfigError(f"{safe_text(subject.weights)}: is a reward model, which gives no answers")
-    dtype = ref_dtype(subject, device)
-    source = find_model(subject.base, reporter.say)
-    encoder = ref_encoder(subject, template)
-    base = load_model(source, dtype.value, device) if subject.is_adapter else None
-    model = load_policy(subject, base, dtype.value, device)
-    return Sampler(subject.weights, model, encoder, model_fingerprint(model), device, dtype, source)
+def load_checkpoint_model(
+    ref: ModelRef, template: str | None, device: torch.device, reporter: Reporter
+) -> GenerationModel:
+    """Load the policy of a run, checkpoint or adapter, or a model; ConfigError for a reward model."""
+    if not ref.objective.generates:
+        raise ConfigError(f"{safe_text(ref.weights)}: is a reward model, which generates no text; name a policy")
+    dtype = ref_dtype(ref, device)
+    source = find_model(ref.base, reporter.say)
+    encoder = ref_encoder(ref, template)
+    base = load_model(source, dtype.value, device) if ref.is_adapter else None
+    model = load_policy(ref, base, dtype.value, device)
+    return GenerationModel(ref.weights, model, encoder, model_fingerprint(model), device, dtype, source)
 
 
-def answer_all(
-    sampler: Sampler,
+def generate_all(
+    model: GenerationModel,
     prompts: Sequence[list[int]],
-    drawing: Drawing,
-    journal: Journal,
+    options: GenerationOptions,
+    log: JobLog,
     reporter: Reporter,
     poll: Callable[[], None],
-    player: int = 0,
-) -> list[list[Text]]:
-    """Answers to every prompt; those that the journal holds of this player are taken from there, the others join it.
+    model_index: int = 0,
+) -> list[list[CompletionText]]:
+    """Complete every prompt; completions in the job log are taken from it, the others are added to it.
 
-    Each batch is the same, whichever are done already.
+    A resumed job has the same batches as one that was never stopped.
     """
-    parts = [part for part in journal.done if part["player"] == player]
-    # Of what was begun, the batches are those it was begun with: how many fit may have changed since.
-    size = parts[0]["together"] if parts else drawing.batch_size
-    batches = batches_of(sampler.model, prompts, drawing.each, drawing.decoding, sampler.device, size)
-    together = size or max(len(batch) for batch in batches) * drawing.each
-    answers = {place: _texts(written) for part in parts for place, written in part["answers"]}
-    if answers:
-        reporter.say(f"going on: {plural(len(answers), 'prompt')} of {len(prompts):,} were answered")
-    reporter.start("prompt", len(prompts), len(answers))
+    parts = [part for part in log.done if part["model_index"] == model_index]
+    # A resumed job keeps its batch size: the free memory may have changed since.
+    size = parts[0]["batch_size"] if parts else options.batch_size
+    batches = prompt_batches(model.model, prompts, options.n, options.params, model.device, size)
+    batch_size = size or max(len(batch) for batch in batches) * options.n
+    done = {index: _texts(rows) for part in parts for index, rows in part["completions"]}
+    if done:
+        reporter.say(f"resuming: {plural(len(done), 'prompt')} of {len(prompts):,} done")
+    reporter.start("prompt", len(prompts), len(done))
     for batch in batches:
-        if answers.keys() >= set(batch):
+        if done.keys() >= set(batch):
             continue
         poll()
         started = time.perf_counter()
-        found = distinct_answers(
-            sampler.model, sampler.encoder, [prompts[place] for place in batch], drawing.each, drawing.decoding,
-            drawing.seed, sampler.device, poll,
+        found = distinct_completions(
+            model.model, model.encoder, [prompts[index] for index in batch], options.n, options.params, options.seed,
+            model.device, poll,
         )  # fmt: skip
-        written = [[place, [astuple(text) for text in texts]] for place, texts in zip(batch, found, strict=True)]
+        rows = [[index, [astuple(text) for text in texts]] for index, texts in zip(batch, found, strict=True)]
         seconds = time.perf_counter() - started
-        journal.append({"player": player, "together": together, "seconds": seconds, "answers": written})
-        answers |= dict(zip(batch, found, strict=True))
+        log.append({"model_index": model_index, "batch_size": batch_size, "seconds": seconds, "completions": rows})
+        done |= dict(zip(batch, found, strict=True))
         reporter.advance(len(batch))
     reporter.stop()
-    return [answers[place] for place in range(len(prompts))]
+    return [done[index] for index in range(len(prompts))]
 
 
-def _texts(written: list[list[Any]]) -> list[Text]:
-    return [Text(*fields) for fields in written]
+def _texts(rows: list[list[Any]]) -> list[CompletionText]:
+    return [CompletionText(text, tokens, FinishReason(reason)) for text, tokens, reason in rows]

@@ -1,4 +1,4 @@
-"""Reward models of others, as the hub has them: a whole sequence-classification model with one label."""
+"""Reward models from the hub: sequence-classification models with one label."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from dpo_cli.data.formats import Message
 from dpo_cli.errors import CheckpointError
 from dpo_cli.models.loading import ModelSource, disable_dropout
 
-AT_ONCE = 16  # texts a forward pass
+BATCH_SIZE = 16  # sequences in a forward pass
 
 
 def is_classifier(source: ModelSource) -> bool:
-    """Whether a model's config names a sequence-classification model; CheckpointError where it has not one label."""
+    """Whether a model's config is of a sequence-classification model; CheckpointError unless it has one label."""
     config = _read(AutoConfig, source)
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         return False
@@ -44,19 +44,19 @@ def _read(kind: Any, source: ModelSource, **more: Any) -> Any:
         ) from None
 
 
-def conversation_ids(tokenizer: Any, prompt: Sequence[Message], text: str, answer: str) -> list[int]:
-    """An answered prompt as such models are trained on it.
+def conversation_ids(tokenizer: Any, prompt: Sequence[Message], text: str, response: str) -> list[int]:
+    """Token ids of a prompt with a response, in the form that such models are trained on.
 
-    By the chat template as a whole conversation; without a template as the prompt's plain text and the answer, paired.
+    With a chat template the whole conversation; without one the prompt's plain text and the response as a text pair.
     """
     ids: list[int]
     if not tokenizer.chat_template:
-        ids = tokenizer(text, answer).input_ids
+        ids = tokenizer(text, response).input_ids
         return ids
     turns = [{"role": message.role, "content": message.content} for message in prompt]
     try:
-        whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False)
-    except Exception as error:  # raised by the template, a program of the model's author
+        whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": response}], tokenize=False)
+    except Exception as error:  # raised by the template, code of the model's author
         raise CheckpointError(f"the judge's chat template refuses a prompt ({safe_text(error, limit=120)})") from None
     ids = tokenizer(whole, add_special_tokens=False).input_ids
     return ids
@@ -65,36 +65,36 @@ def conversation_ids(tokenizer: Any, prompt: Sequence[Message], text: str, answe
 def scores(
     model: Any, sequences: Sequence[list[int]], device: torch.device, poll: Callable[[], None] = lambda: None
 ) -> list[float]:
-    """The model's one output for each sequence of token ids, in their order; those of like length are read together."""
-    found = [0.0] * len(sequences)
-    for places in _batches(sequences, padded=hasattr(model, "score")):
+    """The model's output for each sequence of token ids, in order; sequences of similar length share a batch."""
+    values = [0.0] * len(sequences)
+    for indices in _batches(sequences, padded=hasattr(model, "score")):
         poll()
-        some = [sequences[place] for place in places]
-        used = {token for ids in some for token in ids}
-        # Decoders read the score at the last token that is not padding: so padding is a token that none of these holds,
-        # whatever the config says of it (often EOS, which would then be skipped where it closes the answer).
+        batch = [sequences[index] for index in indices]
+        used = {token for ids in batch for token in ids}
+        # Decoders read the score at the last token that is not padding. So padding is a token that is in none of these
+        # sequences, not the config's pad token: often that is EOS, which also closes the response.
         padding = next(token for token in range(len(used) + 1) if token not in used)
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = padding
-        width = max(map(len, some))
-        ids = torch.tensor([one + [padding] * (width - len(one)) for one in some], device=device)
-        mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in some], device=device)
+        width = max(map(len, batch))
+        ids = torch.tensor([one + [padding] * (width - len(one)) for one in batch], device=device)
+        mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in batch], device=device)
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask).logits
-        for place, value in zip(places, logits[:, 0].float().tolist(), strict=True):
-            found[place] = value
-    return found
+        for index, value in zip(indices, logits[:, 0].float().tolist(), strict=True):
+            values[index] = value
+    return values
 
 
 def _batches(sequences: Sequence[list[int]], padded: bool) -> list[list[int]]:
-    """The sequences by number, together where they are of like length; of one length where none may be padded.
+    """Indices of the sequences in batches of similar length; of equal length unless `padded`.
 
-    Padding on the right moves nothing in a decoder. Encoders may count positions by it.
+    Padding on the right changes nothing in a decoder. An encoder may count it as positions.
     """
     batches: list[list[int]] = []
-    for place in sorted(range(len(sequences)), key=lambda place: len(sequences[place])):
-        fits = padded or (batches and len(sequences[batches[-1][0]]) == len(sequences[place]))
-        if batches and fits and len(batches[-1]) < AT_ONCE:
-            batches[-1].append(place)
+    for index in sorted(range(len(sequences)), key=lambda index: len(sequences[index])):
+        fits = padded or (batches and len(sequences[batches[-1][0]]) == len(sequences[index]))
+        if batches and fits and len(batches[-1]) < BATCH_SIZE:
+            batches[-1].append(index)
         else:
-            batches.append([place])
+            batches.append([index])
     return batches

@@ -1,6 +1,6 @@
-"""Who gives answers a reward without being a person: a reward model, a DPO policy's implicit reward, a rule.
+"""Judges that give rewards to responses: a reward model, a DPO policy's implicit reward, a rule.
 
-Models are asked by the training forward: the answers to a prompt share it in one packed row.
+Models are run by the forward pass of training: the responses to a prompt share it in one packed row.
 """
 
 import math
@@ -14,8 +14,8 @@ import torch
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.batches import SplitByTokens
-from dpo_cli.data.formats import PreferencePair
-from dpo_cli.data.samples import Sample, as_drawn
+from dpo_cli.data.formats import FinishReason, PreferencePair
+from dpo_cli.data.samples import Sample, as_continuation
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_ids, truncate
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.evaluation.scores import Scorer, score_pairs
@@ -45,15 +45,15 @@ from dpo_cli.runs.model_ref import (
     ref_encoder,
 )
 
-DEFAULT_LENGTH = 2048  # tokens, prompt + response, where the judge's run does not say
+DEFAULT_LENGTH = 2048  # tokens, prompt + response, where no run of the judge is known
 
 
 class Judge(Protocol):
-    """Gives answers a reward, in nats: P(a beats b) = sigmoid(r_a - r_b)."""
+    """Gives responses a reward, in nats: P(a beats b) = sigmoid(r_a - r_b)."""
 
     @property
     def name(self) -> str:
-        """What it is known by."""
+        """Its name in messages and labels."""
         ...
 
     @property
@@ -63,7 +63,7 @@ class Judge(Protocol):
 
     @property
     def truncation(self) -> Truncation:
-        """What it could not read of all that it has judged: each prompt and response is counted once."""
+        """How many prompts and responses were truncated so far, each counted once."""
         ...
 
     def rewards(self, samples: Sequence[Sample], poll: Callable[[], None]) -> list[list[float]]:
@@ -84,7 +84,7 @@ class RuleJudge:
 
     @property
     def truncation(self) -> Truncation:
-        """Nothing: a rule reads the whole text."""
+        """None: a rule reads the whole text."""
         return Truncation()
 
     def rewards(self, samples: Sequence[Sample], poll: Callable[[], None]) -> list[list[float]]:
@@ -106,10 +106,10 @@ class ModelJudge:
     layout_requested: str
     fingerprint: str
     batcher: MicroBatcher | None = None
-    truncation: Truncation = field(default_factory=Truncation)  # each prompt and response that was judged, once
+    truncation: Truncation = field(default_factory=Truncation)  # each prompt and response is counted once
 
     def rewards(self, samples: Sequence[Sample], poll: Callable[[], None]) -> list[list[float]]:
-        """A reward for every response of every sample; each response is read once."""
+        """A reward for every response of every sample; each response is computed once."""
         pairs, owners = self._pairs(samples)
         if self.batcher is None:
             layout = remembered_layout(self.layout_requested, self.policy, pairs, self.device, self.fingerprint).value
@@ -122,14 +122,15 @@ class ModelJudge:
         for (number, first, second), (chosen, rejected) in zip(owners, values, strict=True):
             found[number][first], found[number][second] = self.objective.beta * chosen, self.objective.beta * rejected
         for one, rewards in zip(samples, found, strict=True):
-            # The same answer has the same reward, however it was rounded.
-            ends = [one.is_finished(place) or self.encoder.always_closes for place in range(len(one.responses))]
-            answers = list(zip(one.responses, ends, strict=True))
-            rewards[:] = [rewards[answers.index(answer)] for answer in answers]
+            # Equal responses have equal rewards, also where rounding differs.
+            numbers = range(len(one.responses))
+            closed = [self.encoder.always_closes or one.finish_reason(i) is FinishReason.STOP for i in numbers]
+            responses = list(zip(one.responses, closed, strict=True))
+            rewards[:] = [rewards[responses.index(response)] for response in responses]
         return finite(found, self.name)
 
     def _pairs(self, samples: Sequence[Sample]) -> tuple[list[TokenizedPair], list[tuple[int, int, int]]]:
-        """The responses two by two, an odd last one beside the one before it, and whose they are."""
+        """The responses in pairs, an odd last one with the one before it, and their (sample, first, second) indices."""
         owners = [
             (number, first, first + 1 if first + 1 < len(sample.responses) else max(0, first - 1))
             for number, sample in enumerate(samples)
@@ -142,7 +143,7 @@ class ModelJudge:
         pairs = []
         prompts_cut, responses_cut = set(), set()
         for (number, first, second), one in zip(owners, encoded, strict=True):
-            # Answers are compared behind one and the same prompt: what the longest of them leaves of it, at least half.
+            # All responses of a sample follow the same part of the prompt: what the longest leaves, at least half.
             room = max(self.max_length - longest[number], self.max_length // 2)
             cut = truncate(one, self.max_length, room, Truncation())
             assert cut is not None
@@ -158,7 +159,7 @@ class ModelJudge:
 
 @dataclass
 class ClassifierJudge:
-    """A reward model of others: one score for a whole conversation, which ends as its own template ends it."""
+    """A reward model from the hub: one score for a whole conversation in its own template."""
 
     name: str
     facts: dict[str, Any]
@@ -169,7 +170,7 @@ class ClassifierJudge:
     truncation: Truncation = field(default_factory=Truncation)
 
     def rewards(self, samples: Sequence[Sample], poll: Callable[[], None]) -> list[list[float]]:
-        """A reward for every response of every sample; an overlong conversation loses its beginning."""
+        """A reward for every response of every sample; a conversation that is too long loses its beginning."""
         sequences = []
         for sample in samples:
             prompt = sample.read
@@ -184,106 +185,103 @@ class ClassifierJudge:
 
 
 def finite(rewards: list[list[float]], judge: str) -> list[list[float]]:
-    """The rewards; CheckpointError where one is no number."""
+    """The rewards; CheckpointError where one is not finite."""
     if not all(math.isfinite(reward) for some in rewards for reward in some):
-        raise CheckpointError(f"judge={safe_text(judge)}: gives rewards that are no numbers; its weights are damaged")
+        raise CheckpointError(f"judge={safe_text(judge)}: gives rewards that are not finite; its weights are damaged")
     return rewards
 
 
 def _pair(sample: Sample, first: int, second: int) -> PreferencePair:
-    """Two responses of a sample; which of them is `chosen` says nothing here."""
+    """Two responses of a sample as a pair; which is `chosen` means nothing here."""
     prompt = sample.read
-    one, other = (as_drawn(sample.prompt, sample.responses[place]) for place in (first, second))
+    one, other = (as_continuation(sample.prompt, sample.responses[index]) for index in (first, second))
     pair = PreferencePair(prompt.messages, prompt.text, one, other)
-    return replace(pair, chosen_finished=sample.is_finished(first), rejected_finished=sample.is_finished(second))
+    return replace(
+        pair, chosen_finish_reason=sample.finish_reason(first), rejected_finish_reason=sample.finish_reason(second)
+    )
 
 
-def truncation_in_words(lost: Truncation) -> list[str]:
-    """What a judge could not read, one fact a line."""
+def describe_truncation(lost: Truncation) -> list[str]:
+    """How many prompts and responses a judge truncated, as lines."""
     if not lost.prompts_cut and not lost.responses_cut:
         return []
-    return [f"the judge read {lost.prompts_cut:,} prompts and {lost.responses_cut:,} answers cut short"]
+    return [f"the judge truncated {plural(lost.prompts_cut, 'prompt')} and {plural(lost.responses_cut, 'response')}"]
 
 
 def find_judge(name: str, kind: str | None, trust_remote_code: bool) -> ModelRef | None:
-    """The checkpoint that the judge `name` is, None for a rule; `kind` (reward, implicit, rule) says what it must be.
+    """The checkpoint of the judge `name`, None for a rule; `kind` is reward, implicit, rule or None for any of them.
 
-    CheckpointError or ConfigError where it is something else. Nothing is loaded yet.
+    CheckpointError or ConfigError where `name` is not of that kind. No weights are loaded.
     """
     if kind == "rule" or (kind is None and name in RULES):
         if name not in RULES:
             raise ConfigError(f"rule={safe_text(name)}: choose one of {', '.join(RULES)}")
         return None
     if kind is None and "/" not in name and not Path(name).exists():
-        raise ConfigError(f"judge={safe_text(name)}: no such directory, and no rule; rules are {', '.join(RULES)}")
-    subject = find_model_ref(ModelName(name, None, trust_remote_code, alone=True, key="judge"))
-    whole = not subject.is_adapter and is_classifier(find_model(subject.base))
-    if kind == "reward" and subject.objective.generates and not whole:
+        raise ConfigError(f"judge={safe_text(name)}: no such directory or rule; rules are {', '.join(RULES)}")
+    ref = find_model_ref(ModelName(name, None, trust_remote_code, alone=True, key="judge"))
+    whole = not ref.is_adapter and is_classifier(find_model(ref.base))
+    if kind == "reward" and ref.objective.generates and not whole:
         raise ConfigError(
-            f"judge={safe_text(name)}: is no reward model; by=implicit takes a DPO run's own reward, and "
-            "dpo-train objective=reward trains a reward model"
+            f"judge={safe_text(name)}: is not a reward model; set by=implicit for a DPO run's implicit reward, "
+            "or train a reward model with dpo-train objective=reward"
         )
-    if kind == "implicit" and (not subject.objective.generates or whole):
-        raise ConfigError(f"judge={safe_text(name)}: is a reward model; by=reward asks it")
-    if not subject.is_adapter and not whole:
+    if kind == "implicit" and (not ref.objective.generates or whole):
+        raise ConfigError(f"judge={safe_text(name)}: is a reward model; set by=reward")
+    if not ref.is_adapter and not whole:
         raise ConfigError(
-            f"judge={safe_text(name)}: a judge is an adapter on the model it was trained from, or a "
+            f"judge={safe_text(name)}: is a model without an adapter; name a run's adapter, or a "
             "sequence-classification model with one label"
         )
-    return subject
+    return ref
 
 
 def load_judge(
-    name: str, kind: str | None, batching: str, device: str, trust_remote_code: bool, reporter: Reporter
+    name: str, kind: str | None, layout: str, device: str, trust_remote_code: bool, reporter: Reporter
 ) -> Judge:
-    """The judge that `find_judge` finds, ready to be asked.
-
-    CheckpointError where its tokenizer is not the one it was trained with.
-    """
-    subject = find_judge(name, kind, trust_remote_code)
-    if subject is None:
+    """Load the judge that `find_judge` finds; CheckpointError where its tokenizer is not the one of its training."""
+    ref = find_judge(name, kind, trust_remote_code)
+    if ref is None:
         return RuleJudge(name)
     where = choose_device(device).value
-    dtype = ref_dtype(subject, where).value
-    source = find_model(subject.base, reporter.say)
-    if not subject.is_adapter:
-        if batching != "auto":
-            raise ConfigError(
-                f"layout={batching}: a reward model that is no run of this program has one way to be read"
-            )
-        return _classifier_judge(subject, source, dtype, where, reporter)
-    encoder = ref_encoder(subject)
-    _check_tokenizer(subject, encoder)
+    dtype = ref_dtype(ref, where).value
+    source = find_model(ref.base, reporter.say)
+    if not ref.is_adapter:
+        if layout != "auto":
+            raise ConfigError(f"layout={layout}: is not supported for a reward model from the hub; leave it out")
+        return _classifier_judge(ref, source, dtype, where, reporter)
+    encoder = ref_encoder(ref)
+    _check_tokenizer(ref, encoder)
     base = load_model(source, dtype, where)
     fingerprint = model_fingerprint(base)
-    policy = load_policy(subject, base, dtype, where)
-    objective = subject.objective
+    policy = load_policy(ref, base, dtype, where)
+    objective = ref.objective
     facts = {
-        "judge": subject.weights,
+        "judge": ref.weights,
         "kind": objective.judges_by,
         "weights": fingerprint,
-        "adapter": sha256_of(Path(subject.weights) / "adapter_model.safetensors"),
-        **{file: sha256_of(Path(subject.weights) / file) for file in objective.files},
+        "adapter": sha256_of(Path(ref.weights) / "adapter_model.safetensors"),
+        **{file: sha256_of(Path(ref.weights) / file) for file in objective.files},
         "beta": objective.beta,
         "dtype": str(dtype).removeprefix("torch."),
         "device": where.type,
-        "batching": batching,
+        "layout": layout,
         "template": encoder.kind,
     }
-    limit = subject.run.data.max_length if subject.run else min(DEFAULT_LENGTH, position_limit(base) or DEFAULT_LENGTH)
-    _say(reporter, subject, facts, limit)
-    return ModelJudge(subject.weights, facts, policy, objective, encoder, limit, where, batching, fingerprint)
+    limit = ref.run.data.max_length if ref.run else min(DEFAULT_LENGTH, position_limit(base) or DEFAULT_LENGTH)
+    _say(reporter, ref, facts, limit)
+    return ModelJudge(ref.weights, facts, policy, objective, encoder, limit, where, layout, fingerprint)
 
 
 def _classifier_judge(
-    subject: ModelRef, source: ModelSource, dtype: torch.dtype, device: torch.device, reporter: Reporter
+    ref: ModelRef, source: ModelSource, dtype: torch.dtype, device: torch.device, reporter: Reporter
 ) -> ClassifierJudge:
     tokenizer, model = load_tokenizer(source), load_classifier(source, dtype, device)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
     limit = min(DEFAULT_LENGTH, positions, tokenizer.model_max_length)
-    template = "chat" if tokenizer.chat_template else "prompt and answer, paired"
+    template = "chat" if tokenizer.chat_template else "prompt and response as a text pair"
     facts = {
-        "judge": subject.weights,
+        "judge": ref.weights,
         "kind": "reward",
         "weights": model_fingerprint(model),
         "dtype": str(dtype).removeprefix("torch."),
@@ -292,47 +290,49 @@ def _classifier_judge(
     }
     reporter.facts(
         [
-            ("judge", f"{safe_text(subject.weights)}: a reward model ({type(model).__name__})"),
+            ("judge", f"{safe_text(ref.weights)}: a reward model ({type(model).__name__})"),
             ("", f"{facts['dtype']} on {device.type}, its own template ({template}), reads {plural(limit, 'token')}"),
         ]
     )
-    return ClassifierJudge(subject.weights, facts, model, tokenizer, limit, device)
+    return ClassifierJudge(ref.weights, facts, model, tokenizer, limit, device)
 
 
-def _check_tokenizer(subject: ModelRef, encoder: PairEncoder) -> None:
-    """CheckpointError where the judge was trained with another tokenizer or template than its base brings now."""
-    facts = subject.directory.read_manifest().get("template") if subject.directory else None
+def _check_tokenizer(ref: ModelRef, encoder: PairEncoder) -> None:
+    """CheckpointError where the judge was trained with another tokenizer or template than its base model has now."""
+    facts = ref.directory.read_manifest().get("template") if ref.directory else None
     if isinstance(facts, dict) and (facts.get("kind"), facts.get("closing_token")) != (encoder.kind, encoder.closing):
         raise CheckpointError(
-            f"judge={safe_text(subject.weights)}: was trained with the template {safe_text(facts.get('kind'))} closed "
-            f"by token {safe_text(facts.get('closing_token'))}, and {safe_text(subject.base.name_or_path)} now gives "
-            f"{encoder.kind} closed by {encoder.closing}: its rewards would be of other texts"
+            f"judge={safe_text(ref.weights)}: was trained with template {safe_text(facts.get('kind'))} and closing "
+            f"token {safe_text(facts.get('closing_token'))}, but {safe_text(ref.base.name_or_path)} now has "
+            f"{encoder.kind} and {encoder.closing}; restore the base model of its training"
         )
-    beside = Path(subject.weights)
+    beside = Path(ref.weights)
     if not (beside / "tokenizer_config.json").is_file():
         return
     from transformers import AutoTokenizer
 
     try:
-        saved = AutoTokenizer.from_pretrained(str(beside), trust_remote_code=subject.base.trust_remote_code)
+        saved = AutoTokenizer.from_pretrained(str(beside), trust_remote_code=ref.base.trust_remote_code)
     except Exception as error:
-        raise CheckpointError(f"{safe_text(beside)}: its tokenizer cannot be read ({safe_text(error, 120)})") from None
+        raise CheckpointError(
+            f"{safe_text(beside)}: its tokenizer cannot be loaded ({safe_text(error, 120)})"
+        ) from None
     now = encoder.tokenizer
     if saved.get_vocab() != now.get_vocab() or saved.chat_template != now.chat_template:
         what = "vocabulary" if saved.get_vocab() != now.get_vocab() else "chat template"
         raise CheckpointError(
-            f"judge={safe_text(subject.weights)}: was trained with another tokenizer than "
-            f"{safe_text(subject.base.name_or_path)} has now (its {what} differs): its rewards would be of other texts"
+            f"judge={safe_text(ref.weights)}: was trained with another tokenizer than "
+            f"{safe_text(ref.base.name_or_path)} has now (its {what} differs); restore that base model"
         )
 
 
-def _say(reporter: Reporter, subject: ModelRef, facts: dict[str, Any], limit: int) -> None:
-    kind = "reward model" if not subject.objective.generates else f"implicit reward, beta {significant(facts['beta'])}"
-    if subject.objective.generates and subject.run is None:
-        kind += " (the checkpoint does not say)"
+def _say(reporter: Reporter, ref: ModelRef, facts: dict[str, Any], limit: int) -> None:
+    kind = "reward model" if not ref.objective.generates else f"implicit reward, beta {significant(facts['beta'])}"
+    if ref.objective.generates and ref.run is None:
+        kind += " (the default: the checkpoint has no config)"
     reporter.facts(
         [
-            ("judge", f"{safe_text(subject.weights)}: {kind}"),
+            ("judge", f"{safe_text(ref.weights)}: {kind}"),
             (
                 "",
                 f"{facts['dtype']} on {facts['device']}, template {facts['template']}, reads {plural(limit, 'token')}",

@@ -1,35 +1,37 @@
-"""Labelled pairs: what dpo-label writes and dpo-train reads, whoever has judged."""
+"""Labelled pairs: what dpo-label writes and dpo-train reads, for every kind of judge."""
 
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_cli.data.formats import FinishReason
+
 
 @dataclass(frozen=True)
 class LabelledPair:
-    """Two answers to one prompt, the better first, with how sure that is."""
+    """Two responses to one prompt, the chosen one first, with its probability of being better."""
 
     sample: str  # id of the sample that both are of
-    prompt: Any  # as it stands in the file of samples: text, or a list of messages
+    prompt: Any  # as in the file of samples: text, or a list of messages
     chosen: str
     rejected: str
-    # That `chosen` is the better: sigmoid(reward_chosen - reward_rejected). Under 1/2 where a drawn label is an upset.
+    # That `chosen` is better: sigmoid(reward_chosen - reward_rejected). A sampled label may have one below 1/2.
     probability: float
     reward_chosen: float  # in nats
     reward_rejected: float
     by: str  # the kind of judge: human, reward, implicit, rule
-    judge: str  # who or which: annotators' names, a model's path, a rule's name
-    chosen_finished: bool = True  # False: cut at the limit when it was drawn
-    rejected_finished: bool = True
+    judge: str  # the annotators' names, a model's path, or a rule's name
+    chosen_finish_reason: FinishReason = FinishReason.STOP
+    rejected_finish_reason: FinishReason = FinishReason.STOP
 
 
 def label_row(pair: LabelledPair) -> dict[str, Any]:
-    """The row of a file of labels; `dpo-train data=jsonl` takes its first five keys."""
+    """The row of a file of labels; `dpo-train data=jsonl` reads its first five keys."""
     return {
         "prompt": pair.prompt,
         "chosen": pair.chosen,
         "rejected": pair.rejected,
-        "chosen_finished": pair.chosen_finished,
-        "rejected_finished": pair.rejected_finished,
+        "chosen_finish_reason": pair.chosen_finish_reason,
+        "rejected_finish_reason": pair.rejected_finish_reason,
         "probability": pair.probability,
         "reward_chosen": pair.reward_chosen,
         "reward_rejected": pair.reward_rejected,

@@ -1,4 +1,4 @@
-"""Checkpoints play each other: each answers every prompt, a judge compares the answers, two and two."""
+"""Matches between models: every model completes every prompt, and a judge gives each completion a reward."""
 
 import hashlib
 import json
@@ -12,15 +12,21 @@ from torch import Tensor
 
 from dpo_cli.config.schema import RankConfig
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.console.text import safe_text, significant
+from dpo_cli.console.text import plural, safe_text
 from dpo_cli.data.files import read_rows
-from dpo_cli.data.prompts import PromptInFile, PromptReport, read_prompts
+from dpo_cli.data.formats import FinishReason
+from dpo_cli.data.prompts import PromptReport, PromptRow, read_prompts
 from dpo_cli.data.samples import Sample, as_stored, sample_id
 from dpo_cli.errors import ConfigError, DataError, StoppedError
-from dpo_cli.generation.decoding import Decoding
-from dpo_cli.generation.generate import Text
-from dpo_cli.generation.sampler import PARTS, Drawing, answer_all, drawing_in_words, load_checkpoint_sampler
-from dpo_cli.labelling.judges import find_judge, load_judge, truncation_in_words
+from dpo_cli.generation.generate import CompletionText
+from dpo_cli.generation.sampler import (
+    LOG_KEYS,
+    describe_generation,
+    generate_all,
+    generation_options,
+    load_checkpoint_model,
+)
+from dpo_cli.labelling.judges import describe_truncation, find_judge, load_judge
 from dpo_cli.models.dtype import choose_device
 from dpo_cli.models.memory import make_room
 from dpo_cli.runs.model_ref import (
@@ -32,22 +38,21 @@ from dpo_cli.runs.model_ref import (
     weights_fingerprints,
 )
 from dpo_cli.signals import StopSignals
-from dpo_cli.storage.job_log import Journal, finish, is_done, opened_journal
-from dpo_cli.theory.statistics import mean_estimate
+from dpo_cli.storage.job_log import JobLog, finish_job, is_done, open_job_log
 
 
 @dataclass(frozen=True)
 class Match:
-    """What P players answered to G prompts, and what a judge thought of it."""
+    """The completions of G prompts by P models, the players, and the rewards that a judge gave them."""
 
     players: list[str]
-    samples: list[Sample]  # one response a player, in the order of the players
+    samples: list[Sample]  # one response of each player, in their order
     tokens: list[list[int]]  # of each response
     rewards: list[list[float]]
 
     @property
     def tables(self) -> Tensor:
-        """(G, P, P): 1 where the row's answer has the higher reward on that prompt, 1/2 for a tie."""
+        """(G, P, P): 1 where the row's response has the higher reward on that prompt, 1/2 for a tie."""
         rewards = torch.tensor(self.rewards, dtype=torch.float64)
         higher = (rewards[:, :, None] > rewards[:, None, :]).double()
         same = (rewards[:, :, None] == rewards[:, None, :]).double()
@@ -55,100 +60,102 @@ class Match:
 
 
 def play(config: RankConfig, kept: Path | None, reporter: Reporter) -> Match:
-    """Have every checkpoint answer every prompt, and the judge give each answer a reward.
+    """Let every checkpoint complete every prompt, and the judge give each completion a reward.
 
-    The players draw with the same random numbers wherever they are asked with the same tokens. In `kept` is a row a
-    prompt when all is done; a match that was cut off is gone on with, one that is there is not played again.
+    Models that see the same prompt tokens sample with the same random numbers. The match is written to `kept`, a row a
+    prompt, when it is done: a stopped match is resumed, and a match that is there is read, not played again.
     """
     assert config.checkpoints is not None and config.prompts is not None and config.judge is not None
     trusted = config.trust_remote_code
-    # Whatever names nothing, or nothing that plays or judges, is found before the first answer is drawn.
-    subjects = [
+    # Every name is checked before the first completion is generated.
+    refs = [
         find_model_ref(ModelName(name, None, trusted, alone=True, key="checkpoints")) for name in config.checkpoints
     ]
-    for name, subject in zip(config.checkpoints, subjects, strict=True):
-        if not subject.objective.generates:
-            raise ConfigError(f"checkpoints={safe_text(name)}: is a reward model, which gives no answers; let it judge")
+    for name, ref in zip(config.checkpoints, refs, strict=True):
+        if not ref.objective.generates:
+            raise ConfigError(
+                f"checkpoints={safe_text(name)}: is a reward model, which generates no text; use it as judge"
+            )
     judging = find_judge(config.judge, None, trusted)
     prompts, report = read_prompts(config.prompts, config.limit, config.on_bad_row == "skip")
     device = choose_device(config.device).value
-    _check_players(config, subjects, judging, prompts)
-    job = _job(config, subjects, judging, prompts, device) if kept is not None else {}
+    _check_players(config, refs, judging, prompts)
+    job = _job(config, refs, judging, prompts, device) if kept is not None else {}
     if kept is not None and is_done(kept, job):
-        reporter.say(f"already played: {kept}")
+        reporter.say(f"already complete: {kept}")
         return read_match(kept)
     _show_header(reporter, config, report, device, kept)
-    with StopSignals(reporter.warn) as signals, opened_journal(kept, job, PARTS, reporter.warn) as journal:
+    with StopSignals(reporter.warn) as signals, open_job_log(kept, job, LOG_KEYS, reporter.warn) as log:
         try:
-            answers = _answers(config, subjects, prompts, device, journal, reporter, signals)
-            match = _judged(config, prompts, answers, reporter, signals)
+            completions = _complete(config, refs, prompts, device, log, reporter, signals)
+            match = _judge(config, prompts, completions, reporter, signals)
         except StoppedError as stop:
-            raise type(stop)(f"{stop}; the same command goes on" if kept is not None else f"{stop}") from None
+            raise type(stop)(f"{stop}; to resume, run the same command" if kept is not None else f"{stop}") from None
         if kept is not None:
             rows = match_rows(match)
-            finish(journal, kept, rows, {"job": job, "prompts": len(rows), "players": match.players})
+            finish_job(kept, rows, {"job": job, "prompts": len(rows), "players": match.players})
     return match
 
 
 def _show_header(
     reporter: Reporter, config: RankConfig, report: PromptReport, device: torch.device, kept: Path | None
 ) -> None:
-    rows = [("player" if place == 0 else "", safe_text(name)) for place, name in enumerate(config.checkpoints or ())]
+    rows = [("models" if index == 0 else "", safe_text(name)) for index, name in enumerate(config.checkpoints or ())]
     rows += [("judge", safe_text(config.judge)), ("device", str(device))]
-    rows.append(("drawing", drawing_in_words(config)))
-    rows += [("prompts" if place == 0 else "", line) for place, line in enumerate(report.sentences())]
+    rows.append(("generation", describe_generation(config)))
+    rows += [("prompts" if index == 0 else "", line) for index, line in enumerate(report.sentences())]
     if kept is not None:
-        rows.append(("answers", f"{safe_text(kept)}, whole when all is played"))
+        rows.append(("completions", f"{safe_text(kept)}, written when all are judged"))
     reporter.facts(rows)
     reporter.say()
 
 
 def _check_players(
-    config: RankConfig, subjects: Sequence[ModelRef], judging: ModelRef | None, prompts: Sequence[PromptInFile]
+    config: RankConfig, refs: Sequence[ModelRef], judging: ModelRef | None, prompts: Sequence[PromptRow]
 ) -> None:
-    """ConfigError where not all would read the prompts in one form, DataError where a prompt is too long for one."""
+    """ConfigError where models or judge use different templates, DataError where a prompt is too long for a model."""
     assert config.checkpoints is not None
     kinds: dict[str | None, str] = {}
-    for name, subject in zip(config.checkpoints, subjects, strict=True):
-        encoder = ref_encoder(subject, config.template)
+    for name, ref in zip(config.checkpoints, refs, strict=True):
+        encoder = ref_encoder(ref, config.template)
         kinds.setdefault(encoder.kind, name)
         _check_lengths(prompts, encoder.encode_prompts([prompt.read for prompt in prompts]), config)
     if len(kinds) > 1:
-        shown = ", ".join(f"{safe_text(name)} as {kind}" for kind, name in kinds.items())
+        shown = ", ".join(f"{safe_text(name)}: {kind}" for kind, name in kinds.items())
         raise ConfigError(
-            f"checkpoints: are not asked alike ({shown}); template=chat or template=plain asks all of them so"
+            f"checkpoints: their templates differ ({shown}); set template=chat or template=plain for all of them"
         )
     reads = ref_encoder(judging).kind if judging is not None and judging.is_adapter else None
     if reads is not None and reads not in kinds:
         raise ConfigError(
-            f"judge={safe_text(config.judge)}: reads answers as {reads}, and the checkpoints are asked as "
-            f"{', '.join(map(str, kinds))}; template={reads} asks them so, too"
+            f"judge={safe_text(config.judge)}: has template={reads}, and the checkpoints have "
+            f"template={', '.join(map(str, kinds))}; set template={reads} for the checkpoints"
         )
 
 
-def _check_lengths(prompts: Sequence[PromptInFile], ids: list[list[int]], config: RankConfig) -> None:
+def _check_lengths(prompts: Sequence[PromptRow], ids: list[list[int]], config: RankConfig) -> None:
     for prompt, tokens in zip(prompts, ids, strict=True):
         if len(tokens) > config.max_prompt_length:
             raise DataError(
-                f"{safe_text(config.prompts)} row {prompt.index + 1}: its prompt has {len(tokens):,} tokens, over "
-                f"max_prompt_length={config.max_prompt_length}; raise it, or leave the prompt out"
+                f"{safe_text(config.prompts)} row {prompt.index + 1}: the prompt has {len(tokens):,} tokens, more than "
+                f"max_prompt_length={config.max_prompt_length}; raise it, or remove the prompt"
             )
 
 
 def _job(
     config: RankConfig,
-    subjects: Sequence[ModelRef],
+    refs: Sequence[ModelRef],
     judging: ModelRef | None,
-    prompts: Sequence[PromptInFile],
+    prompts: Sequence[PromptRow],
     device: torch.device,
 ) -> dict[str, Any]:
-    """What answers and rewards depend on."""
+    """What completions and rewards depend on."""
     written = json.dumps([prompt.written for prompt in prompts])
     return {
         "checkpoints": config.checkpoints,
         "judge": config.judge,
-        "weights": weights_fingerprints([*subjects, *([judging] if judging is not None else [])]),
-        "dtypes": [str(ref_dtype(subject, device).value) for subject in subjects],
+        "weights": weights_fingerprints([*refs, *([judging] if judging is not None else [])]),
+        "dtypes": [str(ref_dtype(ref, device).value) for ref in refs],
         "prompts": hashlib.sha256(written.encode("ascii")).hexdigest()[:32],
         "device": device.type,
         **{key: getattr(config, key) for key in ("template", "temperature", "top_p", "max_new_tokens", "seed")},
@@ -156,96 +163,68 @@ def _job(
     }
 
 
-def _answers(
+def _complete(
     config: RankConfig,
-    subjects: Sequence[ModelRef],
-    prompts: Sequence[PromptInFile],
+    refs: Sequence[ModelRef],
+    prompts: Sequence[PromptRow],
     device: torch.device,
-    journal: Journal,
+    log: JobLog,
     reporter: Reporter,
     signals: StopSignals,
-) -> list[list[Text]]:
-    """The answers of every player, one to a prompt; one model at a time is in memory."""
+) -> list[list[CompletionText]]:
+    """The completions of every model, one of each prompt; one model at a time is in memory."""
     assert config.checkpoints is not None
-    decoding = Decoding(config.max_new_tokens, config.temperature, config.top_p)
-    drawing = Drawing(1, decoding, config.seed, None if config.batch_size == "auto" else int(config.batch_size))
-    answers = []
-    for player, (name, subject) in enumerate(zip(config.checkpoints, subjects, strict=True)):
-        sampler = load_checkpoint_sampler(subject, config.template, device, reporter)
-        ids = sampler.encoder.encode_prompts([prompt.read for prompt in prompts])
-        reporter.say(f"{safe_text(name)} answers {len(prompts):,} prompts")
-        drawn = answer_all(sampler, ids, drawing, journal, reporter, signals.poll, player)
-        answers.append([texts[0] for texts in drawn])
-        del sampler
+    options = generation_options(config, 1)
+    completions = []
+    for index, (name, ref) in enumerate(zip(config.checkpoints, refs, strict=True)):
+        model = load_checkpoint_model(ref, config.template, device, reporter)
+        ids = model.encoder.encode_prompts([prompt.read for prompt in prompts])
+        reporter.say(f"{safe_text(name)}: {plural(len(prompts), 'prompt')}")
+        texts = generate_all(model, ids, options, log, reporter, signals.poll, index)
+        completions.append([one for (one,) in texts])
+        del model
         make_room(device)
-    return answers
+    return completions
 
 
-def _judged(
+def _judge(
     config: RankConfig,
-    prompts: Sequence[PromptInFile],
-    answers: list[list[Text]],
+    prompts: Sequence[PromptRow],
+    completions: list[list[CompletionText]],
     reporter: Reporter,
     signals: StopSignals,
 ) -> Match:
     assert config.checkpoints is not None and config.judge is not None
-    rows = list(zip(*answers, strict=True))
+    rows = list(zip(*completions, strict=True))
     samples = [_sample(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
     judge = load_judge(config.judge, None, "auto", config.device, config.trust_remote_code, reporter)
     rewards = judge.rewards(samples, signals.poll)
-    for line in truncation_in_words(judge.truncation):
+    for line in describe_truncation(judge.truncation):
         reporter.say(line)
     return Match(short_names(config.checkpoints), samples, [[one.tokens for one in row] for row in rows], rewards)
 
 
-def _sample(prompt: PromptInFile, answers: Sequence[Text]) -> Sample:
-    responses = tuple(as_stored(prompt.written, answer.text) for answer in answers)
-    finished = tuple(answer.ended for answer in answers)
-    return Sample(sample_id(prompt.written, responses), prompt.written, responses, finished)
+def _sample(prompt: PromptRow, completions: Sequence[CompletionText]) -> Sample:
+    responses = tuple(as_stored(prompt.written, completion.text) for completion in completions)
+    reasons = tuple(completion.finish_reason for completion in completions)
+    return Sample(sample_id(prompt.written, responses), prompt.written, responses, reasons)
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The last part of each path where that tells them apart: in a table the first parts are alike."""
+    """The last part of each path where these differ, else the whole paths."""
     last = [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
     return last if len(set(last)) == len(last) else list(names)
 
 
-def show_match(match: Match, reporter: Reporter) -> None:
-    """The mean reward and length of every player's answers, and how much more each earns than the first."""
-    rows = []
-    for player, name in enumerate(match.players):
-        earned = [rewards[player] for rewards in match.rewards]
-        mean = mean_estimate(earned)
-        more = mean_estimate([rewards[player] - rewards[0] for rewards in match.rewards])
-        tokens = sum(row[player] for row in match.tokens) / len(match.tokens)
-        rows.append(
-            [
-                safe_text(name),
-                f"{significant(mean.mean)} ({significant(mean.low)}, {significant(mean.high)})",
-                f"{significant(more.mean)} ({significant(more.low)}, {significant(more.high)})" if player else "",
-                significant(tokens),
-            ]
-        )
-    reporter.say()
-    reporter.grid(["player", "mean reward (95%)", "more than the first (95%)", "tokens"], rows)
-    cut = sum(not end for sample in match.samples for end in sample.finished)
-    if cut:
-        reporter.say(f"{cut:,} of {sum(map(len, match.tokens)):,} answers were cut at max_new_tokens")
-    tied = sum(len(set(rewards)) < len(rewards) for rewards in match.rewards)
-    if tied:
-        reporter.say(f"on {tied:,} prompts the judge finds some answers equal: a tie, half a win for each")
-    reporter.say()
-
-
 def match_rows(match: Match) -> list[dict[str, Any]]:
-    """A row a prompt: the answers of all players, and their rewards."""
+    """A row a prompt: the responses of all models, and their rewards."""
     return [
         {
             "id": sample.id,
             "prompt": sample.prompt,
             "responses": list(sample.responses),
             "tokens": tokens,
-            "finished": list(sample.finished),
+            "finish_reason": list(sample.finish_reasons),
             "rewards": rewards,
             "players": match.players,
         }
@@ -254,21 +233,21 @@ def match_rows(match: Match) -> list[dict[str, Any]]:
 
 
 def read_match(path: Path) -> Match:
-    """A match that was played, from its rows; DataError where one is not as it was written."""
+    """A match from its rows; DataError where a row is not as `match_rows` made it."""
     players: list[str] = []
     samples, tokens, rewards = [], [], []
     for row in read_rows(path):
         try:
             value = row.value or {}
-            responses, finished = tuple(value["responses"]), tuple(value["finished"])
-            samples.append(Sample(value["id"], value["prompt"], responses, finished))
+            responses, reasons = tuple(value["responses"]), tuple(map(FinishReason, value["finish_reason"]))
+            samples.append(Sample(value["id"], value["prompt"], responses, reasons))
             tokens.append([int(number) for number in value["tokens"]])
             rewards.append([float(number) for number in value["rewards"]])
             players = value["players"]
-            if not len(players) == len(responses) == len(finished) == len(tokens[-1]) == len(rewards[-1]):
+            if not len(players) == len(responses) == len(reasons) == len(tokens[-1]) == len(rewards[-1]):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             raise DataError(
-                f"{row.place}: is not what dpo-rank wrote; remove the file, and the match is played again"
+                f"{row.location}: was not written by this version of dpo-rank; remove the file to play again"
             ) from None
     return Match(players, samples, tokens, rewards)

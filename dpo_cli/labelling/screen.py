@@ -1,8 +1,8 @@
-"""The screen on which a person compares two answers: a prompt, two answers that do not say whose they are, one key.
+"""The screen on which a person compares two answers: a prompt, two answers of unknown origin, one key.
 
-What is shown is a pure function of the question, the size of the terminal and how far it is scrolled; the rest reads
-keys and signals. One idea to keep in mind: a key counts only for what was on the screen when it was pressed, and
-whatever way the screen is left, the terminal is as it was before.
+What is shown is a pure function of the question, the size of the terminal and the scroll position; the rest reads keys
+and signals. One idea to keep in mind: a key counts only for what was on the screen when it was pressed, and the
+terminal is restored however the screen is left.
 """
 
 import errno
@@ -29,8 +29,8 @@ from dpo_cli.console.text import safe_text
 from dpo_cli.errors import ConfigError, InterruptedByUserError, StoppedError
 
 VERDICTS = ("left", "right", "tie", "skip")
-MIN_COLUMN = 30  # cells; answers beside each other in narrower columns are harder to read than one under the other
-ESCAPE_SECONDS = 0.05  # the bytes of one key come closer together than this
+MIN_COLUMN = 30  # cells; in narrower columns two answers read better one under the other
+ESCAPE_SECONDS = 0.05  # the bytes of one key arrive within this time
 
 ACTIONS = {
     "1": "left", "<left>": "left", "2": "right", "<right>": "right", "t": "tie", "s": "skip",
@@ -39,7 +39,7 @@ ACTIONS = {
     " ": "page down", "<page down>": "page down", "b": "page up", "<page up>": "page up",
     "g": "top", "<home>": "top", "G": "bottom", "<end>": "bottom",
 }  # fmt: skip
-# What a terminal sends for them after ESC; the second letter depends on the mode that an earlier program left.
+# What a terminal sends after ESC; the first letter depends on the mode that an earlier program left.
 SEQUENCES = {
     "[A": "<up>", "[B": "<down>", "[C": "<right>", "[D": "<left>", "OA": "<up>", "OB": "<down>", "OC": "<right>",
     "OD": "<left>", "[5~": "<page up>", "[6~": "<page down>", "[H": "<home>", "OH": "<home>", "[1~": "<home>",
@@ -49,15 +49,15 @@ HELP = (
     ("1, left arrow", "the left answer is better, or the first where they stand one under the other"),
     ("2, right arrow", "the right answer is better, or the second"),
     ("t", "a tie: neither is better"),
-    ("s", "skip: no judgement; you are not asked this again"),
-    ("u", "undo: take your latest judgement back, and be asked again"),
-    ("q", "quit: all judgements are on disk, the same command goes on"),
+    ("s", "skip: no judgement; this question is not asked again"),
+    ("u", "undo: remove your latest judgement, and answer that question again"),
+    ("q", "quit: all judgements are on disk; to continue, run the same command"),
     ("j, k, arrows", "a line down, up"),
     ("space, b", "a page down, up; also PgDn, PgUp"),
     ("g, G", "the beginning, the end; also Home, End"),
     ("", ""),
-    ("", "Which answer stands on which side is drawn by chance, for each question anew."),
-    ("", "Any other key goes back to the question."),
+    ("", "Which answer is on which side is random for every question."),
+    ("", "Any other key returns to the question."),
 )
 
 
@@ -66,23 +66,23 @@ HELP = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """A question as it is put: nothing in it tells where an answer came from."""
+    """A question as it is shown: nothing in it tells where an answer came from."""
 
-    prompt: tuple[tuple[str, str], ...]  # who speaks, and what; nobody where the prompt is one text
+    prompt: tuple[tuple[str, str], ...]  # speaker and text; no speaker where the prompt is one text
     left: str
     right: str
     number: int  # of `total`, from 1
     total: int
-    remaining: int  # this one among them
+    remaining: int  # this one included
     annotator: str
-    notice: str = ""  # a few words on what the last key did
-    left_cut: bool = False  # at the limit, when it was drawn
+    notice: str = ""  # what the last key did
+    left_cut: bool = False  # finish reason `length`
     right_cut: bool = False
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a key said (`left`, `right`, `tie`, `skip`, `undo` or `quit`), and the seconds it took."""
+class Choice:
+    """The action of a key (`left`, `right`, `tie`, `skip`, `undo` or `quit`), and the seconds until it."""
 
     action: str
     seconds: float
@@ -97,7 +97,7 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Page:
-    """What stands on a screen of one width: a line above, rows that may be more than fit, lines below."""
+    """The content of a screen of one width: a header, rows that may need scrolling, lines below."""
 
     header: str
     rows: tuple[Line, ...]
@@ -107,7 +107,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Glyphs:
-    """What lines are drawn with."""
+    """The characters of lines."""
 
     beside: str = "│"
     rule: str = "─"
@@ -117,32 +117,32 @@ ASCII_GLYPHS = Glyphs("|", "-")
 
 
 def shown_lines(text: str, encoding: str = "utf-8") -> list[str]:
-    """The lines of a text of others, each as `safe_text` shows it, in characters that the terminal has."""
+    """The lines of an untrusted text, each through `safe_text`, in characters that the terminal has."""
     lines = [safe_text(line) for line in re.split("\r?\n", text)]
     return [line.encode(encoding, "backslashreplace").decode(encoding) for line in lines]
 
 
 def wrapped(line: str, width: int) -> list[str]:
-    """The line in rows of at most `width` cells, broken at spaces, and inside a word that is longer than a row."""
+    """The line in rows of at most `width` cells, broken at spaces, or within a word that is longer than a row."""
     rows: list[str] = []
-    begin, cells, gap = 0, 0, -1  # of the row that is being filled; its last space after a word
-    for place, character in enumerate(line):
+    begin, cells, gap = 0, 0, -1  # of the current row; its last space after a word
+    for index, character in enumerate(line):
         size = _cells(character)
-        if cells + size > width and place > begin:
-            cut = place if character == " " or gap < 0 else gap
+        if cells + size > width and index > begin:
+            cut = index if character == " " or gap < 0 else gap
             rows.append(line[begin:cut])
             begin, gap = cut + (line[cut] == " "), -1
-            cells = sum(map(_cells, line[begin:place]))
-            if begin > place:  # the row ended at this very space
+            cells = sum(map(_cells, line[begin:index]))
+            if begin > index:  # the row ended at this very space
                 continue
-        if character == " " and line[begin:place].strip():
-            gap = place
+        if character == " " and line[begin:index].strip():
+            gap = index
         cells += size
     return [*rows, line[begin:]]
 
 
 def _cells(character: str) -> int:
-    """The cells of a character, rather one too many: some terminals draw U+FE0F's picture two cells wide."""
+    """The cells of a character, or one more: some terminals draw the emoji of U+FE0F two cells wide."""
     return 1 if character == "\ufe0f" else max(0, get_character_cell_size(character))
 
 
@@ -154,7 +154,7 @@ def _block(text: str, width: int, encoding: str, cut: bool = False) -> list[Line
 
 
 def comparison_page(question: Comparison, width: int, height: int, encoding: str = "utf-8") -> Page:
-    """A question for a terminal of that size: answers beside each other where both are on one screen so."""
+    """A question for a terminal of that size: answers side by side where both then fit the screen."""
     glyphs = glyphs_of(encoding)
     rows: list[Line] = []
     for speaker, words in question.prompt:
@@ -165,15 +165,15 @@ def comparison_page(question: Comparison, width: int, height: int, encoding: str
     stacked = column < MIN_COLUMN or max(map(len, sides)) + 1 > room_of(height)
     if stacked:
         for number, name, (text, cut) in zip("12", ("first", "second"), answers, strict=True):
-            # The number beside every line: scrolled into an answer, one still sees which it is.
+            # The number is beside every line, so that it is visible after scrolling.
             block = _block(text, width - 4, encoding, cut)
             rows += [Line(f"{number} {name}", "bold")]
             rows += [Line(f"{number} {glyphs.beside} {line.text}", line.style) for line in block]
             rows += [Line("")] if number == "1" else []
     else:
         rows.append(Line(set_cell_size("1 left", column) + f" {glyphs.beside} 2 right", "bold"))
-        for place in range(max(map(len, sides))):
-            left, right = (side[place].text if place < len(side) else "" for side in sides)
+        for index in range(max(map(len, sides))):
+            left, right = (side[index].text if index < len(side) else "" for side in sides)
             rows.append(Line(f"{set_cell_size(left, column)} {glyphs.beside} {right}"))
     header = f"question {question.number:,} of {question.total:,}, {question.remaining:,} to go"
     name = shown_lines(safe_text(question.annotator, limit=24), encoding)[0]
@@ -198,33 +198,33 @@ def help_page(width: int) -> Page:
         label = 16 if keys else 0
         first, *more = wrapped(words, max(10, width - label))
         rows += [Line(f"{keys:<{label}}{first}"), *(Line(" " * label + row) for row in more)]
-    return Page("keys", tuple(rows), "", "any other key goes back")
+    return Page("keys", tuple(rows), "", "any other key returns")
 
 
 def end_page(words: str, width: int) -> Page:
-    """Nothing is left to ask: the last judgement can still be taken back."""
+    """The page after the last question: the last judgement can still be undone."""
     return Page("done", tuple(Line(row) for row in wrapped(words, width)), "", "u undo  q end")
 
 
 def glyphs_of(encoding: str) -> Glyphs:
-    """Lines that the terminal's encoding has."""
+    """Characters of lines that the terminal's encoding has."""
     return Glyphs() if encoding.lower().startswith("utf") else ASCII_GLYPHS
 
 
 def room_of(height: int) -> int:
-    """The rows of a page that are in sight at once: all but header, rule, notice and keys."""
+    """The number of visible rows of a page: all lines but header, rule, notice and keys."""
     return max(1, height - (4 if height >= 6 else 2))
 
 
 def last_top(page: Page, height: int) -> int:
-    """How many rows are above those in sight where the end is in sight."""
+    """The number of rows above the visible ones at the end of the page."""
     return max(0, len(page.rows) - room_of(height))
 
 
 def frame(page: Page, top: int, width: int, height: int, encoding: str = "utf-8") -> list[Line]:
-    """The screen, line by line, with `top` rows above it; shorter than `height` where the rows do not fill it.
+    """The lines of the screen, scrolled by `top` rows; fewer than `height` where the rows do not fill it.
 
-    The last two lines belong at the bottom: what there is to scroll to, and the keys.
+    The last two lines belong at the bottom: the scroll position and the keys.
     """
     room = room_of(height)
     below = len(page.rows) - top - room
@@ -243,36 +243,36 @@ def frame(page: Page, top: int, width: int, height: int, encoding: str = "utf-8"
 
 
 class KeyDecoder:
-    """Bytes that a terminal sends, as names of keys, however they are cut into reads.
+    """Decodes the bytes of a terminal into names of keys, however they are split into reads.
 
-    A lone ESC, a key with Alt and a sequence that is not in SEQUENCES are no keys, and swallow one key at most.
+    A lone ESC, a key with Alt and an unknown sequence are ignored, with one key after them at most.
     """
 
     def __init__(self) -> None:
-        self._begun = ""
+        self._partial = ""
 
     def feed(self, data: bytes, late: bool = False) -> list[str]:
-        """The keys that are whole; `late` where the bytes came so long after the last that they are of another key."""
+        """The complete keys; `late` means that the bytes came so long after the last ones that they are another key."""
         keys = []
-        stale = late and len(self._begun) > 1  # somebody typed ESC [, or a slow line has cut a sequence
+        stale = late and len(self._partial) > 1  # the user typed ESC [, or a slow line has split a sequence
         for character in data.decode("latin-1"):
-            if self._begun == "\x1b" and character not in "[O\x1b":
-                self._begun = ""
+            if self._partial == "\x1b" and character not in "[O\x1b":
+                self._partial = ""
                 if not late:  # a key with Alt
                     continue
             late = False
             if character == "\x1b":
-                self._begun = character
-            elif self._begun:
-                self._begun += character
-                if len(self._begun) > 2 and (self._begun[1] == "O" or not "\x20" <= character <= "\x3f"):
-                    key = SEQUENCES.get(self._begun[1:])
+                self._partial = character
+            elif self._partial:
+                self._partial += character
+                if len(self._partial) > 2 and (self._partial[1] == "O" or not "\x20" <= character <= "\x3f"):
+                    key = SEQUENCES.get(self._partial[1:])
                     keys += [key] if key else []
-                    self._begun = ""
+                    self._partial = ""
             else:
                 keys.append(character)
-        if stale and len(self._begun) > 1:
-            self._begun = ""
+        if stale and len(self._partial) > 1:
+            self._partial = ""
         return keys
 
 
@@ -280,19 +280,19 @@ class KeyDecoder:
 
 
 def require_terminal() -> None:
-    """ConfigError where there is no terminal to show answers on and to read keys from."""
+    """ConfigError where standard input or output is not a terminal."""
     for name, stream in (("input", sys.stdin), ("output", sys.stdout)):
         if stream is None or stream.closed or not stream.isatty():
             raise ConfigError(
-                f"by=human: standard {name} is no terminal, and it needs one to show answers and read keys; "
-                "without one there are by=reward, by=implicit and by=rule"
+                f"by=human: standard {name} is not a terminal, which it needs to show answers and read keys; "
+                "run it in a terminal, or use by=reward, by=implicit or by=rule"
             )
 
 
 class CompareScreen:
-    """While entered, the terminal is ours: `ask` puts a question and waits for the key that answers it.
+    """Owns the terminal while entered: `ask` shows a question and waits for the key that answers it.
 
-    Ctrl-C raises InterruptedByUserError, SIGTERM and its like StoppedError; a terminal that is closed is as `quit`.
+    Ctrl-C raises InterruptedByUserError, SIGTERM and similar signals StoppedError; a closed terminal means `quit`.
     """
 
     STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT)
@@ -305,26 +305,26 @@ class CompareScreen:
         self._decoder = KeyDecoder()
         self._keys: deque[str] = deque()
         self._last_read = 0.0
-        self._away = 0.0  # seconds that the process lay stopped since the question was put
-        self._gone = False  # nobody is there to read to or from
+        self._paused = 0.0  # seconds for which the process was stopped (Ctrl-Z) since the question was shown
+        self._closed = False  # the terminal is closed
         self._stopped = False
-        self._numbers: set[int] = set()  # signals that have come and are not seen to
+        self._numbers: set[int] = set()  # signals that arrived and are not handled yet
         self._previous: dict[int, Any] = {}
         self._mode: list[Any] = []
 
     def __enter__(self) -> "CompareScreen":
         require_terminal()
         self._mode = termios.tcgetattr(self._keyboard)
-        # Signals come as bytes of a pipe, so that one that comes just before we wait for a key still wakes us.
+        # Signals arrive as bytes of a pipe, so that one that arrives just before the wait for a key ends the wait.
         self._signals, self._wake = os.pipe()
         for descriptor in (self._signals, self._wake):
             os.set_blocking(descriptor, False)
         self._previous_wake = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         for number in self.WATCHED:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup and its like have decided that
-                self._previous[number] = signal.signal(number, _noted)
+            if signal.getsignal(number) != signal.SIG_IGN:  # set by nohup, for instance
+                self._previous[number] = signal.signal(number, _do_nothing)
         try:
-            self._take()
+            self._acquire()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -332,24 +332,24 @@ class CompareScreen:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            self._give_back()
+            self._release()
         finally:
             signal.set_wakeup_fd(self._previous_wake)
             for number, handler in self._previous.items():
-                # Who has asked us to stop, or gone away, may say so again while the process ends.
-                settled = (self._stopped and number != signal.SIGINT) or (self._gone and number == signal.SIGHUP)
-                signal.signal(number, signal.SIG_IGN if settled else handler or signal.SIG_DFL)
+                # The same signal may come again while the process ends.
+                ignored = (self._stopped and number != signal.SIGINT) or (self._closed and number == signal.SIGHUP)
+                signal.signal(number, signal.SIG_IGN if ignored else handler or signal.SIG_DFL)
             os.close(self._signals)
             os.close(self._wake)
 
-    def ask(self, question: Comparison) -> Answer:
-        """Show the question until a key answers it; what was typed before it was shown does not."""
+    def ask(self, question: Comparison) -> Choice:
+        """Show the question until a key answers it; keys typed before it was shown do not count."""
         encoding = self._console.encoding
-        self._away, began = 0.0, time.monotonic()
+        self._paused, began = 0.0, time.monotonic()
         action = self._read(
             lambda width, height: comparison_page(question, width, height, encoding), {*VERDICTS, "undo", "quit"}
         )
-        return Answer(action, max(0.0, time.monotonic() - began - self._away))
+        return Choice(action, max(0.0, time.monotonic() - began - self._paused))
 
     def end(self, words: str) -> str:
         """After the last question: `undo` or `quit`."""
@@ -358,26 +358,26 @@ class CompareScreen:
     def _read(self, page_of: Callable[[int, int], Page], answers: set[str]) -> str:
         self._forget_keys()
         top, kept, helping = 0, 0, False
-        drawn: tuple[object, ...] = ()
-        laid: tuple[object, ...] = ()
+        shown: tuple[object, ...] = ()
+        layout: tuple[object, ...] = ()
         while True:
             width, height = self._size()
-            if laid != (width, height, helping):
-                laid = (width, height, helping)
+            if layout != (width, height, helping):
+                layout = (width, height, helping)
                 page = help_page(width) if helping else page_of(width, height)
             top = max(0, min(top, last_top(page, height)))
-            if drawn != (laid, top):
+            if shown != (layout, top):
                 self._draw(frame(page, top, width, height, self._console.encoding), width, height)
-                drawn = (laid, top)
+                shown = (layout, top)
             action = self._next()
-            if self._gone:
+            if self._closed:
                 return "quit"
-            step = max(1, room_of(height) - 1)  # a page keeps one line, for the eye
+            step = max(1, room_of(height) - 1)  # a page keeps one line of the last
             moves = {"down": 1, "up": -1, "page down": step, "page up": -step, "top": -top, "bottom": len(page.rows)}
             if action in moves:
                 top += moves[action]
             elif action == "redraw":
-                drawn = ()
+                shown = ()
             elif helping:
                 top, helping = kept, False
             elif action == "help":
@@ -386,33 +386,33 @@ class CompareScreen:
                 return action
 
     def _next(self) -> str:
-        """What the next key asks for, `unknown` where it has no meaning; `redraw` where the screen has changed."""
+        """The action of the next key, `unknown` for other keys, or `redraw` where the screen has changed."""
         while True:
-            action = self._signalled()
+            action = self._handle_signals()
             if action is not None:
                 return action
-            if self._gone:
+            if self._closed:
                 return "quit"
             if self._keys:
                 return ACTIONS.get(self._keys.popleft(), "unknown")
             select([self._keyboard, self._signals], [], [])
             if select([self._keyboard], [], [], 0)[0]:
-                self._hear()
+                self._read_keys()
 
-    def _hear(self) -> None:
+    def _read_keys(self) -> None:
         try:
             data = os.read(self._keyboard, 4096)
         except BlockingIOError:
             return
         except OSError:  # the terminal is closed
             data = b""
-        self._gone = self._gone or not data
+        self._closed = self._closed or not data
         now = time.monotonic()
         self._keys.extend(self._decoder.feed(data, late=now - self._last_read > ESCAPE_SECONDS))
         self._last_read = now
 
-    def _signalled(self) -> str | None:
-        """See to the signals that have come; raises where one asks us to stop."""
+    def _handle_signals(self) -> str | None:
+        """Handle the signals that arrived; raises where one means to stop."""
         numbers, self._numbers = self._numbers | self._arrived(), set()
         if not numbers:
             return None
@@ -423,11 +423,11 @@ class CompareScreen:
                 self._stopped = True
                 raise StoppedError(f"stopped by {number.name}")
         if signal.SIGHUP in numbers:
-            self._gone = True
+            self._closed = True
         if signal.SIGTSTP in numbers:
             self._suspend()
-        elif signal.SIGCONT in numbers:  # stopped by other means: the shell has used the terminal since
-            self._take()
+        elif signal.SIGCONT in numbers:  # the shell has used the terminal since
+            self._acquire()
         return "redraw"
 
     def _arrived(self) -> set[int]:
@@ -437,17 +437,17 @@ class CompareScreen:
             return set()
 
     def _suspend(self) -> None:
-        """Ctrl-Z: give the terminal back, stop, and take it again when continued."""
+        """Ctrl-Z: release the terminal, stop, and acquire it again when continued."""
         stopped_at = time.monotonic()
-        self._give_back()
+        self._release()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTSTP)
-        signal.signal(signal.SIGTSTP, _noted)
-        self._take()
-        self._away += time.monotonic() - stopped_at
+        signal.signal(signal.SIGTSTP, _do_nothing)
+        self._acquire()
+        self._paused += time.monotonic() - stopped_at
 
-    def _take(self) -> None:
-        """Keys one by one and unechoed, and a screen of our own."""
+    def _acquire(self) -> None:
+        """Read keys singly and without echo, and switch to the alternate screen."""
         while True:
             try:
                 mode = termios.tcgetattr(self._keyboard)
@@ -457,9 +457,9 @@ class CompareScreen:
                 break
             except termios.error as error:
                 if error.args[0] != errno.EINTR:  # the terminal is closed
-                    self._gone = True
+                    self._closed = True
                     return
-            # In the background this stops us, until a signal: to go on, or to end there.
+            # In the background the call above stops the process until a signal: SIGCONT, or one that means to stop.
             self._numbers |= self._arrived()
             if self._numbers.intersection(self.STOPPING):
                 return
@@ -467,16 +467,16 @@ class CompareScreen:
             self._console.set_alt_screen(True)
             self._console.show_cursor(False)
 
-    def _give_back(self) -> None:
-        """The screen and the mode that were there before; keys that nobody read are not for the shell."""
+    def _release(self) -> None:
+        """Restore screen and mode; unread keys are dropped, so that the shell does not get them."""
         if self._console.is_alt_screen:
             self._console.show_cursor(True)
             self._console.set_alt_screen(False)
         with suppress(OSError):
-            if os.tcgetpgrp(self._keyboard) != os.getpgrp():  # in the background the terminal is the shell's
+            if os.tcgetpgrp(self._keyboard) != os.getpgrp():  # in the background the terminal belongs to the shell
                 return
         self._forget_keys()
-        with suppress(termios.error):  # it may be closed
+        with suppress(termios.error):  # the terminal may be closed
             termios.tcsetattr(self._keyboard, termios.TCSANOW, self._mode)
 
     def _forget_keys(self) -> None:
@@ -486,7 +486,7 @@ class CompareScreen:
             termios.tcflush(self._keyboard, termios.TCIFLUSH)
 
     def _size(self) -> tuple[int, int]:
-        """Columns and lines as they are now, whatever COLUMNS said when the program began."""
+        """Columns and lines of the terminal now; COLUMNS may be out of date."""
         try:
             width, height = os.get_terminal_size(self._console.file.fileno())
         except (OSError, ValueError):
@@ -498,7 +498,7 @@ class CompareScreen:
             for line in [*lines, Line("")]:
                 self._console.print(Text(line.text), soft_wrap=True)
             return
-        if not self._console.is_alt_screen:  # we are in the background, about to end
+        if not self._console.is_alt_screen:  # in the background, about to end
             return
         filled = [*lines[:-2], *[Line("")] * (height - len(lines)), *lines[-2:]]
         self._console.update_screen_lines(
@@ -509,5 +509,5 @@ class CompareScreen:
         )
 
 
-def _noted(number: int, frame: FrameType | None) -> None:
-    """A handler that does nothing: the signal's number is already in the pipe."""
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the signal's number is already in the pipe."""

@@ -1,6 +1,6 @@
-"""What a job has done so far, so that it goes on where it was cut off: a header says which job, then a line a part.
+"""What a job has done so far, so that a stopped job resumes: a header that says which job, then a line for each part.
 
-A job's output appears whole, when all is done; until then there is the journal beside it, `<output>.part`.
+The output file appears complete, once the job is done; until then the job log lies beside it, `<output>.part`.
 """
 
 import json
@@ -16,11 +16,11 @@ from dpo_cli.paths import user_path
 from dpo_cli.storage.durable import write_whole
 from dpo_cli.storage.line_log import LineLog, opened_lines
 
-VERSION = 1
+VERSION = 2
 
 
-class Journal:
-    """The parts that are done, each a JSON object; `opened_journal` makes one. Without a log it is in memory alone."""
+class JobLog:
+    """The parts that are done, each a JSON object; made by `open_job_log`. Without a log it is in memory only."""
 
     def __init__(self, log: LineLog | None = None, done: Iterable[dict[str, Any]] = ()) -> None:
         self.done = list(done)
@@ -33,38 +33,38 @@ class Journal:
         self.done.append(part)
 
 
-def journal_of(output: Path) -> Path:
-    """Where a job with this output keeps its journal."""
+def job_log_path(output: Path) -> Path:
+    """The job log of a job with this output."""
     return output.with_name(f"{output.name}.part")
 
 
 @contextmanager
-def opened_journal(
+def open_job_log(
     output: Path | None, job: dict[str, Any], keys: Collection[str], warn: Callable[[str], None]
-) -> Iterator[Journal]:
-    """The journal of the job that writes `output`, for this process alone; without an output nothing is kept.
+) -> Iterator[JobLog]:
+    """Open the job log of the job that writes `output`, locked for this process; without an output nothing is kept.
 
-    `job` is what the parts depend on, as JSON: a journal of another one is refused by ConfigError, which says what
-    differs. `keys` are those of every part. Half a line at the end, which a kill leaves, is cut off and done again.
+    `job` is what the parts depend on, as JSON: ConfigError where the log is of another job, with what differs. `keys`
+    are those of every part. An incomplete last line, which a kill leaves, is removed, and its part is done again.
     """
     if output is None:
-        yield Journal()
+        yield JobLog()
         return
     if output.is_symlink():
-        raise StorageError(f"{safe_text(output)}: is a symbolic link, and is not written through")
-    with opened_lines(journal_of(output), warn) as log:
-        lines = _whole_lines(log, keys, warn)
-        header = {"journal": VERSION, "job": json.loads(json.dumps(job))}
+        raise StorageError(f"{safe_text(output)}: is a symbolic link; name a regular file")
+    with opened_lines(job_log_path(output), warn) as log:
+        lines = _complete_lines(log, keys, warn)
+        header = {"job_log": VERSION, "job": json.loads(json.dumps(job))}
         if not lines:
             log.append(header)
             log.sync_name()
         elif lines[0] != header:
             found = lines[0].get("job")
             raise ConfigError(f"{safe_text(log.path)}: {_differences(found if isinstance(found, dict) else {}, job)}")
-        yield Journal(log, lines[1:])
+        yield JobLog(log, lines[1:])
 
 
-def _whole_lines(log: LineLog, keys: Collection[str], warn: Callable[[str], None]) -> list[dict[str, Any]]:
+def _complete_lines(log: LineLog, keys: Collection[str], warn: Callable[[str], None]) -> list[dict[str, Any]]:
     content = log.read()
     end = content.rfind(b"\n") + 1
     lines = []
@@ -73,71 +73,71 @@ def _whole_lines(log: LineLog, keys: Collection[str], warn: Callable[[str], None
         with suppress(ValueError, RecursionError):
             value = json.loads(line)
         if not isinstance(value, dict) or (
-            value.get("journal") != VERSION if number == 1 else not value.keys() >= set(keys)
+            value.get("job_log") != VERSION if number == 1 else not value.keys() >= set(keys)
         ):
             raise DataError(
-                f"{safe_text(log.path)} line {number}: is not what this program writes; remove the file to begin anew"
+                f"{safe_text(log.path)} line {number}: is not a job log of this version; remove it to start again"
             )
         lines.append(value)
     if end < len(content):
-        warn(f"{safe_text(log.path)}: its last line was cut off in the middle; that part is done again")
+        warn(f"{safe_text(log.path)}: its last line is incomplete; that part is done again")
         log.cut(end)
     return lines
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """In words, why a journal is another job's."""
+    """A sentence that says how the settings of two jobs differ."""
     was, now_is = flat(before), flat(json.loads(json.dumps(now)))
     changed = [
-        f"{key} was {safe_text(was.get(key, 'not there'), 60)}, is {safe_text(now_is.get(key, 'not there'), 60)}"
+        f"{key} was {safe_text(was.get(key, 'not set'), 60)}, is {safe_text(now_is.get(key, 'not set'), 60)}"
         for key in sorted(was.keys() | now_is.keys())
         if was.get(key) != now_is.get(key)
     ]
-    return f"was begun with other settings ({'; '.join(changed)}); take the changes back, or name another output"
+    return f"was started with other settings ({'; '.join(changed)}); undo the changes, or name another output"
 
 
 def output_path(name: str, ending: str) -> Path:
-    """The file that a user names for a job's output; ConfigError where it is a folder, or ends otherwise."""
+    """The file that a user names for a job's output; ConfigError where it is a folder or has another ending."""
     output = user_path(name, StorageError, "output")
     if output.is_dir():
         raise ConfigError(f"output={safe_text(output)}: is a folder; name a file in it")
     if output.suffix != ending:
-        raise ConfigError(f"output={safe_text(output)}: must end in {ending}, which is what is written")
+        raise ConfigError(f"output={safe_text(output)}: must end in {ending}")
     return output
 
 
-def manifest_of(output: Path) -> Path:
-    """Where it stands how a file came to be."""
+def manifest_path(output: Path) -> Path:
+    """The file that says how an output was made."""
     return output.with_name(f"{output.name}.manifest.json")
 
 
 def is_done(output: Path, job: dict[str, Any]) -> bool:
-    """Whether this very job's output is there already; ConfigError where another's is."""
+    """Whether the output of this job exists already; ConfigError where it is the output of another job."""
     if output.exists() and not output.is_file():
-        raise ConfigError(f"output={safe_text(output)}: is no regular file; name another")
+        raise ConfigError(f"output={safe_text(output)}: is not a regular file; name another")
     if not output.exists():
         return False
     try:
-        made = json.loads(manifest_of(output).read_text(encoding="utf-8"))
+        made = json.loads(manifest_path(output).read_text(encoding="utf-8"))
         before = made["job"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         before = None
     if not isinstance(before, dict):
-        raise ConfigError(f"output={safe_text(output)}: is there already; name another file")
+        raise ConfigError(f"output={safe_text(output)}: already exists; name another file")
     if before != json.loads(json.dumps(job)):
         raise ConfigError(f"output={safe_text(output)}: {_differences(before, job)}")
-    with suppress(OSError):  # a kill after the output was written, and before its journal was gone
-        journal_of(output).unlink(missing_ok=True)
+    with suppress(OSError):  # left by a kill between writing the output and removing the log
+        job_log_path(output).unlink(missing_ok=True)
     return True
 
 
-def finish(journal: Journal, output: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Write the output and its manifest, both whole, and remove the journal."""
+def finish_job(output: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Write the output and its manifest, each atomically, and remove the job log."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
-        # The manifest first: with it alone the job is done again, without it a finished file would be a stranger's.
-        write_whole(manifest_of(output), (json.dumps(facts, indent=1) + "\n").encode("utf-8"))
+        # The manifest first: with it alone the job is done again; an output without it would be refused as unknown.
+        write_whole(manifest_path(output), (json.dumps(facts, indent=1) + "\n").encode("utf-8"))
         write_whole(output, text.encode("utf-8", "backslashreplace"))
-        journal_of(output).unlink(missing_ok=True)
+        job_log_path(output).unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{safe_text(output)}: cannot be written ({error.strerror})") from None

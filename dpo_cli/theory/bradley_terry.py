@@ -2,8 +2,8 @@
 
 The model behind DPO: with theta the reward it is Eq. 1 of https://arxiv.org/abs/2305.18290. R. A. Bradley and
 M. E. Terry (Rank analysis of incomplete block designs, Biometrika 39, 1952) write alpha_i / (alpha_i + alpha_j), which
-is the same with alpha = exp(theta). One idea to keep in mind: only differences of log strengths can be seen in games.
-So the likelihood is maximised with one player held at 0, and what is reported is centred: log strengths sum to 0.
+is the same with alpha = exp(theta). One idea to keep in mind: games determine only differences of log strengths. So
+the likelihood is maximized with one player held at 0, and the result is centred: log strengths sum to 0.
 
 Letters: K players, G clusters. wins[i, j] is how often i beat j; a tie is half a win for both.
 """
@@ -16,17 +16,17 @@ from torch import Tensor
 
 from dpo_cli.theory.statistics import Z95
 
-MAX_NEWTON_STEPS = 2000  # some five are needed; some forty where one side wins a billion games to one
-STEP_TOLERANCE = 1e-8  # nats; Newton squares what is left, so that the step after this one would be some 1e-16
+MAX_NEWTON_STEPS = 2000  # about 5 are needed; about 40 where one side wins a billion games to one
+STEP_TOLERANCE = 1e-8  # nats; Newton converges quadratically: the next step would be about 1e-16
 
 Groups = tuple[tuple[int, ...], ...]  # players by their index, in increasing order
 
 
 class NoMaximumError(ValueError):
-    """No strengths make the games likeliest: some groups never met, or some player's strength has no bound.
+    """The likelihood has no maximum: some groups never met, or some player's strength has no bound.
 
-    `apart` are the groups of players that no chain of games joins, where there is more than one. Else `undefeated` are
-    the groups that never lost to a player outside, `winless` those that never beat one; there is one of each at least.
+    `apart` are the groups of players that no chain of games connects, where there are several. Else `undefeated` are
+    the groups that never lost to a player outside, `winless` those that never beat one; there is at least one of each.
     """
 
     def __init__(self, apart: Groups = (), undefeated: Groups = (), winless: Groups = ()) -> None:
@@ -36,14 +36,14 @@ class NoMaximumError(ValueError):
 
 @dataclass(frozen=True)
 class Fit:
-    """Log strengths with how far they can be trusted, and how well one strength per player explains the games."""
+    """Log strengths with their covariance, and how well one strength per player fits the games."""
 
     log_strengths: Tensor  # (K,) float64, in nats; they sum to 0
     covariance: Tensor  # (K, K) of the log strengths; every row sums to 0
     deviance: float  # twice the log-likelihood ratio of a free P(i beats j) for each pair that met to this fit
     chi_square: float  # Pearson's: the sum of (wins - expected)^2 / expected
     degrees_of_freedom: int  # of both: pairs that met, less the differences of strength that were fitted
-    prior: float  # games that every player drew with an average one
+    prior: float  # ties of every player with an average player
     clusters: int | None  # independent units; None where every game is one
 
     @property
@@ -102,13 +102,13 @@ def fit(wins: Tensor, prior: float = 0.0, clusters: Tensor | None = None) -> Fit
     Without a prior the maximum exists where every player has beaten every other, directly or through a chain (L. R.
     Ford, Solution of a ranking problem from binary comparisons, American Mathematical Monthly 64, 1957; Assumption 1
     of D. R. Hunter, MM algorithms for generalized Bradley-Terry models, https://doi.org/10.1214/aos/1079120141);
-    NoMaximumError says where that fails. With `prior` > 0 it always exists: every player also draws that many games
-    with an imaginary player who is average, in that it is expected to win half of its games. Counts and prior may lie
-    a factor of 1e12 apart.
+    NoMaximumError says where that fails. With `prior` > 0 it always exists: every player also has that many
+    ties with an imaginary average player, who is expected to win half of its games. Counts and prior may differ by a
+    factor of 1e12.
 
     `clusters`, (G, K, K), are tables that sum to `wins`, one for each independent unit, such as a prompt that all
-    players answered. Games of one prompt share its answers: a lucky answer wins them all, so that 10 games tell less
-    than 10 prompts would. The covariance is then the sandwich H^-1 (sum of s s^T) H^-1 G/(G-1), s the score of a
+    players answered. Games of one prompt share its responses, and a good response wins all of them, so 10 games tell
+    less than 10 prompts. The covariance is then the sandwich H^-1 (sum of s s^T) H^-1 G/(G-1), s the score of a
     cluster, which counts clusters and not games (K.-Y. Liang and S. L. Zeger, Longitudinal data analysis using
     generalized linear models, Biometrika 73, 1986). It needs many more clusters than players.
     """
@@ -149,7 +149,7 @@ def _with_average_player(wins: Tensor, prior: float) -> Tensor:
 
 
 def _maximise(wins: Tensor) -> Tensor:
-    """The log strengths (K,) that maximise sum of wins[i, j] log sigmoid(theta_i - theta_j), the last held at 0.
+    """The log strengths (K,) that maximize sum of wins[i, j] log sigmoid(theta_i - theta_j), the last held at 0.
 
     Newton's method, each step scaled so that the likelihood of a logistic model can only rise: if the step moves a
     pair's log-odds by M at most, log(1 + M)/M of it is taken (Proposition 1 of F. Bach, Self-concordant analysis for
@@ -169,7 +169,7 @@ def _maximise(wins: Tensor) -> Tensor:
 def _score(wins: Tensor, located: Tensor) -> Tensor:
     """The gradient of the log-likelihood by the log strengths, (..., K): wins of i less those that were expected."""
     probabilities = win_probability(located)
-    # Not wins - games * probabilities, the same number, which rounds away a rare upset.
+    # Not wins - games * probabilities, which is the same number but loses a rare upset to rounding.
     return (wins * probabilities.mT - wins.mT * probabilities).sum(-1)
 
 
@@ -195,7 +195,7 @@ def _scatter_of_scores(clusters: Tensor, wins: Tensor, located: Tensor, prior: f
     # Their mean is 0 at the maximum; with a prior it is not, and the prior does not vary.
     scores = scores - scores.mean(0)
     scatter = scores.mT @ scores * number / (number - 1)
-    if prior > 0:  # games that nobody played are as uncertain as games: else a unanimous player would have no error
+    if prior > 0:  # the prior's ties are as uncertain as games, else a player who always wins would have no error
         against_average = torch.sigmoid(located)
         scatter = scatter + torch.diag(prior * against_average * (1 - against_average))
     return scatter
@@ -206,13 +206,13 @@ def _deviance(wins: Tensor, located: Tensor) -> float:
     shares = wins / (wins + wins.mT)
     log_probabilities = torch.nn.functional.logsigmoid(located[:, None] - located[None, :])
     terms = wins * (shares.log() - log_probabilities)
-    return max(0.0, 2 * float(terms[wins > 0].sum()))  # where it is 0, what is left of its terms may lie below
+    return max(0.0, 2 * float(terms[wins > 0].sum()))  # rounding may leave a sum below 0
 
 
 def _chi_square(wins: Tensor, located: Tensor) -> float:
     """Pearson's, over the pairs that met: sum of (wins - expected)^2 / expected."""
     games = wins + wins.mT
-    # Strengths may lie so far apart that an expected number is 0 in float64.
+    # Strengths may differ so much that an expected number is 0 in float64.
     expected = (games * win_probability(located)).clamp(min=1e-280)
     return float(((wins - expected) ** 2 / expected)[games > 0].sum())
 

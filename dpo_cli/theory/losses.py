@@ -1,7 +1,7 @@
 """Preference losses: pure functions of how far the policy has moved from the reference.
 
-One idea to keep in mind: everything DPO knows of a pair is how much more likely the policy finds each response
-than the reference does. That is `LogRatios`, and every loss, reward and diagnostic is a function of it.
+One idea to keep in mind: DPO uses of a pair only the ratio of each response's probability under the policy to that
+under the reference. That is `LogRatios`, and every loss, reward and diagnostic is a function of it.
 
 Letters: y+ the chosen response, y- the rejected one, x their prompt; c = log pi(y+|x)/pi_ref(y+|x), r the same
 for y-, d = c - r their margin; b = beta; e = label smoothing. B pairs.
@@ -34,15 +34,15 @@ class ResponseScores:
 
 @dataclass(frozen=True)
 class PairLogps:
-    """What one model thinks of B pairs: log p(response | prompt), summed over response tokens, in nats."""
+    """log p(response | prompt) of B pairs under one model, summed over response tokens, in nats."""
 
     chosen: Tensor  # (B,) float32
     rejected: Tensor  # (B,) float32
-    chosen_tokens: Tensor  # (B,) how many tokens each sum runs over, the closing EOS included
+    chosen_tokens: Tensor  # (B,) number of tokens in each sum, the closing EOS included
     rejected_tokens: Tensor  # (B,)
 
     def detach(self) -> "PairLogps":
-        """The same values, cut from the graph."""
+        """The same values without gradient."""
         return PairLogps(self.chosen.detach(), self.rejected.detach(), self.chosen_tokens, self.rejected_tokens)
 
 
@@ -66,7 +66,7 @@ class LogRatios:
         )
 
     def detach(self) -> "LogRatios":
-        """The same values, cut from the graph."""
+        """The same values without gradient."""
         return LogRatios(self.chosen.detach(), self.rejected.detach(), self.chosen_tokens, self.rejected_tokens)
 
     @property
@@ -259,9 +259,9 @@ def implicit_rewards(ratios: LogRatios, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def gradient_weight(ratios: LogRatios, beta: float) -> Tensor:
-    """sigmoid(-b d), (B,): the factor with which each pair pulls in the gradient of DPO.
+    """sigmoid(-b d), (B,): the weight of each pair in the gradient of DPO.
 
-    Near 1 where the implicit reward has the pair wrong, 1/2 before the policy has moved, near 0 where the pair
+    Near 1 where the implicit rewards have the wrong order, 1/2 before the policy has moved, near 0 where the pair
     is learned. Section 4 of https://arxiv.org/abs/2305.18290.
     """
     return torch.sigmoid(-beta * ratios.margin)

@@ -26,14 +26,14 @@ def pair_metrics(policy: PairLogps, ratios: LogRatios, losses: Tensor, beta: flo
 
 
 def reward_metrics(ratios: LogRatios, losses: Tensor) -> dict[str, Tensor]:
-    """The metrics of each pair for a reward model, every value (B,): rewards in the place of log-ratios, beta 1."""
+    """The metrics of each pair for a reward model, every value (B,): rewards instead of log-ratios, beta 1."""
     nothing = PairLogps(ratios.chosen, ratios.rejected, ratios.chosen_tokens, ratios.rejected_tokens)
     metrics = pair_metrics(nothing, ratios, losses, 1.0)
     return {name: values for name, values in metrics.items() if not name.startswith("logps/")}
 
 
 class MeanOverPairs:
-    """Sums of metrics over pairs, kept on the device until somebody asks: adding never waits for it."""
+    """Sums of metrics over pairs, kept on the device: adding never waits for it."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -41,7 +41,7 @@ class MeanOverPairs:
 
     @classmethod
     def from_sums(cls, sums: dict[str, float], pairs: int) -> "MeanOverPairs":
-        """The sums of a checkpoint, to go on adding to."""
+        """Continue from the sums of a checkpoint."""
         mean = cls()
         mean._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
         mean.pairs = pairs
@@ -53,7 +53,7 @@ class MeanOverPairs:
         self.pairs += next(iter(metrics.values())).shape[0]
 
     def merge(self, other: "MeanOverPairs") -> None:
-        """Add all that another has added."""
+        """Add the sums of another."""
         self._add_sums(other._sums)
         self.pairs += other.pairs
 
@@ -75,5 +75,5 @@ class MeanOverPairs:
 
 
 def _wide(values: Tensor) -> Tensor:
-    # MPS has no float64; elsewhere a long run's sum must not drift.
+    # MPS has no float64; elsewhere float64 keeps the sum of a long run exact.
     return values.float() if values.device.type == "mps" else values.double()

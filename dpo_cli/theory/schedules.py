@@ -1,21 +1,21 @@
-"""Learning-rate schedules: pure functions of the step, so that there is no state to save or lose."""
+"""Learning-rate schedules: pure functions of the step, so there is no state to save."""
 
 import math
 from collections.abc import Callable
 
 
 def constant(progress: float) -> float:
-    """The full rate to the end."""
+    """The full learning rate to the end."""
     return 1.0
 
 
 def linear(progress: float) -> float:
-    """Straight down to zero."""
+    """Linear decay to zero."""
     return 1.0 - progress
 
 
 def cosine(progress: float) -> float:
-    """Half a cosine down to zero: gentle at both ends."""
+    """Half a cosine, from 1 to zero."""
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -26,7 +26,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "linear"
 def lr_factor(schedule: str, update: int, warmup_steps: int, total_steps: int) -> float:
     """The factor of the learning rate at the update numbered `update` from 0.
 
-    Warm-up rises linearly and reaches 1 at its last update; the first update already moves (1/warmup_steps).
+    Warm-up is linear, from 1/warmup_steps at the first update to 1 at the last.
     """
     if update < warmup_steps:
         return (update + 1) / warmup_steps

@@ -1,4 +1,4 @@
-"""Intervals: how far a mean over held-out pairs can be trusted."""
+"""Confidence intervals of means and shares."""
 
 import math
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ def proportion_estimate(successes: float, n: int) -> Estimate:
     """A share of n pairs with its 95% Wilson interval; ties may enter as half successes.
 
     E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
-    Unlike mean +- 1.96 s/sqrt(n) it stays within [0, 1] and keeps a width when all pairs agree.
+    Unlike mean +- 1.96 s/sqrt(n) it stays within [0, 1] and has a width above 0 when all pairs agree.
     """
     share = successes / n
     denominator = 1 + Z95**2 / n

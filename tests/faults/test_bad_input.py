@@ -66,11 +66,11 @@ def row(name: str, fault: int, content: bytes, says: str, *words: str, file: str
 command_line('missing file', 10, 3, '{dir}/trian.jsonl: no such file; did you mean {dir}/train.jsonl?', ['data=jsonl', 'data.train={dir}/trian.jsonl'], files={'train.jsonl': OK})
 command_line('missing eval file', 10, 3, '{dir}/b.jsonl: no such file; did you mean {dir}/a.jsonl?', ['data=jsonl', 'data.train={dir}/a.jsonl', 'data.eval={dir}/b.jsonl'], files={'a.jsonl': OK})
 data('empty file', 10, b'', 'the file is empty')
-data('only blank lines', 10, b'\n\n  \n', 'no usable pair (the file has no rows)')
+data('only blank lines', 10, b'\n\n  \n', 'has no pairs; name another file, or change data.eval_fraction')
 command_line('a folder', 10, 3, '{dir}/x: is a folder; name a file in it', ['data=jsonl', 'data.train={dir}/x'], files={'x/a.jsonl': OK})
-data('empty JSON list', 10, b'[]', 'no usable pair (the file has no rows)', file='a.json')
-data('header only CSV', 10, b'prompt,chosen,rejected\n', 'no usable pair (the file has no rows)', file='a.csv')
-data('unknown ending', 10, OK, 'unknown kind of file; kinds are .jsonl, .jsonl.gz, .json, .csv, .parquet', file='a.txt')
+data('empty JSON list', 10, b'[]', 'has no pairs; name another file, or change data.eval_fraction', file='a.json')
+data('header only CSV', 10, b'prompt,chosen,rejected\n', 'has no pairs; name another file, or change data.eval_fraction', file='a.csv')
+data('unknown ending', 10, OK, 'unknown file type; use one of .jsonl, .jsonl.gz, .json, .csv, .parquet', file='a.txt')
 command_line('no data named', 10, 2, 'data.train=null: name a file (.jsonl, .json, .parquet, .csv) or a hub data set, for instance data.train=pairs.jsonl', ['data=jsonl'])
 command_line('not on the hub', 10, 3, "nobody/nothing (split train): cannot be loaded from the hub (<...>); for a file of yours write data.train=PATH", ['data=jsonl', 'data.train=nobody/nothing'])
 
@@ -126,12 +126,12 @@ row('ranked with a NaN score', 12, b'{"prompt": "q", "responses": ["a", "b"], "s
 row('empty object', 12, b'{}\n', "line 1: no 'chosen' key. A row needs prompt, chosen and rejected; it has nothing")
 
 # Fault 13: pairs that teach nothing
-data('all identical', 13, J(prompt='q', chosen='a', rejected='a') * 3, 'no usable pair (3 identical)')
-data('all empty', 13, J(prompt='q', chosen='', rejected='a') * 3, 'no usable pair (3 empty_response)')
-data('all blank', 13, J(prompt='q', chosen=' \n ', rejected='a') * 3, 'no usable pair (3 empty_response)')
-data('identical after truncation', 13, J(prompt='q' * 10, chosen='a' * 300 + 'b', rejected='a' * 300 + 'c') * 3, 'no usable pair (3 identical_after_truncation)', 'data.max_length=64')
-data('prompt too long', 13, J(prompt='q' * 3000, chosen='a', rejected='b') * 3, 'no usable pair (3 prompt_too_long)')
-data('everything skipped', 13, b'oops\n' * 3, 'no usable pair (3 bad_row)', 'data.on_bad_row=skip')
+data('all identical', 13, J(prompt='q', chosen='a', rejected='a') * 3, 'all pairs were dropped: 3 pairs whose two responses are the same text')
+data('all empty', 13, J(prompt='q', chosen='', rejected='a') * 3, 'all pairs were dropped: 3 pairs with an empty response')
+data('all blank', 13, J(prompt='q', chosen=' \n ', rejected='a') * 3, 'all pairs were dropped: 3 pairs with an empty response')
+data('identical after truncation', 13, J(prompt='q' * 10, chosen='a' * 300 + 'b', rejected='a' * 300 + 'c') * 3, 'all pairs were dropped: 3 pairs whose responses are the same text after truncation', 'data.max_length=64')
+data('prompt too long', 13, J(prompt='q' * 3000, chosen='a', rejected='b') * 3, 'all pairs were dropped: 3 pairs whose prompt leaves no room for a response')
+data('everything skipped', 13, b'oops\n' * 3, 'all pairs were dropped: 3 pairs that could not be read', 'data.on_bad_row=skip')
 
 # Fault 15: models and adapters that are not there
 command_line('model that is not there', 15, 4, 'model.name_or_path={dir}/model: no such folder', ['model.name_or_path={dir}/model', 'data=jsonl', 'data.train={dir}/a.jsonl'], files={'a.jsonl': OK})

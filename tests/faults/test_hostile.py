@@ -365,7 +365,7 @@ def test_hostile_text_in_pairs_names_and_answers_is_shown_escaped_everywhere(
         words += ["batch_size=4", "max_steps=1", f"output_dir={tmp_path / 'run'}"]
         trained = command("dpo-train", *words)
         assert trained.code == 0, trained.err
-        monkeypatch.setattr(evaluate, "greedy_answers", lambda _, __, pairs, *___: [text] * len(pairs))
+        monkeypatch.setattr(evaluate, "greedy_completions", lambda _, __, pairs, *___: [text] * len(pairs))
         scored = command("dpo-eval", f"checkpoint={tmp_path / 'run'}", "samples=2")
         assert scored.code == 0, scored.err
         missing = command("dpo-train", *tiny_words(tmp_path / f"{name}-gone.jsonl", tmp_path / "other"))

@@ -30,7 +30,7 @@ def sampled(folder: Path, prepare: Callable[[], None] = lambda: None, *more: str
     return start(folder, words(folder, *more), prepare, "dpo-sample").wait()
 
 
-def journal(folder: Path) -> Path:
+def job_log(folder: Path) -> Path:
     return folder / "job" / "samples.jsonl.part"
 
 
@@ -51,12 +51,12 @@ def same(folder: Path, straight: bytes) -> int:
 
 
 def at_batch(number: int, act: Callable[[], None]) -> Callable[[], None]:
-    """In a child: `act` before the batch of that number, from 1, is drawn."""
+    """In a child: `act` before the batch of that number, from 1, is generated."""
 
     def prepare() -> None:
         from dpo_cli.generation import sampler
 
-        original, count = sampler.distinct_answers, [0]
+        original, count = sampler.distinct_completions, [0]
 
         def counted(*arguments: Any) -> Any:
             count[0] += 1
@@ -64,7 +64,7 @@ def at_batch(number: int, act: Callable[[], None]) -> Callable[[], None]:
                 act()
             return original(*arguments)
 
-        sampler.distinct_answers = counted
+        sampler.distinct_completions = counted
 
     return prepare
 
@@ -96,7 +96,7 @@ def test_every_batch_is_on_disk_before_the_next_and_the_output_comes_last(write_
     ]  # fmt: skip
 
 
-def test_a_job_killed_at_any_write_point_goes_on_to_the_same_bytes(
+def test_a_job_killed_at_any_write_point_resumes_to_the_same_bytes(
     tmp_path: Path, straight: bytes, write_points: list[str]
 ) -> None:
     for point in range(1, len(write_points) + 1):
@@ -111,41 +111,41 @@ def test_a_job_killed_at_any_write_point_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_a_job_killed_between_batches_draws_none_of_them_twice(tmp_path: Path, straight: bytes, batch: int) -> None:
+def test_a_job_killed_between_batches_generates_none_of_them_twice(tmp_path: Path, straight: bytes, batch: int) -> None:
     with fault(1):
         left = sampled(tmp_path, at_batch(batch, lambda: os.kill(os.getpid(), signal.SIGKILL)))
         assert left.code == -signal.SIGKILL
-        before = journal(tmp_path).read_bytes()
+        before = job_log(tmp_path).read_bytes()
         assert before.count(b"\n") == 1 + batch - 1
 
         def keeps_what_is_there() -> None:
             from dpo_cli.commands import sample
 
-            finish = sample.finish
+            finish = sample.finish_job
 
             def checked(*arguments: Any) -> None:
-                assert journal(tmp_path).read_bytes().startswith(before)
-                assert journal(tmp_path).read_bytes().count(b"\n") == 1 + len(PROMPTS)
+                assert job_log(tmp_path).read_bytes().startswith(before)
+                assert job_log(tmp_path).read_bytes().count(b"\n") == 1 + len(PROMPTS)
                 finish(*arguments)
 
-            sample.finish = checked
+            sample.finish_job = checked
 
         assert sampled(tmp_path, keeps_what_is_there).code == 0
         LEDGER.compared[1] += same(tmp_path, straight)
 
 
-def test_a_journal_cut_anywhere_in_its_last_line_loses_that_batch_alone(tmp_path: Path, straight: bytes) -> None:
+def test_a_job_log_cut_anywhere_in_its_last_line_loses_that_batch_alone(tmp_path: Path, straight: bytes) -> None:
     sampled(tmp_path, at_batch(4, lambda: os.kill(os.getpid(), signal.SIGKILL)))
-    content = journal(tmp_path).read_bytes()
+    content = job_log(tmp_path).read_bytes()
     start_of_last = content[:-1].rfind(b"\n") + 1
     for end in range(start_of_last, len(content), 9):
         with fault(1):
             for file in (tmp_path / "job").iterdir():
                 file.unlink()
-            journal(tmp_path).write_bytes(content[:end])
+            job_log(tmp_path).write_bytes(content[:end])
             left = sampled(tmp_path)
-            assert left.code == 0 and "going on: 2 prompts of 5 were answered" in left.out, left
-            told = f"{journal(tmp_path)}: its last line was cut off in the middle; that part is done again"
+            assert left.code == 0 and "resuming: 2 prompts of 5 done" in left.out, left
+            told = f"{job_log(tmp_path)}: its last line is incomplete; that part is done again"
             assert (told in left.out) == (end > start_of_last)
             LEDGER.compared[1] += same(tmp_path, straight)
 
@@ -167,7 +167,9 @@ def test_a_match_killed_between_batches_goes_on_to_the_same_bytes(tmp_path: Path
         left = played(killed, at_batch(batch, lambda: os.kill(os.getpid(), signal.SIGKILL)))
         assert left.code == -signal.SIGKILL
         assert (killed / "job" / "r.answers.jsonl.part").read_bytes().count(b"\n") == 1 + batch - 1
-        assert played(killed, at_batch(3 * 2 + 1 - (batch - 1), lambda: os._exit(9))).code == 0  # none is drawn twice
+        assert (
+            played(killed, at_batch(3 * 2 + 1 - (batch - 1), lambda: os._exit(9))).code == 0
+        )  # none is generated twice
         for name in ("r.json", "r.answers.jsonl"):
             content = (killed / "job" / name).read_bytes()
             assert content == (tmp_path / "straight" / "job" / name).read_bytes()
@@ -187,7 +189,7 @@ def test_a_signal_ends_the_job_at_a_batch_and_it_goes_on(
         left = sampled(tmp_path, at_batch(batch, lambda: os.kill(os.getpid(), number)))
         assert left.code == (130 if number == signal.SIGINT else 75)
         assert not (tmp_path / "job" / "samples.jsonl").exists()
-        assert journal(tmp_path).read_bytes().count(b"\n") == batch  # the header, and the batches before
+        assert job_log(tmp_path).read_bytes().count(b"\n") == batch  # the header, and the batches before
         assert sampled(tmp_path).code == 0
         LEDGER.compared[2] += same(tmp_path, straight)
 
@@ -196,12 +198,14 @@ def test_a_signal_ends_the_job_at_a_batch_and_it_goes_on(
 
 
 @pytest.mark.parametrize("room", [0, 20, 100])
-def test_a_full_disk_ends_the_job_with_7_and_what_is_drawn_stays(tmp_path: Path, straight: bytes, room: int) -> None:
+def test_a_full_disk_ends_the_job_with_7_and_what_is_generated_stays(
+    tmp_path: Path, straight: bytes, room: int
+) -> None:
     """From the third batch on files grow by no more than `room` bytes: half a line, which is taken back."""
 
     def full() -> None:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (journal(tmp_path).stat().st_size + room, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job_log(tmp_path).stat().st_size + room, hard))
 
     def prepare() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -212,36 +216,36 @@ def test_a_full_disk_ends_the_job_with_7_and_what_is_drawn_stays(tmp_path: Path,
         assert left.code == 7
         assert (
             left.err
-            == f"error: {journal(tmp_path)}: cannot be written (File too large); what was done before is in it\n"
+            == f"error: {job_log(tmp_path)}: cannot be written (File too large); what was done before is in it\n"
         )
-        kept = journal(tmp_path).read_bytes()
+        kept = job_log(tmp_path).read_bytes()
         assert kept.count(b"\n") == 1 + 2 and kept.endswith(b"\n")
         again = sampled(tmp_path)
-        assert again.code == 0 and "going on: 2 prompts of 5 were answered" in again.out
+        assert again.code == 0 and "resuming: 2 prompts of 5 done" in again.out
         LEDGER.compared[4] += same(tmp_path, straight)
 
 
-def test_an_end_without_room_keeps_the_journal(tmp_path: Path, straight: bytes) -> None:
-    """All is drawn, and manifest and output are larger than what the disk takes."""
+def test_an_end_without_room_keeps_the_job_log(tmp_path: Path, straight: bytes) -> None:
+    """All is generated, and manifest and output are larger than the room on the disk."""
 
     def prepare() -> None:
         from dpo_cli.commands import sample
 
-        finish = sample.finish
+        finish = sample.finish_job
 
         def full(*arguments: Any) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (400, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
             finish(*arguments)
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        sample.finish = full
+        sample.finish_job = full
 
     with fault(4):
         left = sampled(tmp_path, prepare)
         assert left.code == 7
         assert left.err == f"error: {tmp_path / 'job' / 'samples.jsonl'}: cannot be written (File too large)\n"
         assert os.listdir(tmp_path / "job") == ["samples.jsonl.part"]
-        again = sampled(tmp_path, at_batch(1, lambda: os._exit(98)))  # nothing is drawn again
+        again = sampled(tmp_path, at_batch(1, lambda: os._exit(98)))  # nothing is generated again
         assert again.code == 0, again.err
         LEDGER.compared[4] += same(tmp_path, straight)
 
@@ -273,12 +277,12 @@ def test_the_second_job_with_one_output_is_refused_while_the_first_goes_on(tmp_p
     with fault(18):
         first = start(tmp_path, words(tmp_path), waiting, "dpo-sample")
         os.close(reader)
-        while not journal(tmp_path).exists() or journal(tmp_path).read_bytes().count(b"\n") < 3:
+        while not job_log(tmp_path).exists() or job_log(tmp_path).read_bytes().count(b"\n") < 3:
             os.sched_yield()
         second = start(tmp_path / "second", words(tmp_path), command="dpo-sample").wait()
         assert second.code == 2
         assert second.err == (
-            f"error: {journal(tmp_path)}: another process is writing it; wait for it, or name another output\n"
+            f"error: {job_log(tmp_path)}: another process is writing it; wait for it, or name another output\n"
         )
         os.close(writer)
         assert first.wait().code == 0

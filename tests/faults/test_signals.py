@@ -76,7 +76,7 @@ def test_a_signal_while_answers_are_generated_is_answered(tmp_path: Path, straig
     def generate_slowly() -> None:
         from dpo_cli.generation import generate
 
-        original = generate.draw_answers
+        original = generate.generate_completions
 
         def slowly(*arguments: Any) -> Any:
             *others, poll = arguments
@@ -88,7 +88,7 @@ def test_a_signal_while_answers_are_generated_is_answered(tmp_path: Path, straig
 
             return original(*others, slow_poll)
 
-        generate.draw_answers = slowly
+        generate.generate_completions = slowly
 
     with fault(2):
         words = [f"checkpoint={run / 'run'}", "samples=3", "max_new_tokens=2000"]
