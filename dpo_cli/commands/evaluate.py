@@ -15,7 +15,7 @@ from dpo_cli.data.pairs import PairData, check_sources, load_pairs
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
 from dpo_cli.evaluation.page import page
-from dpo_cli.evaluation.report import calibration_facts, write_page, write_report
+from dpo_cli.evaluation.report import calibration_facts, write_report
 from dpo_cli.evaluation.scores import score_pairs, summarize, windows
 from dpo_cli.generation.generate import greedy_answers
 from dpo_cli.models.loading import (
@@ -103,7 +103,6 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
             "seconds": seconds,
             **({"calibration": calibration_facts(bins)} if bins else {}),
         }
-        write_report(folder, facts, estimates, data.held_out, scores, beta, of_rewards=subject.is_reward_model)
         _show_estimates(reporter, estimates)
         _show_calibration(reporter, bins)
         answers: list[list[str]] = []
@@ -115,7 +114,8 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         title = f"{Path(subject.weights).name} on {data.held_out_report.source}"
         shown = {name: facts[name] for name in ("checkpoint", "reference", "beta", "loss_name", "device", "dtype")}
         sentences = {"data": "\n".join(data.held_out_report.sentences(data_dials.max_length))}
-        write_page(folder, page(title, {**shown, **sentences}, labelled, margins, answers))
+        html = page(title, {**shown, **sentences}, labelled, margins, answers)
+        write_report(folder, facts, estimates, data.held_out, scores, beta, html, subject.is_reward_model)
     reporter.facts([(name, str(folder / file)) for name, file in REPORTS])
     return folder
 

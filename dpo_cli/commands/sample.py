@@ -3,7 +3,6 @@
 The first step of the method: y1, y2 ~ pi_ref(y | x), Section 4 of https://arxiv.org/abs/2305.18290.
 """
 
-import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from dpo_cli.generation.generate import Text
 from dpo_cli.generation.sampler import PARTS, Drawing, Sampler, answer_all, drawing_in_words, load_sampler
 from dpo_cli.runs.manifest import environment
 from dpo_cli.signals import StopSignals
+from dpo_cli.storage.hashing import fingerprint
 from dpo_cli.storage.job_log import finish, is_done, journal_of, manifest_of, opened_journal, output_path
 
 
@@ -76,16 +76,13 @@ def _output(config: SampleConfig) -> Path:
 
 def _job(config: SampleConfig, sampler: Sampler, prompts: list[PromptInFile], ids: list[list[int]]) -> dict[str, Any]:
     """What the answers depend on."""
-    digest = hashlib.sha256()
-    for prompt, tokens in zip(prompts, ids, strict=True):  # the journal files answers by row
-        digest.update(f"{prompt.index} {tokens}\n".encode("ascii"))
     return {
         "model": sampler.name,
         "weights": sampler.digest,
         "dtype": str(sampler.dtype.value).removeprefix("torch."),
         "device": sampler.device.type,
         "template": sampler.encoder.kind,
-        "prompts": digest.hexdigest()[:32],
+        "prompts": fingerprint([[prompt.index, tokens] for prompt, tokens in zip(prompts, ids, strict=True)]),
         **{key: getattr(config, key) for key in ("n", "temperature", "top_p", "max_new_tokens", "seed", "batch_size")},
     }
 

@@ -35,8 +35,8 @@ from dpo_cli.models.memory import ENOUGH_TOKENS, OTHERWISE
 from dpo_cli.models.packing import remembered_way
 from dpo_cli.models.reference import AdapterOffReference, NoReference
 from dpo_cli.objectives.reward_model import HEAD_FILE
-from dpo_cli.runs.checkpoint import sha256_of
 from dpo_cli.runs.model_ref import Asked, Subject, find_subject, load_policy, subject_dtype, subject_encoder
+from dpo_cli.storage.hashing import sha256_of
 
 DEFAULT_LENGTH = 2048  # tokens, prompt + response, where the judge's run does not say
 

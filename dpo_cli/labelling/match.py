@@ -1,7 +1,5 @@
 """Checkpoints play each other: each answers every prompt, a judge compares the answers, two and two."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from dpo_cli.models.loading import choose_device
 from dpo_cli.models.memory import make_room
 from dpo_cli.runs.model_ref import Asked, Subject, find_subject, subject_dtype, subject_encoder, weights_digests
 from dpo_cli.signals import StopSignals
+from dpo_cli.storage.hashing import fingerprint
 from dpo_cli.storage.job_log import Journal, finish, is_done, opened_journal
 from dpo_cli.theory.statistics import mean_estimate
 
@@ -134,13 +133,12 @@ def _job(
     device: torch.device,
 ) -> dict[str, Any]:
     """What answers and rewards depend on."""
-    written = json.dumps([prompt.written for prompt in prompts])
     return {
         "checkpoints": config.checkpoints,
         "judge": config.judge,
         "weights": weights_digests([*subjects, *([judging] if judging is not None else [])]),
         "dtypes": [str(subject_dtype(subject, device).value) for subject in subjects],
-        "prompts": hashlib.sha256(written.encode("ascii")).hexdigest()[:32],
+        "prompts": fingerprint([prompt.written for prompt in prompts]),
         "device": device.type,
         **{key: getattr(config, key) for key in ("template", "temperature", "top_p", "max_new_tokens", "seed")},
         "batch_size": config.batch_size,

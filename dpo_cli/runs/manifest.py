@@ -11,7 +11,8 @@ import torch
 
 from dpo_cli import __version__
 from dpo_cli.objectives.reward_model import HEAD_FILE
-from dpo_cli.runs.checkpoint import ADAPTER, MODEL, Settled, sha256_of
+from dpo_cli.runs.checkpoint import ADAPTER, MODEL, Settled
+from dpo_cli.storage.hashing import sha256_of
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "hydra-core", "numpy")
 
