@@ -8,9 +8,6 @@ A file only grows. Each record carries a checksum, so that a torn or damaged one
 writers take turns by a lock. Values are also checked against the model at hand when a run begins (`complete`).
 """
 
-import fcntl
-import hashlib
-import json
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -26,10 +23,14 @@ from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural
 from dpo_cli.data.batches import Way
 from dpo_cli.data.tokens import TokenizedPair
+from dpo_cli.errors import StorageError
 from dpo_cli.models.logps import TOLERANCES, Batch, Batching
 from dpo_cli.models.memory import in_passes
 from dpo_cli.models.reference import Reference
 from dpo_cli.paths import cache_dir
+from dpo_cli.storage.hashing import fingerprint
+from dpo_cli.storage.line_log import append_whole
+from dpo_cli.storage.locks import opened_alone
 from dpo_cli.theory.losses import PairLogps
 
 RECORD = np.dtype([("key", "<u8", 2), ("logps", "<f4", 2), ("check", "<u8")])  # 32 bytes: key, chosen and rejected
@@ -45,7 +46,7 @@ def cache_path(key: str) -> Path:
 def values_key(digest: str, dtype: torch.dtype, device: torch.device, way: Way, compiled: bool = False) -> str:
     """A name for what decides a log-prob besides the tokens: the model by its digest, and how it is computed."""
     how = [VERSION, digest, str(dtype), device.type, str(way), *(["compiled"] if compiled else [])]
-    return hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]
+    return fingerprint(how)
 
 
 class ReferenceCache:
@@ -113,12 +114,13 @@ class ReferenceCache:
     def _append(self, path: Path, data: bytes) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # another run may be writing; closing the file lets go
-                end = os.fstat(file.fileno()).st_size
+            with opened_alone(path) as descriptor:  # another run may be writing: then we wait
+                end = os.fstat(descriptor).st_size
                 if end % RECORD.itemsize:  # a writer was killed in the middle of a record
-                    os.ftruncate(file.fileno(), end - end % RECORD.itemsize)
-                file.write(data)
+                    os.ftruncate(descriptor, end - end % RECORD.itemsize)
+                append_whole(descriptor, data)
+        except StorageError as error:
+            self.trouble = f"{error}; its values stay in memory"
         except OSError as error:
             self.trouble = f"{path}: cannot be written ({error.strerror}); its values stay in memory"
 
