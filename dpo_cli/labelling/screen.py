@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import termios
 import time
 from collections import deque
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from rich.text import Text
 
 from dpo_cli.console.text import safe_text
 from dpo_cli.errors import ConfigError, InterruptedByUserError, StoppedError
+from dpo_cli.signals import known_signals
 
 VERDICTS = ("left", "right", "tie", "skip")
 MIN_COLUMN = 30  # cells; answers beside each other in narrower columns are harder to read than one under the other
@@ -281,6 +281,8 @@ class KeyDecoder:
 
 def require_terminal() -> None:
     """ConfigError where there is no terminal to show answers on and to read keys from."""
+    if os.name == "nt":
+        raise ConfigError("by=human: needs a terminal of Linux or macOS; on Windows run it under WSL")
     for name, stream in (("input", sys.stdin), ("output", sys.stdout)):
         if stream is None or stream.closed or not stream.isatty():
             raise ConfigError(
@@ -295,8 +297,8 @@ class CompareScreen:
     Ctrl-C raises InterruptedByUserError, SIGTERM and its like StoppedError; a terminal that is closed is as `quit`.
     """
 
-    STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT)
-    WATCHED = (*STOPPING, signal.SIGHUP, signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH)
+    STOPPING = known_signals("SIGINT", "SIGTERM", "SIGUSR1", "SIGQUIT")
+    WATCHED = (*STOPPING, *known_signals("SIGHUP", "SIGTSTP", "SIGCONT", "SIGWINCH"))
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -314,6 +316,8 @@ class CompareScreen:
 
     def __enter__(self) -> "CompareScreen":
         require_terminal()
+        import termios
+
         self._mode = termios.tcgetattr(self._keyboard)
         # Signals come as bytes of a pipe, so that one that comes just before we wait for a key still wakes us.
         self._signals, self._wake = os.pipe()
@@ -448,6 +452,8 @@ class CompareScreen:
 
     def _take(self) -> None:
         """Keys one by one and unechoed, and a screen of our own."""
+        import termios
+
         while True:
             try:
                 mode = termios.tcgetattr(self._keyboard)
@@ -469,6 +475,8 @@ class CompareScreen:
 
     def _give_back(self) -> None:
         """The screen and the mode that were there before; keys that nobody read are not for the shell."""
+        import termios
+
         if self._console.is_alt_screen:
             self._console.show_cursor(True)
             self._console.set_alt_screen(False)
@@ -480,6 +488,8 @@ class CompareScreen:
             termios.tcsetattr(self._keyboard, termios.TCSANOW, self._mode)
 
     def _forget_keys(self) -> None:
+        import termios
+
         self._decoder = KeyDecoder()
         self._keys.clear()
         with suppress(termios.error):

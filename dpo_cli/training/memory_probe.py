@@ -9,7 +9,7 @@ from dpo_cli.console.text import duration, plural, significant
 from dpo_cli.data.batches import longest_side
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.models.loading import wait_for
-from dpo_cli.models.memory import peak_memory_gib
+from dpo_cli.models.memory import peak_memory_in_words
 from dpo_cli.runs.checkpoint import rng_states, set_rng_states
 from dpo_cli.training.build import trained_batches
 from dpo_cli.training.run import Run
@@ -47,7 +47,7 @@ def rehearse(run: Run) -> None:
     run.reporter.grid(["tokens", "p50", "p90", "p99", "max"], rows)
     longest = sorted(run.data.train, key=longest_side, reverse=True)[: run.config.batch_size]
     _forward_backward(run, longest)
-    peak = peak_memory_gib(run.device)
+    peak = peak_memory_in_words(run.device)
     typical = [run.data.train[place] for place in next(run.schedule.batches(0, 1))]
     started = time.perf_counter()
     _forward_backward(run, typical)
@@ -60,7 +60,7 @@ def rehearse(run: Run) -> None:
     run.reporter.facts(
         [
             ("longest", f"{plural(longest_side(longest[0]), 'token')}: the longest batch fits, forward and backward"),
-            ("memory", f"peak {significant(peak)} GiB so far; the optimizer adds {significant(_optimizer_gib(run))}"),
+            ("memory", f"peak {peak} so far; the optimizer adds {significant(_optimizer_gib(run))}"),
             (
                 "time",
                 f"about {duration(seconds * run.total_steps + evaluation)}: {plural(run.total_steps, 'step')} of "

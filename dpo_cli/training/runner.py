@@ -47,7 +47,7 @@ from dpo_cli.models.loading import (
     wait_for,
 )
 from dpo_cli.models.logps import Batching, causal_model
-from dpo_cli.models.memory import peak_memory_gib, plan_memory
+from dpo_cli.models.memory import peak_memory_gib, peak_memory_in_words, plan_memory
 from dpo_cli.models.packing import remembered_way
 from dpo_cli.objectives.reward_model import attach_head, head_of
 from dpo_cli.paths import user_path
@@ -517,7 +517,7 @@ def finish(run: Run) -> Path:
     verdict = _judge(run, weights)
     write_final(run, means)
     run.reporter.say()
-    memory = f"peak memory {significant(peak_memory_gib(run.device))} GiB"
+    memory = f"peak memory {peak_memory_in_words(run.device)}"
     skipped = f", {plural(run.skipped_steps, 'update')} skipped as not finite" if run.skipped_steps else ""
     run.reporter.facts(
         [
