@@ -48,7 +48,9 @@ def resolve_builtin(name: str, say: Callable[[str], None]) -> tuple[str, str]:
         gguf = embedded_gguf()
         if folder.is_dir():
             return str(folder), "embedded copy"
-        if gguf is not None:
+        if gguf is not None and importlib.util.find_spec("gguf") is None:
+            say("the embedded SmolLM2 needs the package gguf: pip install 'dpo-cli[embedded]'; asking the hub for it")
+        elif gguf is not None:
             say("converting the embedded SmolLM2 once, about 30 s ...")
             return str(_once(folder.name, lambda target: _write_smollm2(gguf, target))), "embedded copy"
     return name, "local folder" if Path(name).is_dir() else "from the hub"
