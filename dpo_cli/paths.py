@@ -1,7 +1,10 @@
 """Paths: those that users write, and the one folder where caches lie."""
 
 import os
+import sys
 from pathlib import Path
+
+from platformdirs import user_cache_path
 
 from dpo_cli.console.text import safe_text
 from dpo_cli.errors import DpoError, StorageError
@@ -23,7 +26,10 @@ def user_path(text: str, error: type[DpoError], key: str = "") -> Path:
 
 
 def cache_dir() -> Path:
-    """Where converted models lie: $DPO_CACHE, else dpo-cli in the user's cache folder."""
+    """Where converted models and measurements lie: $DPO_CACHE, else dpo-cli in the user's cache folder."""
     if os.environ.get("DPO_CACHE"):
         return user_path(os.environ["DPO_CACHE"], StorageError, "DPO_CACHE")
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpo-cli"
+    earlier = Path("~/.cache/dpo-cli").expanduser()  # of the first versions, on macOS too
+    if sys.platform == "darwin" and earlier.is_dir():
+        return earlier
+    return user_cache_path("dpo-cli", appauthor=False)

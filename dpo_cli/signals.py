@@ -9,10 +9,15 @@ from types import FrameType, TracebackType
 from dpo_cli.errors import InterruptedByUserError, StoppedError
 
 
+def known_signals(*names: str) -> tuple[signal.Signals, ...]:
+    """Those of the signals that this system has: Windows lacks most."""
+    return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
+
+
 class StopSignals:
     """While entered, SIGTERM, SIGUSR1 and Ctrl-C are noted; `poll` raises where it is safe to stop."""
 
-    WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    WATCHED = known_signals("SIGTERM", "SIGINT", "SIGUSR1")
 
     def __init__(self, say: Callable[[str], None], agree: Callable[[int], int] = lambda number: number) -> None:
         self._say = say
@@ -26,7 +31,8 @@ class StopSignals:
         for number in self.WATCHED:
             self._previous[number] = signal.signal(number, self._note)
         # A terminal that is closed is no reason to stop: it was only looking on.
-        self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in known_signals("SIGHUP"):
+            self._previous[number] = signal.signal(number, signal.SIG_IGN)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

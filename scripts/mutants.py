@@ -24,7 +24,8 @@ RUNNER, SCORES = "dpo_cli/training/runner.py", "dpo_cli/evaluation/scores.py"
 BUILD, START = "dpo_cli/training/build.py", "dpo_cli/training/start.py"
 RECORDS, PROBE = "dpo_cli/training/records.py", "dpo_cli/training/memory_probe.py"
 DURABLE, CHECKPOINT = "dpo_cli/storage/durable.py", "dpo_cli/runs/checkpoint.py"
-DIRECTORY, METRICS_LOG = "dpo_cli/runs/run_directory.py", "dpo_cli/storage/metrics_log.py"
+DIRECTORY, LINE_LOG = "dpo_cli/runs/run_directory.py", "dpo_cli/storage/line_log.py"
+LOCKS = "dpo_cli/storage/locks.py"
 DECODING = "dpo_cli/generation/decoding.py"
 OF_REWARDS, OF_DECODING = "tests/test_reward.py", "tests/test_decoding.py"
 OF_FAULTS = "-m faults tests/faults/"
@@ -164,11 +165,11 @@ MUTANTS = [
            "resumed and not own.exists()", OF_FAULTS + "test_storage.py -k another_run_left"),
     Mutant("reference values beside other pairs", CACHE, "[batch[index] for index in mine], compute",
            "cache.missing([batch[index] for index in mine]), compute", "tests/test_reference_cache.py"),
-    Mutant("the lock is not taken", DIRECTORY, "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+    Mutant("the lock is not taken", LOCKS, "owned = lock_descriptor(descriptor, blocking=in_use is None)", "owned = True",
            OF_FAULTS + "test_storage.py -k second_run"),
     Mutant("links are written through", DIRECTORY, "            if file.is_symlink():", "            if False:",
            OF_FAULTS + "test_hostile.py -k link_in_a_run_directory"),
-    Mutant("half a line of metrics stays", METRICS_LOG, "                os.ftruncate(file.fileno(), end)", "                pass",
+    Mutant("half a line of metrics stays", LINE_LOG, "            os.ftruncate(descriptor, end)", "            pass",
            OF_FAULTS + "test_storage.py -k metrics_without_room"),
     Mutant("metrics are not flushed before a save", RECORDS,
            "        self.directory.metrics.flush()\n        return", "        return", OF_FAULTS + "test_storage.py -k counts_no_line"),

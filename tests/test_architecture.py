@@ -1,6 +1,8 @@
 """The layout is a promise: imports only go down the floors, and nothing in the package runs code from a file."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,3 +101,30 @@ def test_nothing_reads_pickle_or_runs_code_named_in_a_file() -> None:
                     assert keyword.arg not in refused or literal is not refused[keyword.arg], f"{path}:{node.lineno}"
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value:
                 assert node.value != "_target_", path
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, signal, sys
+import dpo_cli
+names = [module.name for module in pkgutil.walk_packages(dpo_cli.__path__, "dpo_cli.")]
+for name in names:  # the packages of others may need what Linux has: they are written for Windows in other lines
+    importlib.import_module(name)
+for name in names:
+    del sys.modules[name]
+for name in ("fcntl", "resource", "termios"):
+    sys.modules[name] = None
+for name in ("SIGUSR1", "SIGHUP", "SIGQUIT", "SIGTSTP", "SIGCONT", "SIGWINCH"):
+    delattr(signal, name)
+for name in names:
+    importlib.import_module(name)
+print(*names)
+"""
+
+
+def test_every_module_imports_where_windows_lacks_what_linux_has() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    files = [path for path in modules() if path.stem not in ("__init__", "__main__")]
+    assert {path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", ".") for path in files} <= set(
+        done.stdout.split()
+    )

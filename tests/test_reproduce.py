@@ -16,7 +16,7 @@ from dpo_cli.runs.checkpoint import ResolvedSettings, checkpoints, read_state
 from dpo_cli.runs.manifest import settings_in
 from dpo_cli.runs.replay import determinism, differences
 from dpo_cli.storage.durable import sweep, write_folder, write_whole
-from dpo_cli.storage.metrics_log import MetricsLog
+from dpo_cli.storage.line_log import MetricsLog
 
 Command = Callable[..., Ended]
 

@@ -16,7 +16,7 @@ from dpo_cli.data.pairs import PairData, check_sources, load_pairs
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
 from dpo_cli.evaluation.page import page
-from dpo_cli.evaluation.report import calibration_facts, write_page, write_report
+from dpo_cli.evaluation.report import calibration_facts, write_report
 from dpo_cli.evaluation.scores import Scorer, score_pairs, summarize, windows
 from dpo_cli.generation.generate import greedy_completions
 from dpo_cli.models.dtype import Decision, choose_device
@@ -109,7 +109,6 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
             "seconds": seconds,
             **({"calibration": calibration_facts(bins)} if bins else {}),
         }
-        write_report(folder, facts, estimates, data.held_out, scores, objective)
         _show_estimates(reporter, estimates)
         _show_calibration(reporter, bins)
         answers: list[list[str]] = []
@@ -120,7 +119,8 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         title = f"{Path(ref.weights).name} on {data.held_out_report.source}"
         shown = {name: facts[name] for name in ("checkpoint", "reference", "beta", "loss_name", "device", "dtype")}
         sentences = {"data": "\n".join(data.held_out_report.sentences(options.max_length))}
-        write_page(folder, page(title, {**shown, **sentences}, labelled, margins, answers))
+        html = page(title, {**shown, **sentences}, labelled, margins, answers)
+        write_report(folder, facts, estimates, data.held_out, scores, objective, html)
     reporter.facts([(name, str(folder / file)) for name, file in REPORTS])
     return folder
 

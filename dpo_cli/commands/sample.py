@@ -3,7 +3,6 @@
 The first step of the method: y1, y2 ~ pi_ref(y | x), Section 4 of https://arxiv.org/abs/2305.18290.
 """
 
-import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from dpo_cli.generation.sampler import (
 )
 from dpo_cli.runs.manifest import environment
 from dpo_cli.signals import StopSignals
+from dpo_cli.storage.hashing import fingerprint
 from dpo_cli.storage.job_log import finish_job, is_done, job_log_path, manifest_path, open_job_log, output_path
 
 
@@ -83,16 +83,13 @@ def _job(
     config: SampleConfig, model: GenerationModel, prompts: list[PromptRow], ids: list[list[int]]
 ) -> dict[str, Any]:
     """What the completions depend on."""
-    digest = hashlib.sha256()
-    for prompt, tokens in zip(prompts, ids, strict=True):  # the job log stores completions by the index of the row
-        digest.update(f"{prompt.index} {tokens}\n".encode("ascii"))
     return {
         "model": model.name,
         "weights": model.digest,
         "dtype": str(model.dtype.value).removeprefix("torch."),
         "device": model.device.type,
         "template": model.encoder.kind,
-        "prompts": digest.hexdigest()[:32],
+        "prompts": fingerprint([[prompt.index, tokens] for prompt, tokens in zip(prompts, ids, strict=True)]),
         **{key: getattr(config, key) for key in ("n", "temperature", "top_p", "max_new_tokens", "seed", "batch_size")},
     }
 

@@ -295,7 +295,11 @@ class Reporter:
 
     def _plain_line(self, record: dict[str, Any]) -> str:
         split = "eval " if record["split"] == "eval" else ""
-        cells = [f"{heading} {significant(record[key], digits)}" for heading, key, digits in COLUMNS if key in record]
+        cells = [
+            f"{heading} {significant(record[key], digits)}"
+            for heading, key, digits in COLUMNS
+            if record.get(key) is not None
+        ]
         if "gradient_weight" in record:
             cells.append(f"grad weight {significant(record['gradient_weight'])}")
         return f"{split}step {record['step']}/{self._total}  " + "  ".join(cells)
@@ -308,7 +312,9 @@ class Reporter:
             for heading, _, _ in COLUMNS:
                 table.add_column(heading, justify="right", no_wrap=True)
             for row in self._rows:
-                cells = [significant(row[key], digits) if key in row else "" for _, key, digits in COLUMNS]
+                cells = [
+                    significant(row[key], digits) if row.get(key) is not None else "" for _, key, digits in COLUMNS
+                ]
                 held_out = row["split"] == "eval"
                 table.add_row(
                     f"eval {row['step']}" if held_out else str(row["step"]),

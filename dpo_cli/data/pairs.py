@@ -12,6 +12,7 @@ from dpo_cli.data.files import SourceRow, local_path, open_source
 from dpo_cli.data.formats import BadRowError, PreferencePair, pairs_of
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_ids, truncate
 from dpo_cli.errors import DataError
+from dpo_cli.storage.hashing import fingerprint_of_texts
 
 CHUNK = 512  # pairs that are encoded together
 TEXTS_KEPT = 64  # training pairs whose texts stay in memory
@@ -96,15 +97,7 @@ class PairData:
 
 def content_key(pair: PreferencePair) -> str:
     """A hash of the pair's texts: the same in every file, run and process."""
-    return _sha256(pair.prompt_text, pair.chosen, pair.rejected)
-
-
-def _sha256(*texts: str) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        data = text.encode("utf-8")
-        digest.update(len(data).to_bytes(8, "little") + data)  # the length keeps "ab","c" from "a","bc"
-    return digest.hexdigest()
+    return fingerprint_of_texts(pair.prompt_text, pair.chosen, pair.rejected)
 
 
 def is_held_out(pair: PreferencePair, fraction: float, seed: int) -> bool:
@@ -112,7 +105,7 @@ def is_held_out(pair: PreferencePair, fraction: float, seed: int) -> bool:
 
     A pair is on the same side in every run and on every rank. All pairs of a prompt are on one side.
     """
-    value = int(_sha256(f"split {seed}", pair.prompt_text)[:16], 16)
+    value = int(fingerprint_of_texts(f"split {seed}", pair.prompt_text)[:16], 16)
     return value < fraction * 2**64
 
 
@@ -244,7 +237,7 @@ def load_pairs(
         held_out,
         [text for _, text in train_rows[:TEXTS_KEPT]],
         [text for _, text in held_rows],
-        fingerprint([tokenized for tokenized, _ in train_rows]),
+        data_fingerprint([tokenized for tokenized, _ in train_rows]),
     )
 
 
@@ -258,7 +251,7 @@ def _require_pairs(rows: list[tuple[TokenizedPair, TextPair]], report: Report) -
     raise DataError(f"{source}: all pairs were dropped: {reasons}")
 
 
-def fingerprint(pairs: list[TokenizedPair]) -> str:
+def data_fingerprint(pairs: list[TokenizedPair]) -> str:
     """A hash of every token of every pair, in order."""
     digest = hashlib.sha256()
     for pair in pairs:

@@ -4,7 +4,6 @@ A row is a prompt with several responses. Its id is a hash of both, so that a ju
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from dpo_cli.console.text import safe_text
 from dpo_cli.data.files import SourceRow, read_rows
 from dpo_cli.data.formats import BadRowError, FinishReason, Prompt, finish_reasons, prompt_of, text_of
 from dpo_cli.errors import DataError
+from dpo_cli.storage.hashing import fingerprint
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class Sample:
 
 def sample_id(prompt: Any, responses: Sequence[str]) -> str:
     """32 hexadecimal digits of a hash of the texts: the same in every file."""
-    text = json.dumps([prompt, *responses], ensure_ascii=True, sort_keys=True)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
+    return fingerprint([prompt, *responses])
 
 
 def read_samples(path: Path) -> list[Sample]:

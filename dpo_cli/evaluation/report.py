@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: report.json with the means, pairs.jsonl with a line a pair."""
+"""What an evaluation leaves behind: report.json (means), pairs.jsonl (a line a pair), report.html (to look at)."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import StorageError
 from dpo_cli.evaluation.scores import ScoredPairs
 from dpo_cli.objectives.objective import Objective
+from dpo_cli.storage.durable import write_together
 from dpo_cli.theory.calibration import Bin, calibration_error
 from dpo_cli.theory.losses import implicit_rewards
 from dpo_cli.theory.statistics import Estimate
@@ -21,8 +22,13 @@ def write_report(
     pairs: list[TokenizedPair],
     scores: ScoredPairs,
     objective: Objective,
+    page: str,
 ) -> None:
-    """Write `report.json` and `pairs.jsonl` into `folder`; StorageError where that is not possible."""
+    """Write `pairs.jsonl`, `report.html` (the page) and `report.json` into `folder`, all of them or none.
+
+    `report.json` comes last: it makes the report complete. StorageError where a file cannot be written; then an
+    earlier report is as it was.
+    """
     report = {
         **facts,
         "pairs": len(pairs),
@@ -46,19 +52,20 @@ def write_report(
         ("margin", rewards_chosen - rewards_rejected),
     ]
     values = {name: column.tolist() for name, column in columns}
+    lines = []
+    for position, pair in enumerate(pairs):
+        line: dict[str, Any] = {"index": pair.index, "key": pair.key}
+        line |= {name: column[position] for name, column in values.items()}
+        line["prompt_tokens"] = len(pair.prompt)
+        line["chosen_tokens"], line["rejected_tokens"] = len(pair.chosen), len(pair.rejected)
+        lines.append(json.dumps(line) + "\n")
     for path in (folder, folder / "pairs.jsonl", folder / "report.json", folder / "report.html"):
         if path.is_symlink():  # in an untrusted run directory it could have us write anywhere
             raise StorageError(f"{safe_text(path)}: is a symbolic link, and is not written through")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
-            for position, pair in enumerate(pairs):
-                line: dict[str, Any] = {"index": pair.index, "key": pair.key}
-                line |= {name: column[position] for name, column in values.items()}
-                line["prompt_tokens"] = len(pair.prompt)
-                line["chosen_tokens"], line["rejected_tokens"] = len(pair.chosen), len(pair.rejected)
-                file.write(json.dumps(line) + "\n")
-        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        files = {"pairs.jsonl": "".join(lines), "report.html": page, "report.json": json.dumps(report, indent=1) + "\n"}
+        write_together({folder / name: text.encode("utf-8") for name, text in files.items()}, shared=True)
     except OSError as error:
         reason = error.strerror or "cannot be written"
         raise StorageError(f"{safe_text(folder)}: the report cannot be written ({reason})") from None
@@ -76,11 +83,3 @@ def calibration_facts(bins: list[Bin]) -> dict[str, Any]:
         for one in bins
     ]
     return {"error": calibration_error(bins), "bins": lines}
-
-
-def write_page(folder: Path, text: str) -> None:
-    """Write `report.html` beside a report that `write_report` has written."""
-    try:
-        (folder / "report.html").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{safe_text(folder)}: the page cannot be written ({error.strerror})") from None

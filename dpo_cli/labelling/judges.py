@@ -35,7 +35,6 @@ from dpo_cli.models.memory import ENOUGH_TOKENS, OTHERWISE
 from dpo_cli.models.packing import remembered_layout
 from dpo_cli.models.reference import AdapterOffReference, NoReference
 from dpo_cli.objectives.objective import Objective
-from dpo_cli.runs.checkpoint import sha256_of
 from dpo_cli.runs.model_ref import (
     ModelName,
     ModelRef,
@@ -44,6 +43,7 @@ from dpo_cli.runs.model_ref import (
     ref_dtype,
     ref_encoder,
 )
+from dpo_cli.storage.hashing import sha256_of
 
 DEFAULT_LENGTH = 2048  # tokens, prompt + response, where no run of the judge is known
 

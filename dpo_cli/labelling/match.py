@@ -1,7 +1,5 @@
 """Matches between models: every model completes every prompt, and a judge gives each completion a reward."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +36,7 @@ from dpo_cli.runs.model_ref import (
     weights_fingerprints,
 )
 from dpo_cli.signals import StopSignals
+from dpo_cli.storage.hashing import fingerprint
 from dpo_cli.storage.job_log import JobLog, finish_job, is_done, open_job_log
 
 
@@ -150,13 +149,12 @@ def _job(
     device: torch.device,
 ) -> dict[str, Any]:
     """What completions and rewards depend on."""
-    written = json.dumps([prompt.written for prompt in prompts])
     return {
         "checkpoints": config.checkpoints,
         "judge": config.judge,
         "weights": weights_fingerprints([*refs, *([judging] if judging is not None else [])]),
         "dtypes": [str(ref_dtype(ref, device).value) for ref in refs],
-        "prompts": hashlib.sha256(written.encode("ascii")).hexdigest()[:32],
+        "prompts": fingerprint([prompt.written for prompt in prompts]),
         "device": device.type,
         **{key: getattr(config, key) for key in ("template", "temperature", "top_p", "max_new_tokens", "seed")},
         "batch_size": config.batch_size,

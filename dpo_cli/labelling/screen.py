@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import termios
 import time
 from collections import deque
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from rich.text import Text
 
 from dpo_cli.console.text import safe_text
 from dpo_cli.errors import ConfigError, InterruptedByUserError, StoppedError
+from dpo_cli.signals import known_signals
 
 VERDICTS = ("left", "right", "tie", "skip")
 MIN_COLUMN = 30  # cells; in narrower columns two answers read better one under the other
@@ -281,6 +281,8 @@ class KeyDecoder:
 
 def require_terminal() -> None:
     """ConfigError where standard input or output is not a terminal."""
+    if os.name == "nt":
+        raise ConfigError("by=human: needs a terminal of Linux or macOS; on Windows run it under WSL")
     for name, stream in (("input", sys.stdin), ("output", sys.stdout)):
         if stream is None or stream.closed or not stream.isatty():
             raise ConfigError(
@@ -295,8 +297,8 @@ class CompareScreen:
     Ctrl-C raises InterruptedByUserError, SIGTERM and similar signals StoppedError; a closed terminal means `quit`.
     """
 
-    STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT)
-    WATCHED = (*STOPPING, signal.SIGHUP, signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH)
+    STOPPING = known_signals("SIGINT", "SIGTERM", "SIGUSR1", "SIGQUIT")
+    WATCHED = (*STOPPING, *known_signals("SIGHUP", "SIGTSTP", "SIGCONT", "SIGWINCH"))
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -314,6 +316,8 @@ class CompareScreen:
 
     def __enter__(self) -> "CompareScreen":
         require_terminal()
+        import termios
+
         self._mode = termios.tcgetattr(self._keyboard)
         # Signals arrive as bytes of a pipe, so that one that arrives just before the wait for a key ends the wait.
         self._signals, self._wake = os.pipe()
@@ -448,6 +452,8 @@ class CompareScreen:
 
     def _acquire(self) -> None:
         """Read keys singly and without echo, and switch to the alternate screen."""
+        import termios
+
         while True:
             try:
                 mode = termios.tcgetattr(self._keyboard)
@@ -469,6 +475,8 @@ class CompareScreen:
 
     def _release(self) -> None:
         """Restore screen and mode; unread keys are dropped, so that the shell does not get them."""
+        import termios
+
         if self._console.is_alt_screen:
             self._console.show_cursor(True)
             self._console.set_alt_screen(False)
@@ -480,6 +488,8 @@ class CompareScreen:
             termios.tcsetattr(self._keyboard, termios.TCSANOW, self._mode)
 
     def _forget_keys(self) -> None:
+        import termios
+
         self._decoder = KeyDecoder()
         self._keys.clear()
         with suppress(termios.error):

@@ -4,8 +4,6 @@ Each is written once as safetensors into the cache folder and loads from there l
 """
 
 import importlib.util
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from transformers import (
 from dpo_cli.console.text import safe_text
 from dpo_cli.errors import StorageError
 from dpo_cli.paths import cache_dir
+from dpo_cli.storage.durable import write_folder
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TINY = "dpo-cli/tiny-random"
@@ -49,7 +48,9 @@ def resolve_builtin(name: str, say: Callable[[str], None]) -> tuple[str, str]:
         gguf = embedded_gguf()
         if folder.is_dir():
             return str(folder), "embedded copy"
-        if gguf is not None:
+        if gguf is not None and importlib.util.find_spec("gguf") is None:
+            say("the embedded SmolLM2 needs the package gguf: pip install 'dpo-cli[embedded]'; asking the hub for it")
+        elif gguf is not None:
             say("converting the embedded SmolLM2 once, about 30 s ...")
             return str(_once(folder.name, lambda target: _write_smollm2(gguf, target))), "embedded copy"
     return name, "local folder" if Path(name).is_dir() else "from the hub"
@@ -60,21 +61,15 @@ def _once(name: str, write: Callable[[Path], None]) -> Path:
     folder = cache_dir() / name
     if not folder.is_dir():
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            beside = Path(tempfile.mkdtemp(prefix=f".tmp-{name}-", dir=folder.parent))
+            write_folder(folder, write)
         except OSError as error:
-            place = safe_text(folder.parent)
-            raise StorageError(
-                f"{place}: no model can be kept here ({error.strerror}); set DPO_CACHE to a folder"
-            ) from None
-        try:
-            write(beside)
-            beside.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first
+            if error.strerror is None:  # not of the disk
                 raise
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            if not folder.is_dir():  # else another process was first
+                place = safe_text(folder.parent)
+                raise StorageError(
+                    f"{place}: no model can be kept here ({error.strerror}); set DPO_CACHE to a folder"
+                ) from None
     return folder
 
 

@@ -7,7 +7,6 @@ and what there is besides; the memory that is free gives the rest.
 import ctypes
 import gc
 import math
-import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -134,12 +133,22 @@ def give_memory_back(device: torch.device) -> None:
             trim(0)
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory used so far: the allocator's on CUDA, else this process's resident memory."""
+def peak_memory_gib(device: torch.device) -> float | None:
+    """The most memory used so far: the allocator's on CUDA, else this process's resident memory; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def describe_peak_memory(device: torch.device) -> str:
+    """The same for people: `1.5 GiB`, or that it is not known."""
+    peak = peak_memory_gib(device)
+    return "not known on this system" if peak is None else f"{significant(peak)} GiB"
 
 
 def free_memory(device: torch.device) -> int:

@@ -9,9 +9,6 @@ A file only grows. Each record carries a checksum, so that a torn or damaged one
 writers take turns by a lock. Values are also compared with the loaded model when a run begins (`complete`).
 """
 
-import fcntl
-import hashlib
-import json
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -29,10 +26,14 @@ from dpo_cli.console.text import plural
 from dpo_cli.data.batches import Layout
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.engine.engine import SINGLE, Engine
+from dpo_cli.errors import StorageError
 from dpo_cli.models.logps import TOLERANCES, MicroBatch, MicroBatcher
 from dpo_cli.models.memory import each_micro_batch
 from dpo_cli.models.reference import Reference
 from dpo_cli.paths import cache_dir
+from dpo_cli.storage.hashing import fingerprint
+from dpo_cli.storage.line_log import append_whole
+from dpo_cli.storage.locks import opened_alone
 
 RECORD = np.dtype([("key", "<u8", 2), ("logp", "<f4"), ("check", "<u4")])  # 24 bytes
 VERSION = 2  # of the records and of what log-probs mean; another number is another file
@@ -44,12 +45,10 @@ def cache_path(key: str) -> Path:
     return cache_dir() / "reference" / f"{key}.logps"
 
 
-def cache_key(
-    fingerprint: str, dtype: torch.dtype, device: torch.device, layout: Layout, compiled: bool = False
-) -> str:
+def cache_key(model: str, dtype: torch.dtype, device: torch.device, layout: Layout, compiled: bool = False) -> str:
     """A name for what decides a log-prob besides the tokens: the model by its fingerprint, and how it is computed."""
-    how = [VERSION, fingerprint, str(dtype), device.type, str(layout), *(["compiled"] if compiled else [])]
-    return hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]
+    how = [VERSION, model, str(dtype), device.type, str(layout), *(["compiled"] if compiled else [])]
+    return fingerprint(how)
 
 
 class ReferenceCache:
@@ -107,12 +106,13 @@ class ReferenceCache:
     def _append(self, path: Path, data: bytes) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # another run may be writing; closing the file lets go
-                end = os.fstat(file.fileno()).st_size
+            with opened_alone(path) as descriptor:  # another run may be writing: then we wait
+                end = os.fstat(descriptor).st_size
                 if end % RECORD.itemsize:  # a writer was killed in the middle of a record
-                    os.ftruncate(file.fileno(), end - end % RECORD.itemsize)
-                file.write(data)
+                    os.ftruncate(descriptor, end - end % RECORD.itemsize)
+                append_whole(descriptor, data)
+        except StorageError as error:
+            self.trouble = f"{error}; its values stay in memory"
         except OSError as error:
             self.trouble = f"{path}: cannot be written ({error.strerror}); its log-probs stay in memory"
 

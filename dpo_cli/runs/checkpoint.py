@@ -5,7 +5,6 @@ is flushed to disk, MANIFEST.json (size and sha256 of each) comes last, and only
 read back may be untrusted: every size, name, type and shape is checked, and nothing in it is executed.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -28,6 +27,7 @@ from dpo_cli.errors import CheckpointError, StorageError
 from dpo_cli.objectives.objective import Objective
 from dpo_cli.runs.versions import migrated_state
 from dpo_cli.storage.durable import remove_folder, sync, write_folder
+from dpo_cli.storage.hashing import sha256_of
 
 MANIFEST = "MANIFEST.json"
 OPTIMIZER, RNG, WINDOW, STATE = "optimizer.safetensors", "rng.safetensors", "window.safetensors", "state.json"
@@ -168,12 +168,6 @@ def _seal(folder: Path) -> None:
         sync(file)
         files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-
-
-def sha256_of(file: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def checkpoints(folder: Path) -> list[Path]:

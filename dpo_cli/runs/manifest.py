@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from dpo_cli import __version__
-from dpo_cli.runs.checkpoint import OPTIMIZER, RNG, WINDOW, ResolvedSettings, sha256_of
+from dpo_cli.runs.checkpoint import (
+    OPTIMIZER,
+    RNG,
+    WINDOW,
+    ResolvedSettings,
+)
+from dpo_cli.storage.hashing import sha256_of
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "hydra-core", "numpy")
 

@@ -1,6 +1,5 @@
 """What a command is pointed at with `checkpoint=`: a run, one of its checkpoints, an adapter or a model."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,9 +18,10 @@ from dpo_cli.models.loading import find_model, load_model, load_tokenizer
 from dpo_cli.objectives.objective import Objective
 from dpo_cli.objectives.table import objective_of
 from dpo_cli.paths import user_path
-from dpo_cli.runs.checkpoint import newest_valid, read_json, sha256_of, validate
+from dpo_cli.runs.checkpoint import newest_valid, read_json, validate
 from dpo_cli.runs.manifest import settings_in
 from dpo_cli.runs.run_directory import RunDirectory
+from dpo_cli.storage.hashing import fingerprint, sha256_of
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,9 @@ def weights_fingerprints(refs: Sequence[ModelRef]) -> dict[str, str]:
     """A sha256 of the weights in every folder that refs come from, by its name; what is on a hub has none."""
     found: dict[str, str] = {}
     for name in dict.fromkeys(name for ref in refs for name in (ref.weights, ref.base.name_or_path)):
-        digest = hashlib.sha256()
         files = sorted(file for kind in ("*.safetensors", "*.bin") for file in Path(name or "").glob(kind))
-        for file in files:
-            digest.update(f"{file.name} {sha256_of(file)}\n".encode("utf-8", "backslashreplace"))
         if name and files and Path(name).is_dir():
-            found[name] = digest.hexdigest()[:32]
+            found[name] = fingerprint([[file.name, sha256_of(file)] for file in files])
     return found
 
 

@@ -6,14 +6,13 @@ One idea to keep in mind: a directory has one owner at a time, who holds its loc
 swept away by the next.
 """
 
-import fcntl
 import json
 import os
 import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,8 @@ from dpo_cli.paths import user_path
 from dpo_cli.runs.checkpoint import newest_valid, read_json, validate
 from dpo_cli.runs.versions import migrated_manifest
 from dpo_cli.storage.durable import sweep, write_whole
-from dpo_cli.storage.metrics_log import MetricsLog
+from dpo_cli.storage.line_log import MetricsLog
+from dpo_cli.storage.locks import opened_alone
 
 
 def default_directory(job: str, now: float) -> Path:
@@ -106,32 +106,26 @@ class RunDirectory:
         """Within, no other run can use the directory; ConfigError says who does. What was left unfinished is swept."""
         self.create()
         alone = True
-        try:
-            descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise StorageError(f"{safe_text(self.lock)}: cannot be written ({error.strerror})") from None
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                owner = safe_text(os.read(descriptor, 200).decode("utf-8", "replace").strip() or "another process")
-                raise ConfigError(
-                    f"output_dir={safe_text(self.path)}: in use by {owner}; wait for it, or name another output_dir"
-                ) from None
-            except OSError as error:  # some network file systems: better a run without a lock than none
-                warn(f"{safe_text(self.path)}: no locks here ({error.strerror}): see that no other run uses it")
-                alone = False
+
+        def in_use(owner: str) -> ConfigError:
+            return ConfigError(
+                f"output_dir={safe_text(self.path)}: in use by {owner or 'another process'}; wait for it, or name "
+                "another output_dir"
+            )
+
+        def without_locks(reason: str) -> None:  # some network file systems: better a run without a lock than none
+            nonlocal alone
+            alone = False
+            warn(f"{safe_text(self.path)}: no locks here ({reason}): see that no other run uses it")
+
+        with opened_alone(self.lock, in_use, without_locks) as descriptor:
             since = time.strftime("%Y-%m-%d %H:%M:%S")
-            try:
+            with suppress(OSError):  # a full disk: the lock holds all the same, it only cannot say whose it is
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()} since {since}\n".encode(), 0)
-            except OSError:
-                pass  # a full disk: the lock holds all the same, it only cannot say whose it is
+                os.write(descriptor, f"process {os.getpid()} on {platform.node()} since {since}\n".encode())
             for folder in (self.path, self.checkpoints) if alone else ():
                 sweep(folder)
             yield
-        finally:
-            os.close(descriptor)
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.yaml."""

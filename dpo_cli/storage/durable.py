@@ -8,7 +8,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 UNFINISHED = ".tmp-"
@@ -19,19 +19,36 @@ OURS = re.compile(
 )
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside and rename it over an earlier one."""
-    beside = path.with_name(f"{UNFINISHED}{path.name}")
+# A link in somebody else's directory is never followed, a child process inherits no file; not every system has each.
+SAFELY = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"))
+
+
+def write_whole(path: Path, data: bytes, shared: bool = False) -> None:
+    """Write a file beside and rename it over an earlier one; OSError leaves the earlier one as it was.
+
+    `shared`: other processes may write the same file meanwhile, so what is unfinished carries this one's number.
+    """
+    write_together({path: data}, shared)
+
+
+def write_together(files: Mapping[Path, bytes], shared: bool = False) -> None:
+    """Write every file beside before the first is renamed, in order: a full disk leaves all the earlier ones."""
+    ending = f"-{os.getpid()}" if shared else ""
+    beside = {path: path.with_name(f"{UNFINISHED}{path.name}{ending}") for path in files}
     try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        for path, data in files.items():
+            with open(beside[path], "wb", opener=lambda name, flags: os.open(name, flags | SAFELY, 0o666)) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in files:
+            os.replace(beside[path], path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        for unfinished in beside.values():
+            unfinished.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    for folder in {path.parent for path in files}:
+        sync(folder)
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
@@ -74,8 +91,10 @@ def sweep(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file, or the names in a folder, to disk; on Windows a folder's names need no flush."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:  # some network file systems cannot flush a folder, and need not

@@ -4,13 +4,14 @@ A measurement taken twice may come out twice, under load say; a decision that re
 runs of one command.
 """
 
-import hashlib
 import json
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.paths import cache_dir
+from dpo_cli.storage.durable import write_whole
+from dpo_cli.storage.hashing import fingerprint
 
 
 def recall(kind: str, how: list[Any]) -> dict[str, Any] | None:
@@ -25,14 +26,10 @@ def recall(kind: str, how: list[Any]) -> dict[str, Any] | None:
 def note(kind: str, how: list[Any], facts: dict[str, Any]) -> None:
     """Note what was found under these conditions; where that is not possible it is measured again next time."""
     place = _place(kind, how)
-    beside = place.with_name(f".{place.name}-{os.getpid()}")
-    try:
+    with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(facts), encoding="utf-8")
-        beside.rename(place)
-    except OSError:
-        return
+        write_whole(place, json.dumps(facts).encode("ascii"), shared=True)
 
 
 def _place(kind: str, how: list[Any]) -> Path:
-    return cache_dir() / kind / f"{hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]}.json"
+    return cache_dir() / kind / f"{fingerprint(how)}.json"

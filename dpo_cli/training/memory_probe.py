@@ -12,7 +12,7 @@ from dpo_cli.console.text import duration, plural, significant
 from dpo_cli.data.batches import longest_side
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.models.dtype import wait_for
-from dpo_cli.models.memory import DoesNotFitError, alone_too_large, make_room, peak_memory_gib
+from dpo_cli.models.memory import DoesNotFitError, alone_too_large, describe_peak_memory, make_room
 from dpo_cli.runs.checkpoint import rng_states, set_rng_states
 from dpo_cli.training.build import trained_batches
 from dpo_cli.training.optimizers import STATE_VALUES
@@ -75,7 +75,7 @@ def dry_run(context: Context, learner: Learner, material: Material, forward_back
     reporter.grid(["tokens", "p50", "p90", "p99", "max"], rows)
     longest = sorted(train, key=longest_side, reverse=True)[: config.batch_size]
     _work(context, learner, longest, forward_backward)
-    peak = peak_memory_gib(learner.batcher.device)
+    peak = describe_peak_memory(learner.batcher.device)
     typical = material.batch(next(material.schedule.batches(0, 1)))
     started = time.perf_counter()
     _work(context, learner, typical, forward_backward)
@@ -89,7 +89,7 @@ def dry_run(context: Context, learner: Learner, material: Material, forward_back
     reporter.facts(
         [
             ("longest", f"{plural(longest_side(longest[0]), 'token')}: the longest batch fits, forward and backward"),
-            ("memory", f"peak {significant(peak)} GiB so far; the optimizer adds {of_optimizer}"),
+            ("memory", f"peak {peak} so far; the optimizer adds {of_optimizer}"),
             (
                 "time",
                 f"about {duration(seconds * steps + evaluation)}: {plural(steps, 'step')} of "

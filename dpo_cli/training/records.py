@@ -13,7 +13,7 @@ from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import DivergedError, StorageError
 from dpo_cli.evaluation.scores import ScoredPairs, Scorer, score_pairs
 from dpo_cli.models.adapters import START_FILE
-from dpo_cli.models.memory import peak_memory_gib
+from dpo_cli.models.memory import describe_peak_memory, peak_memory_gib
 from dpo_cli.objectives.findings import History, Verdict, assess
 from dpo_cli.runs.checkpoint import (
     Checkpoint,
@@ -194,7 +194,7 @@ class Recorder:
         tensors = trained_weights(learner.policy, self.engine)
         self.engine.same(lambda: self._write_final(tensors, means))
         self.reporter.say()
-        memory = f"peak memory {significant(peak_memory_gib(learner.batcher.device))} GiB"
+        memory = f"peak memory {describe_peak_memory(learner.batcher.device)}"
         skipped = (
             f", {plural(progress.skipped_steps, 'update')} skipped as not finite" if progress.skipped_steps else ""
         )

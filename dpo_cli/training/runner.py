@@ -148,8 +148,9 @@ def train_step(
     if recorder.is_logged:
         wait_for(learner.batcher.device)  # the clock stops when the work is done, not when it is queued
     learner.monitor.add(table[len(names) :])
-    progress.window.add(metrics, grad_norm, batch, time.perf_counter() - started)
-    progress.seconds += time.perf_counter() - started
+    elapsed = time.perf_counter() - started
+    progress.window.add(metrics, grad_norm, batch, elapsed)
+    progress.seconds += elapsed
 
 
 def forward_backward(context: Context, learner: Learner, batch: list[TokenizedPair]) -> tuple[Tensor, list[str]]:

@@ -19,7 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from dpo_cli.console.text import redacted, safe_text
 from dpo_cli.errors import CheckpointError
-from dpo_cli.runs.checkpoint import MANIFEST, checkpoints, read_state, sha256_of, validate
+from dpo_cli.runs.checkpoint import (
+    MANIFEST,
+    checkpoints,
+    read_state,
+    validate,
+)
+from dpo_cli.storage.hashing import sha256_of
 
 pytestmark = pytest.mark.faults
 Command = Callable[..., Ended]

@@ -75,15 +75,15 @@ def test_a_checkpoint_counts_no_line_of_metrics_that_is_not_on_disk(tmp_path: Pa
     more = ("save_every=1", "log_every=1", "keep_checkpoints=9")
 
     def metrics_full_then_killed() -> None:
-        from dpo_cli.storage import metrics_log
+        from dpo_cli.storage import line_log
 
-        write = metrics_log.MetricsLog._write
+        write = line_log.MetricsLog._write
 
         def full(self: Any) -> None:
             raise OSError(28, "No space left on device")
 
         def step(_: Any, __: Any, step: int) -> None:
-            metrics_log.MetricsLog._write = full if step >= 2 else write  # type: ignore[method-assign]
+            line_log.MetricsLog._write = full if step >= 2 else write  # type: ignore[method-assign]
             if step == 4:
                 os._exit(137)
 
@@ -340,7 +340,7 @@ def test_a_run_with_a_damaged_file_says_so_and_comes_to_the_same_bytes(
 
 
 def test_metrics_shorter_than_their_checkpoint_are_refused(tmp_path: Path, finished: Path) -> None:
-    from dpo_cli.storage.metrics_log import MetricsLog
+    from dpo_cli.storage.line_log import MetricsLog
 
     with fault(7):
         lines = (finished / "metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -353,7 +353,7 @@ def test_metrics_shorter_than_their_checkpoint_are_refused(tmp_path: Path, finis
 def test_metrics_with_a_line_that_is_not_the_runs_own_are_refused_by_its_number(
     tmp_path: Path, finished: Path, line: bytes
 ) -> None:
-    from dpo_cli.storage.metrics_log import MetricsLog
+    from dpo_cli.storage.line_log import MetricsLog
 
     with fault(7):
         lines = (finished / "metrics.jsonl").read_bytes().splitlines(keepends=True)
