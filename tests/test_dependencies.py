@@ -1,4 +1,4 @@
-"""pyproject.toml names whatever the package imports, and nothing that a plain installation does without."""
+"""pyproject.toml names whatever the package imports, each with a floor and a cap."""
 
 import ast
 import re
@@ -56,11 +56,6 @@ def test_what_is_imported_is_declared(name: str) -> None:
     # Of an optional package that is not installed here only the module's name is known.
     distributions = {canonical(one) for one in packages_distributions().get(name, [name])}
     assert distributions & (DECLARED | EXTRAS if optional else DECLARED), f"{where} imports {name}"
-
-
-def test_what_is_declared_is_imported() -> None:
-    used = {canonical(one) for name in imported() for one in packages_distributions().get(name, [name])}
-    assert used >= DECLARED
 
 
 def test_a_version_of_which_nothing_is_known_is_not_allowed() -> None:

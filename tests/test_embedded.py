@@ -46,6 +46,4 @@ def test_without_gguf_the_embedded_model_is_asked_of_the_hub(tmp_path: Path, mon
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gguf" else find(name))
     said: list[str] = []
     assert resolve_builtin(SMOLLM2, said.append) == (SMOLLM2, "from the hub")
-    assert said == [
-        "the embedded SmolLM2 needs the package gguf: pip install 'dpo-cli[embedded]'; asking the hub for it"
-    ]
+    assert said == ["the embedded SmolLM2 needs the package gguf (pip install gguf); asking the hub for it"]

@@ -49,7 +49,7 @@ def resolve_builtin(name: str, say: Callable[[str], None]) -> tuple[str, str]:
         if folder.is_dir():
             return str(folder), "embedded copy"
         if gguf is not None and importlib.util.find_spec("gguf") is None:
-            say("the embedded SmolLM2 needs the package gguf: pip install 'dpo-cli[embedded]'; asking the hub for it")
+            say("the embedded SmolLM2 needs the package gguf (pip install gguf); asking the hub for it")
         elif gguf is not None:
             say("converting the embedded SmolLM2 once, about 30 s ...")
             return str(_once(folder.name, lambda target: _write_smollm2(gguf, target))), "embedded copy"
