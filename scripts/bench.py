@@ -52,6 +52,7 @@ from dpo_cli.models.logps import MicroBatcher
 from dpo_cli.models.reference_cache import CachedReference, ReferenceCache
 from dpo_cli.runs.checkpoint import checkpoints, rng_states, save_policy, trained_weights
 from dpo_cli.runs.run_directory import RunDirectory
+from dpo_cli.trackers.trackers import Trackers
 from dpo_cli.training.build import build, complete_reference
 from dpo_cli.training.memory_probe import probe_memory
 from dpo_cli.training.parts import Context, Learner, Material, Progress
@@ -121,7 +122,7 @@ def assembled(folder: Path, words: list[str]) -> Assembled:
     began = time.perf_counter()
     complete_reference(context, learner, material, resumed=False)
     seconds, progress = time.perf_counter() - began, Progress()
-    recorder = Recorder(context, learner, material, progress)
+    recorder = Recorder(context, learner, material, progress, Trackers(lambda _: None))
     return Assembled(context, learner, material, progress, recorder, seconds)
 
 

@@ -150,6 +150,7 @@ def assemble(*words: str) -> Assembled:
     from dpo_cli.console.reporter import Reporter
     from dpo_cli.engine.engine import SINGLE
     from dpo_cli.runs.run_directory import RunDirectory
+    from dpo_cli.trackers.trackers import Trackers
     from dpo_cli.training.build import build
     from dpo_cli.training.parts import Context, Progress
     from dpo_cli.training.records import Recorder
@@ -160,7 +161,14 @@ def assemble(*words: str) -> Assembled:
     context = Context(config, directory, Reporter(), SINGLE, lambda: None)
     learner, material, choices = build(context, None, None)
     progress = Progress()
-    return Assembled(context, learner, material, choices, progress, Recorder(context, learner, material, progress))
+    return Assembled(
+        context,
+        learner,
+        material,
+        choices,
+        progress,
+        Recorder(context, learner, material, progress, Trackers(lambda _: None)),
+    )
 
 
 def stop_in(monkeypatch: pytest.MonkeyPatch, where: int | str) -> None:

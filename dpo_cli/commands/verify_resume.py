@@ -46,6 +46,7 @@ def verify_resume(config: RunConfig, reporter: Reporter) -> None:
         log_every=STEPS - 1,
         keep_checkpoints=STEPS,
         verify_resume=False,
+        tracker=None,
     )
     with tempfile.TemporaryDirectory(prefix="dpo-verify-") as folder:
         straight, resumed = Path(folder) / "straight", Path(folder) / "resumed"

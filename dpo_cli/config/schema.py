@@ -587,6 +587,12 @@ def public_container(config: Any) -> dict[str, Any]:
     return container
 
 
+def tracker_options(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The options of each tracker that is used, by its name."""
+    chosen = asdict(config.tracker) if config.tracker is not None else {}
+    return {name: options for name, options in chosen.items() if options is not None}
+
+
 def config_text(config: Any) -> str:
     """config.yaml: the version of its keys, then data only: no interpolation, no target, no secret."""
     container = {"version": VERSION, **public_container(config)}

@@ -31,6 +31,7 @@ from dpo_cli.runs.replay import describe_replay
 from dpo_cli.storage.durable import write_folder
 from dpo_cli.theory.losses import ResponseScores
 from dpo_cli.theory.metrics import MeanOverPairs
+from dpo_cli.trackers.trackers import Trackers
 from dpo_cli.training.guard import require_finite
 from dpo_cli.training.parts import Context, Learner, Material, Progress, Window
 
@@ -38,9 +39,12 @@ from dpo_cli.training.parts import Context, Learner, Material, Progress, Window
 class Recorder:
     """Writes what there is to know of a run, on rank 0; every rank computes it."""
 
-    def __init__(self, context: Context, learner: Learner, material: Material, progress: Progress) -> None:
+    def __init__(
+        self, context: Context, learner: Learner, material: Material, progress: Progress, trackers: Trackers
+    ) -> None:
         self.context, self.learner, self.material, self.progress = context, learner, material, progress
         self.directory, self.reporter, self.engine = context.directory, context.reporter, context.engine
+        self.trackers = trackers
 
     @property
     def is_logged(self) -> bool:
@@ -130,6 +134,7 @@ class Recorder:
         if trouble is not None:
             self.reporter.warn(trouble)
         self.reporter.record(record)
+        self.trackers.record(record)
 
     # Checkpoints
 
@@ -208,6 +213,8 @@ class Recorder:
             ]
         )
         self._show(verdict)
+        final = {"status": "finished", "final": str(self.directory.final), "verdict": verdict.as_dict()}
+        self.trackers.finish({**final, "held_out": means})
 
     def _first_scores(self, number: int) -> ResponseScores:
         return self._score("scoring pair", self.material.data.train[:number]).policy

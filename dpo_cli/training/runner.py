@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpo_cli.config.schema import RunConfig, read_config
+from dpo_cli.config.schema import RunConfig, read_config, tracker_options
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import shell_word
 from dpo_cli.data.pairs import check_sources
@@ -31,13 +31,14 @@ from dpo_cli.runs.checkpoint import rng_states
 from dpo_cli.runs.replay import determinism
 from dpo_cli.runs.run_directory import RunDirectory, config_changes, directory_of
 from dpo_cli.signals import StopSignals
+from dpo_cli.trackers.trackers import check_installed
 from dpo_cli.training.build import build, complete_reference, describe_source
 from dpo_cli.training.header import show_header
 from dpo_cli.training.memory_probe import dry_run, probe_memory, until_it_fits
 from dpo_cli.training.parts import Context, Learner, Material, Progress
 from dpo_cli.training.preflight import preflight
 from dpo_cli.training.records import Recorder
-from dpo_cli.training.start import Start, find_start, open_records, say_what_differs
+from dpo_cli.training.start import Start, find_start, open_records, say_what_differs, tracked
 
 
 def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
@@ -46,6 +47,7 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
     Raises a DpoError with the exit code that the command ends with.
     """
     check_sources(config.data)
+    check_installed(list(tracker_options(config)))
     engine = ENGINES[config.engine.name]()
     path, resumed = engine.same(lambda: directory_of(config, job, time.time()))
     directory = RunDirectory(path)
@@ -88,9 +90,10 @@ def _run(context: Context, start: Start, progress: Progress) -> None:
         return
     probe_memory(context, learner, material, forward_backward)
     open_records(context, learner, material, choices, start, progress)
-    recorder = Recorder(context, learner, material, progress)
-    fit(context, learner, material, progress, recorder)
-    recorder.finish()
+    with tracked(context, progress) as trackers:
+        recorder = Recorder(context, learner, material, progress, trackers)
+        fit(context, learner, material, progress, recorder)
+        recorder.finish()
 
 
 def fit(context: Context, learner: Learner, material: Material, progress: Progress, recorder: Recorder) -> None:

@@ -1,13 +1,15 @@
 """Where a run starts: from the SFT model, from a checkpoint, or as an earlier run did that it replays."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config.schema import RunConfig, read_config
+from dpo_cli.config.schema import RunConfig, public_container, read_config, tracker_options
 from dpo_cli.console.text import safe_text
-from dpo_cli.errors import CheckpointError
+from dpo_cli.errors import CheckpointError, StoppedError
 from dpo_cli.paths import user_path
 from dpo_cli.runs.checkpoint import (
     ResolvedSettings,
@@ -21,6 +23,7 @@ from dpo_cli.runs.manifest import environment, settings_in
 from dpo_cli.runs.replay import differences
 from dpo_cli.runs.run_directory import RunDirectory, config_changes, find_checkpoint
 from dpo_cli.theory.metrics import MeanOverPairs
+from dpo_cli.trackers.trackers import Trackers, open_trackers
 from dpo_cli.training.optimizers import state_shapes
 from dpo_cli.training.parts import Choices, Context, Learner, Material, Progress, Window
 
@@ -161,6 +164,23 @@ def open_records(
         resumed_with = [*begun.get("resumed_with", []), *start.changes]
         engine.same(lambda: directory.write_manifest({**begun, "resumed_with": resumed_with}))
         engine.same(lambda: directory.write_config(context.config))
+
+
+@contextmanager
+def tracked(context: Context, progress: Progress) -> Iterator[Trackers]:
+    """Within, the trackers of the config are open, on rank 0; a run that does not end tells them how it ended."""
+    config, directory = context.config, context.directory
+    options = tracker_options(config) if context.engine.rank == 0 else {}
+    resumed_at = progress.step if progress.resumed else None
+    name = f"{directory.path.parent.name}/{directory.path.name}"
+    facts = public_container(config)
+    trackers = open_trackers(options, directory.path, name, facts, resumed_at, context.reporter.warn)
+    try:
+        yield trackers
+    except BaseException as error:
+        status = "stopped" if isinstance(error, StoppedError) else "failed"
+        trackers.finish({"status": status, "reason": str(error)})
+        raise
 
 
 def _kept_evaluations(directory: RunDirectory, records: int) -> list[dict[str, Any]]:
