@@ -54,7 +54,9 @@ def test_samples_hold_different_answers_in_the_order_of_the_prompts_with_where_t
         assert all(0 <= tokens <= 12 for tokens in row["tokens"])
         assert (row["model"], row["seed"], row["temperature"], row["top_p"]) == ("dpo-cli/tiny-random", 0, 1.0, 1.0)
     manifest = json.loads((samples.parent / "samples.jsonl.manifest.json").read_text())
-    assert manifest["samples"] == 5 and manifest["answers"] == 10 and manifest["job"]["weights"] == found[0]["weights"]
+    assert (
+        manifest["samples"] == 5 and manifest["completions"] == 10 and manifest["job"]["weights"] == found[0]["weights"]
+    )
     assert not (samples.parent / "samples.jsonl.part").exists()
 
 
@@ -93,7 +95,7 @@ def test_a_sampling_cut_off_anywhere_goes_on_to_the_same_bytes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sample, "finish", killed)
+        patch.setattr(sample, "finish_job", killed)
         assert command("dpo-sample", *words, f"output={resumed}").code == 130
     part = job_log.job_log_path(resumed)
     content = part.read_bytes()
