@@ -68,7 +68,7 @@ def _run(name: str, command: Callable[["Words"], int]) -> NoReturn:
 
 
 def _open_standard_streams() -> None:
-    """Put nothing in the place of a standard stream that is closed, lest the next file take its number."""
+    """Replace a closed standard stream by nothing: else the next file would take its number."""
     for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
         try:
             os.fstat(number)

@@ -48,7 +48,7 @@ class StorageError(DpoError):
 
 
 class StoppedError(DpoError):
-    """A signal stopped the run, and what was done is saved: run again with resume=auto to go on."""
+    """A signal stopped the run, and what was done is saved: run again with resume=auto to continue."""
 
     exit_code = 75
 

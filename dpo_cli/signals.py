@@ -1,4 +1,4 @@
-"""Signals: the first asks the run to stop at the next safe place, a second Ctrl-C leaves at once."""
+"""Signals: the first stops the run at the next safe point, a second Ctrl-C exits at once."""
 
 import os
 import signal
@@ -37,17 +37,17 @@ class StopSignals:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._previous.items():
-            # Who has asked us to stop may ask again while the process ends: its exit code is settled.
-            settled = self._received is not None and number != signal.SIGINT
-            signal.signal(number, signal.SIG_IGN if settled else handler)  # type: ignore[arg-type]
+            # A signal may come again while the process ends: its exit code is decided.
+            decided = self._received is not None and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if decided else handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
         if self._interrupts == 2:
             _leave()
         self._received = self._received or number
-        # Not by way of the console: it may be in the middle of a line, and cannot begin another in there.
-        _write(2, f"{signal.Signals(number).name} received: stopping at the next safe place\n")
+        # Not through the console: it may be in the middle of a line.
+        _write(2, f"{signal.Signals(number).name} received: stopping at the next safe point\n")
 
     def poll(self) -> None:
         """StoppedError (75) or InterruptedByUserError (130) if a signal has come, to any rank."""
@@ -62,7 +62,7 @@ class StopSignals:
 
 
 def _leave() -> None:
-    """Out at once: the last checkpoint is intact, since it was renamed into place. The cursor comes back."""
+    """Exit at once: the last checkpoint is intact, because it was renamed when it was whole. Show the cursor."""
     if os.isatty(1):
         _write(1, "\x1b[?25h\n")
     os._exit(130)

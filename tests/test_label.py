@@ -216,7 +216,7 @@ def test_a_response_of_finish_reason_length_is_judged_as_generated_and_trained_o
         dials = [*tiny_words(labels, tmp_path / objective), "data.eval_fraction=0", "max_steps=1", "batch_size=1"]
         ended = command("dpo-train", *dials, *(["objective=reward"] if objective == "reward" else []))
         assert ended.code == 0, ended.err
-        assert f"1 response cut when drawn: {words}" in " ".join(ended.out.split())
+        assert f"1 response with finish_reason length: {words}" in " ".join(ended.out.split())
 
 
 def test_what_a_judge_truncates_is_counted_once_also_across_a_stop(

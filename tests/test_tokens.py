@@ -93,15 +93,15 @@ def test_a_response_that_brings_its_own_eos_is_closed_once(tiny_tokenizer: Any) 
     assert with_eos.chosen == without.chosen
 
 
-def test_a_response_that_was_cut_when_drawn_stays_open_but_for_a_reward_model(tiny_tokenizer: Any) -> None:
+def test_a_response_of_finish_reason_length_stays_open_but_for_a_reward_model(tiny_tokenizer: Any) -> None:
     cut = replace(pair("p", "yes", "no"), chosen_finish_reason=FinishReason.LENGTH)
     encoder = PairEncoder(tiny_tokenizer, "plain")
     encoded = encoder.encode([cut])[0]
     assert [tiny_tokenizer.decode(ids) for ids in (encoded.chosen, encoded.rejected)] == ["yes", "no<|im_end|>"]
-    assert encoder.cut_when_drawn == 1
+    assert encoder.length_limited == 1
     closing = PairEncoder(tiny_tokenizer, "plain", always_closes=True)
     assert tiny_tokenizer.decode(closing.encode([cut])[0].chosen) == "yes<|im_end|>"
-    assert closing.cut_when_drawn == 1
+    assert closing.length_limited == 1
     # A response needs one token at least: where the text is nothing but the closing token, it stays.
     nothing = replace(pair("p", "<|im_end|>", "no"), chosen_finish_reason=FinishReason.LENGTH)
     assert tiny_tokenizer.decode(encoder.encode([nothing])[0].chosen) == "<|im_end|>"

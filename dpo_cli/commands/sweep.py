@@ -62,7 +62,7 @@ def run_sweep(jobs: Sequence[Job], flags: Sequence[str], reporter: Reporter) -> 
     """
     results: list[Result] = []
     for number, job in enumerate(jobs, start=1):
-        with suppress(OSError, ValueError):  # whoever reads along may go away: the runs go on
+        with suppress(OSError, ValueError):  # a reader that closes the pipe does not stop the runs
             print(f"run {number}/{len(jobs)}: dpo-train {safe_text(' '.join(job.words))}", flush=True)
         before = _directories(job)
         command = [sys.executable, "-c", "from dpo_cli.cli import train; train()", *flags, *job.words]

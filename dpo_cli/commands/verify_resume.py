@@ -1,4 +1,4 @@
-"""verify_resume: that a stopped run goes on to the same bytes, proved on the user's own machine, model and data.
+"""verify_resume: proves on the user's machine, model and data that a stopped run resumes to the same bytes.
 
 A few steps are trained straight, and again from the checkpoint in their middle, by the same code that trains and
 resumes every run; then every tensor and every metric is compared.

@@ -94,8 +94,8 @@ class PairEncoder:
     """Renders pairs under a template and encodes them.
 
     `kind` is `chat` or `plain`; None takes the model's chat template where it has one. `closing` is the token
-    that ends a response: what the chat template puts after an answer, else the tokenizer's EOS. One that was cut when
-    it was drawn stays open, but where `always_closes`: a reward model reads an answer's reward at its closing token.
+    that ends a response: what the chat template puts after an answer, else the tokenizer's EOS. A response whose
+    finish_reason is length gets none, except with `always_closes`: a reward model is read at the closing token.
     """
 
     tokenizer: Any
@@ -105,7 +105,7 @@ class PairEncoder:
     reason: str = field(init=False)  # why this template
     opening: list[int] = field(init=False)  # ids before a plain prompt: BOS, where the tokenizer adds one
     borders_merged: int = 0  # responses whose first token would have straddled the border
-    cut_when_drawn: int = 0  # responses that did not end by themselves
+    length_limited: int = 0  # responses that stopped at a limit (finish_reason length)
     closing_inside: int = 0  # responses that hold the closing token in their middle
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class PairEncoder:
         if self.kind == "chat" and not has_template:
             raise ConfigError("data.template=chat: this model has no chat template; choose data.template=plain")
         self.reason = (
-            "as asked" if self.kind else "the model has a chat template" if has_template else "no chat template"
+            "as requested" if self.kind else "the model has a chat template" if has_template else "no chat template"
         )
         self.kind = self.kind or ("chat" if has_template else "plain")
         self.closing = self._closing_token()
@@ -217,7 +217,7 @@ class PairEncoder:
         if ids and ids[-1] == self.closing:  # the text brought its own
             ids = ids[:-1]
         self.closing_inside += self.closing in ids
-        self.cut_when_drawn += not finished
+        self.length_limited += not finished
         return [*ids, self.closing] if finished or self.always_closes or not ids else ids
 
 

@@ -1,13 +1,13 @@
 """How a packed row attends: each response to its prompt and itself, the prompt computed once for all of them.
 
-A packed row holds groups end to end, each `prompt | response | response ...`. The positions of every response go on
-from the end of its prompt. A response must not see its sisters nor the neighbouring groups, and there are two ways to
+A packed row holds groups end to end, each `prompt | response | response ...`. The positions of every response continue
+from the end of its prompt. A response must not see the other responses nor other groups, and there are two ways to
 keep it so, both through transformers' registries, so that they reach every family without touching its code:
 
-- by segments: an attention function that goes through the row piece by piece and never computes what is masked;
+- by segments: an attention function that goes through the row segment by segment and never computes what is masked;
 - by mask: the family's stock attention under a dense mask, the family's own rule evaluated at logical positions.
 
-Neither is trusted: `packing.py` compares them with plain rows on the model at hand. T tokens of the row, H query
+Neither is trusted: `packing.py` compares them with plain rows on the model itself. T tokens of the row, H query
 heads, G key-value heads, D size of a head.
 """
 
@@ -52,7 +52,7 @@ class PackedRow:
     """Where the groups of a packed row lie."""
 
     groups: tuple[Group, ...]
-    positions_in_group: Tensor  # (T,) those of a response go on from the end of its prompt
+    positions_in_group: Tensor  # (T,) those of a response continue from the end of its prompt
     group_ids: Tensor  # (T,) the group of each token
     response_ids: Tensor  # (T,) within its group: 0 the prompt, 1 the first response, ...
     key_order: Tensor  # (K,) into the row: prompt and response of every segment, prompts repeated
@@ -95,7 +95,7 @@ def segment_attention(
     """Attention over a packed row, in the shape of transformers' attention functions.
 
     query (1, H, T, D), key and value (1, G, T, D); returns (1, T, H, D). ValueError for any keyword that it would
-    have to honour and does not know: going on without it would be a wrong number that nobody notices.
+    have to honour and does not know: ignoring it would give a wrong number that nobody notices.
     """
     unknown = sorted(name for name, setting in others.items() if setting is not None and setting is not False)
     unknown = [name for name in unknown if name not in _WITHOUT_EFFECT]
@@ -202,7 +202,7 @@ def _spelled_out(
 def step_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
 ) -> tuple[Tensor, None]:
-    """The stock attention, for one query a row made so that a row's result is the same in any company.
+    """The stock attention, for one query a row made so that a row's result does not depend on the other rows of the batch.
 
     query (R, H, 1, D), key and value (R, G, T, D), mask (R, 1, 1, T). The heads that share keys become queries of one
     head, so that keys and values are not copied for each; and 16 queries, the last of them void, keep the buffers of
@@ -236,7 +236,7 @@ def step_attention(
 
 @contextmanager
 def masked_by(model: Any, row: PackedRow) -> Iterator[None]:
-    """Within, the masks that transformers builds for the model keep the pieces of a packed row apart."""
+    """Within, the masks that transformers builds for the model keep the segments of a packed row apart."""
     name = model.config._attn_implementation
     if name not in ("sdpa", "eager"):
         raise ValueError(f"a mask for {name} attention is not known")

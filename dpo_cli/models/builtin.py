@@ -40,7 +40,7 @@ def embedded_gguf() -> Path | None:
 
 
 def resolve_builtin(name: str, say: Callable[[str], None]) -> tuple[str, str]:
-    """Where a model's name leads, and in words: a built-in one to its folder in the cache, any other to itself."""
+    """The folder of a built-in model in the cache, any other name as it is; and where the model comes from."""
     if name == TINY:
         return str(_once("tiny-random-1", _write_tiny)), "random weights, built in place"
     if name == SMOLLM2:

@@ -36,7 +36,7 @@ def choose_device(asked: str) -> Decision:
     except (RuntimeError, AssertionError, NotImplementedError):
         has = "cuda, cpu" if torch.cuda.is_available() else "cpu"
         raise ConfigError(f"device={asked}: not on this machine; it has {has}") from None
-    return Decision(device, "as asked")
+    return Decision(device, "as requested")
 
 
 def choose_dtype(asked: str, device: torch.device, lora: bool, keep: bool = True) -> Decision:
@@ -52,7 +52,7 @@ def choose_dtype(asked: str, device: torch.device, lora: bool, keep: bool = True
                 f"model.dtype={asked}: with lora=off every weight trains, and updates this small vanish in {asked}; "
                 "choose float32"
             )
-        return Decision(getattr(torch, asked), "as asked")
+        return Decision(getattr(torch, asked), "as requested")
     if not lora:
         return Decision(torch.float32, "every weight trains, and small updates vanish in bfloat16")
     if device.type == "cuda":

@@ -34,7 +34,7 @@ class ModelSource:
 
     config: "ModelConfig"
     path: str  # a folder or a hub id
-    origin: str  # in words
+    origin: str  # for the header
 
     @property
     def name(self) -> str:

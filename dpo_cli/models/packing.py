@@ -141,7 +141,7 @@ def _plain(policy: Any, pairs: list[TokenizedPair], device: torch.device) -> tup
 def _differs(
     policy: Any, pairs: list[TokenizedPair], device: torch.device, layout: Layout, plain: Tensor, noise: _Noise
 ) -> _Noise | str:
-    """How far packed rows lie from plain ones, or in words why they are not the same."""
+    """How far packed rows lie from plain ones, or why they are not the same."""
     layers = getattr(causal_model(policy).config.get_text_config(), "num_hidden_layers", None)
     micro_batch = make_micro_batch(pairs, device, layout)
     try:
@@ -160,7 +160,7 @@ def _differs(
     if packed.shape != plain.shape or not bool(torch.isfinite(packed).all()):
         return "its log-probs are not numbers"
     if not reads_positions:
-        return "it goes by a token's place in the row, not by the position it is told"
+        return "it uses a token's index in the row, not the position ids"
     found = _Noise.between(packed, plain)
     if not found.within(noise):
         return f"it is off by {found.mean:.2g} nats a token where one rounding moves them by {noise.mean:.2g}"
@@ -175,7 +175,7 @@ def _differs(
 
 
 def _reads_positions(policy: Any, pair: TokenizedPair, device: torch.device, layout: Layout) -> bool:
-    """Whether other position ids change anything. A bias by distance (ALiBi) knows places only; packing shifts them."""
+    """Whether other position ids change anything. A bias by distance (ALiBi) uses indices only; packing shifts them."""
     micro_batch = make_micro_batch([pair], device, layout)
     assert micro_batch.row is not None
     apart = micro_batch.row.positions_in_group + 7 * (micro_batch.row.response_ids > 0)
@@ -187,5 +187,5 @@ def _reads_positions(policy: Any, pair: TokenizedPair, device: torch.device, lay
 def _other_chosen(pair: TokenizedPair) -> TokenizedPair:
     """The pair with other tokens in its chosen response, taken from its own, so that the model knows them."""
     known = sorted({int(token) for ids in (pair.prompt, pair.chosen, pair.rejected) for token in ids})
-    following = {token: known[(place + 1) % len(known)] for place, token in enumerate(known)}
+    following = {token: known[(index + 1) % len(known)] for index, token in enumerate(known)}
     return replace(pair, chosen=token_ids(following[int(token)] for token in pair.chosen))

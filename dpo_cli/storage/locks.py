@@ -23,11 +23,11 @@ def opened_alone(
     in_use: Callable[[str], DpoError] | None = None,
     without_locks: Callable[[str], None] | None = None,
 ) -> Iterator[int]:
-    """A descriptor of the file at `path`, made where there is none; within, no other process has it this way.
+    """A descriptor of the file at `path`, made where there is none; within, no other process has it.
 
     Writes go to the end. Where another process has the file, what `in_use` makes of its first 200 bytes is raised;
-    without `in_use` we wait. `without_locks` hears why the file system has no locks, and we go on; without it that is
-    a StorageError, like every other reason why the file cannot be opened.
+    without `in_use` we wait. `without_locks` hears why the file system has no locks, and the lock is skipped; without
+    it that is a StorageError, like every other reason why the file cannot be opened.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | SAFELY, 0o644)

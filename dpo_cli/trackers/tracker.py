@@ -1,6 +1,6 @@
 """What a tracker is and what it is told when it opens; imports of its package wait until then.
 
-A tracker may raise anything at any time: `trackers.py` tells the user once and goes on without it.
+A tracker may raise anything at any time: `trackers.py` tells the user once and continues without it.
 """
 
 import json

@@ -113,7 +113,7 @@ def open_trackers(
 ) -> Trackers:
     """Open every tracker that `options` names; {} opens none and writes nothing.
 
-    `resumed_at` is the step of the checkpoint that the run resumes from: its trackers go on, too. `config` is plain
+    `resumed_at` is the step of the checkpoint that the run resumes from: its trackers continue too. `config` is plain
     data whose secrets are redacted.
     """
     trackers = Trackers(warn, resumed_at or 0)

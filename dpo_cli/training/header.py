@@ -60,10 +60,12 @@ def show_header(context: Context, learner: Learner, material: Material, choices:
     for name, report in data.reports():
         for number, sentence in enumerate(report.sentences(config.data.max_length)):
             rows.append((name if number == 0 else "", sentence))
-    closed = "closed all the same, as the head reads there" if encoder.always_closes else "left without a closing EOS"
+    closed = (
+        "closed all the same, because the head is read there" if encoder.always_closes else "left without a closing EOS"
+    )
     for number, words in (
         (encoder.borders_merged, "encoded apart from the prompt, so that no token spans the border"),
-        (encoder.cut_when_drawn, f"cut when drawn: {closed}"),
+        (encoder.length_limited, f"with finish_reason length: {closed}"),
         (encoder.closing_inside, f"with the closing token {safe_text(closing)} in the middle"),
     ):
         if number:

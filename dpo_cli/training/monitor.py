@@ -14,7 +14,7 @@ WINDOW = 256  # units
 
 @dataclass(frozen=True)
 class Alarm:
-    """A rule that holds, in words."""
+    """A rule that holds, and what it says."""
 
     name: str
     text: str

@@ -160,9 +160,9 @@ def open_records(
         facts = manifest_of(context, learner, material, choices)
         engine.same(lambda: directory.write_manifest(facts))
     elif start.changes:  # what is written is what is done, and a replay says that there was a change
-        begun = directory.read_manifest()
-        resumed_with = [*begun.get("resumed_with", []), *start.changes]
-        engine.same(lambda: directory.write_manifest({**begun, "resumed_with": resumed_with}))
+        before = directory.read_manifest()
+        resumed_with = [*before.get("resumed_with", []), *start.changes]
+        engine.same(lambda: directory.write_manifest({**before, "resumed_with": resumed_with}))
         engine.same(lambda: directory.write_config(context.config))
 
 

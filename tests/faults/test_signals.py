@@ -52,7 +52,7 @@ def test_a_signal_in_any_phase_saves_and_ends_with_75(
         child.send(kind)
         left = child.wait()
         assert left.code == 75, left
-        assert f"{kind.name} received: stopping at the next safe place\n" in left.err
+        assert f"{kind.name} received: stopping at the next safe point\n" in left.err
         assert f"error: stopped by {kind.name} at step " in left.err or phase == "tokenising"
         resumes(tmp_path, straight(), 2)
 
