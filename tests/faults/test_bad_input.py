@@ -170,7 +170,7 @@ command_line('eval typo', 0, 2, "unknown key 'checkpont' in 'checkpont=x'; did y
 command_line('eval name with a slash', 0, 2, 'name=../x: must be a plain folder name', ['checkpoint={dir}', 'name=../x'], command='dpo-eval')
 
 # Fault 17: nothing to go on with
-command_line('resume without a place', 17, 2, 'resume=auto: give the run directory to go on in, for instance output_dir=outputs/my-run', ['resume=auto'])
+command_line('resume without a place', 17, 2, 'resume=auto: name the run directory with output_dir, for instance output_dir=outputs/my-run', ['resume=auto'])
 command_line('resume from nowhere', 17, 4, 'resume={dir}/nowhere: no such checkpoint or run directory', ['resume={dir}/nowhere'])
 command_line('resume from a folder', 17, 4, 'resume={dir}/x: neither a run directory nor one of its checkpoints/step-*', ['resume={dir}/x'], files={'x/a': b''})
 command_line('replay of nothing', 17, 4, '{dir}/nowhere/config.yaml: no such file; a run directory holds a config.yaml', ['replay={dir}/nowhere'])
