@@ -202,7 +202,7 @@ def _spelled_out(
 def step_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
 ) -> tuple[Tensor, None]:
-    """The stock attention, for one query a row made so that a row's result does not depend on the other rows of the batch.
+    """The stock attention, for one query a row, made so that a row does not depend on the other rows of the batch.
 
     query (R, H, 1, D), key and value (R, G, T, D), mask (R, 1, 1, T). The heads that share keys become queries of one
     head, so that keys and values are not copied for each; and 16 queries, the last of them void, keep the buffers of

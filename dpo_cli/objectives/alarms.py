@@ -13,6 +13,14 @@ ENOUGH = 32  # units before an alarm may sound: a single batch proves nothing
 
 
 @dataclass(frozen=True)
+class Alarm:
+    """A rule that holds, and what it says."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
 class AlarmRule:
     """When an alarm sounds, and what it says."""
 

@@ -61,7 +61,7 @@ def show_header(context: Context, learner: Learner, material: Material, choices:
         for number, sentence in enumerate(report.sentences(config.data.max_length)):
             rows.append((name if number == 0 else "", sentence))
     closed = (
-        "closed all the same, because the head is read there" if encoder.always_closes else "left without a closing EOS"
+        "closed all the same, for the head is read there" if encoder.always_closes else "left without a closing EOS"
     )
     for number, words in (
         (encoder.borders_merged, "encoded apart from the prompt, so that no token spans the border"),
