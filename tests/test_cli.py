@@ -73,7 +73,7 @@ MISTAKES = [
     ("--beta=1", "'--beta=1': no such flag; values are given as key=value, see dpo-train --help"),
     ("beta=0.1,0.2", "'beta=0.1,0.2': several values need -m: dpo-train -m beta=0.1,0.2"),
     ("hydra.run.dir=x", "'hydra.run.dir=x': Hydra's own settings are fixed here; output_dir= sets where a run goes"),
-    ("resume=auto", "resume=auto: give the run directory to go on in, for instance output_dir=outputs/my-run"),
+    ("resume=auto", "resume=auto: name the run directory with output_dir, for instance output_dir=outputs/my-run"),
     ("device=tpu9", "device=tpu9: not on this machine; it has cpu"),
 ]  # fmt: skip
 
