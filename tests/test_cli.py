@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from dpo_cli.commands.sweep import Job, Result, show_table
 from dpo_cli.config.composition import check_overrides, composed, conf_dir, groups, parse_overrides, sweep
 from dpo_cli.config.files import override_value
 from dpo_cli.config.help import PAGES, key_rows
-from dpo_cli.config.schema import SCHEMAS, RunConfig, group_of, run_config, walk
+from dpo_cli.config.objectives import OBJECTIVES
+from dpo_cli.config.schema import SCHEMAS, RunConfig, group_of, run_config, to_tracker_options, walk
 from dpo_cli.config.versions import flat
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import shell_word, significant
@@ -71,7 +73,7 @@ MISTAKES = [
     ("--beta=1", "'--beta=1': no such flag; values are given as key=value, see dpo-train --help"),
     ("beta=0.1,0.2", "'beta=0.1,0.2': several values need -m: dpo-train -m beta=0.1,0.2"),
     ("hydra.run.dir=x", "'hydra.run.dir=x': Hydra's own settings are fixed here; output_dir= sets where a run goes"),
-    ("resume=auto", "resume=auto: give the run directory to go on in, for instance output_dir=outputs/my-run"),
+    ("resume=auto", "resume=auto: name the run directory with output_dir, for instance output_dir=outputs/my-run"),
     ("device=tpu9", "device=tpu9: not on this machine; it has cpu"),
 ]  # fmt: skip
 
@@ -398,6 +400,12 @@ def test_a_file_of_an_earlier_version_is_read_with_the_names_of_today(
     assert command("dpo-train", "--config", "mine.yaml").err.startswith("error: mine.yaml line 1: unknown key 'radar'")
 
 
+def test_every_objective_that_trains_has_an_entry_in_the_config() -> None:
+    from dpo_cli.objectives.table import OBJECTIVES as TRAINED
+
+    assert OBJECTIVES.keys() == TRAINED.keys()
+
+
 # Trackers: several choices of one group
 
 
@@ -407,8 +415,13 @@ def test_several_trackers_can_be_chosen(command: Command) -> None:
 
     assert tracker() is tracker("tracker=none") is tracker("tracker=null") is tracker("tracker=[]") is None
     assert tracker("tracker=tensorboard") == {"tensorboard": {"directory": None}, "wandb": None, "trackio": None}
-    both = tracker("tracker=[tensorboard,wandb]", "tracker.wandb.project=mine")
-    assert both["wandb"]["project"] == "mine" and both["tensorboard"] and both["trackio"] is None
+    both = ["tracker=[tensorboard,wandb]", "tracker.wandb.project=mine"]
+    config = run_config(composed("train", parse_overrides(both), RunConfig).container)
+    assert to_tracker_options(config) == {
+        "tensorboard": {"directory": None},
+        "wandb": {"project": "mine", "entity": None, "name": None, "mode": "auto"},
+    }
+    assert to_tracker_options(replace(config, tracker=None)) == {}
     for word, says in (
         ("tracker=[wandb,tensorbord]", "tracker=tensorbord: no such choice; did you mean 'tensorboard'? (choices: "
          "none, tensorboard, trackio, wandb)"),
