@@ -1,23 +1,13 @@
 """The monitor: keeps what was measured of the last units, and sounds each alarm of the objective once."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from dpo_cli.objectives.alarms import ENOUGH
+from dpo_cli.objectives.alarms import ENOUGH, Alarm
 from dpo_cli.objectives.drift import Drift
 from dpo_cli.objectives.objective import Objective
 
 WINDOW = 256  # units
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """A rule that holds, and what it says."""
-
-    name: str
-    text: str
 
 
 class Monitor:
