@@ -1,13 +1,5 @@
-"""tracker=trackio with the real package, in a process of its own, and read back from its store.
+"""tracker=trackio with the real package, in a process of its own, and read back from its store."""
 
-trackio 0.43 needs pillow < 13 and so lives beside the pinned environment: $DPO_TRACKIO_PYTHON names a Python that has
-it, else it is this one if that has it; without either these tests are skipped. The room of trackers needs nothing else.
-
-    python -m venv ~/trackio && ~/trackio/bin/pip install trackio
-    DPO_TRACKIO_PYTHON=~/trackio/bin/python python -m pytest -m peer tests/peer/test_trackio.py
-"""
-
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,12 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-pytestmark = pytest.mark.peer
-
-ROOT = Path(__file__).parent.parent.parent
-PYTHON = os.environ.get("DPO_TRACKIO_PYTHON") or (sys.executable if importlib.util.find_spec("trackio") else None)
+ROOT = Path(__file__).parent.parent
 OPTIONS = {"project": "dpo-cli", "name": None, "space_id": None, "private": True}
 RECORD = """
 import json, sys, threading
@@ -52,12 +39,10 @@ print(json.dumps([
 
 
 def run(folder: Path, code: str, *words: object) -> subprocess.CompletedProcess[str]:
-    if PYTHON is None:
-        pytest.skip("no Python with trackio: set DPO_TRACKIO_PYTHON")
     bare = {name: value for name, value in os.environ.items() if not name.startswith(("TRACKIO_", "HF_"))}
     home = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "TRACKIO_DIR": str(folder / "store")}
     command = [
-        PYTHON,
+        sys.executable,
         "-W",
         "error",
         "-c",
