@@ -27,7 +27,7 @@ class Engine(Protocol):
         ...
 
     def same(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank; on the others it is not called. Collective, and a barrier.
+        """What `make` returns or raises on rank 0, on every rank; on the others it is not called. Collective.
 
         For whatever must happen once (writing a file) or come out alike (a measurement, the content of a file).
         """

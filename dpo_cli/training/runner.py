@@ -10,6 +10,7 @@ goes through the same loop. Every function works on all ranks at once (engine/en
 through `engine.same`.
 """
 
+import io
 import time
 from contextlib import nullcontext
 from itertools import chain
@@ -49,6 +50,7 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
     check_sources(config.data)
     check_installed(list(tracker_options(config)))
     engine = ENGINES[config.engine.name]()
+    reporter = reporter if engine.rank == 0 else Reporter(io.StringIO())
     path, resumed = engine.same(lambda: directory_of(config, job, time.time()))
     directory = RunDirectory(path)
     if directory.finished and resumed:
