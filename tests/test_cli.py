@@ -406,6 +406,18 @@ def test_every_objective_that_trains_has_an_entry_in_the_config() -> None:
     assert OBJECTIVES.keys() == TRAINED.keys()
 
 
+def test_a_default_of_an_objective_does_not_replace_what_a_users_experiment_sets(
+    command: Command, own: Callable[..., None]
+) -> None:
+    own(my_conf__experiment__mine="# @package _global_\nbeta: 0.3\n", my_conf__experiment__other="# @package _global_\n"
+        "seed: 1\n")  # fmt: skip
+    words = ("--config-dir", "my_conf", "objective=reward", "--print-config")
+    assert printed(command("dpo-train", *words, "experiment=other"))["beta"] == 1
+    assert printed(command("dpo-train", *words))["beta"] == 1
+    ended = command("dpo-train", *words, "experiment=mine")
+    assert ended.err == "error: beta=0.3: a reward model (objective=reward) is held to no reference; leave it out\n"
+
+
 # Trackers: several choices of one group
 
 

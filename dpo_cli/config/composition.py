@@ -270,7 +270,10 @@ def composed_run(overrides: list[Override], own: Path | None = None) -> Composed
     for key, written in given.items():
         if key.split(".")[0] in rules.unused:
             raise ConfigError(f"{written}: {rules.unused[key.split('.')[0]]}")
-    choice.container.update({key: value for key, value in rules.defaults.items() if key not in given})
+    for key, value in rules.defaults.items():
+        # A value that an experiment sets is the user's too: it is checked, not replaced.
+        if key not in given and choice.where(key).startswith(f"{conf_dir().name}/train.yaml "):
+            choice.container[key] = value
     return choice
 
 
