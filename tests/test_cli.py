@@ -20,7 +20,7 @@ from dpo_cli.config.composition import check_overrides, composed, conf_dir, grou
 from dpo_cli.config.files import override_value
 from dpo_cli.config.help import PAGES, key_rows
 from dpo_cli.config.objectives import OBJECTIVES
-from dpo_cli.config.schema import SCHEMAS, RunConfig, group_of, run_config, to_tracker_options, walk
+from dpo_cli.config.schema import SCHEMAS, RunConfig, group_of, run_config, tracker_options, walk
 from dpo_cli.config.versions import flat
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import shell_word, significant
@@ -429,11 +429,11 @@ def test_several_trackers_can_be_chosen(command: Command) -> None:
     assert tracker("tracker=tensorboard") == {"tensorboard": {"directory": None}, "wandb": None, "trackio": None}
     both = ["tracker=[tensorboard,wandb]", "tracker.wandb.project=mine"]
     config = run_config(composed("train", parse_overrides(both), RunConfig).container)
-    assert to_tracker_options(config) == {
+    assert tracker_options(config) == {
         "tensorboard": {"directory": None},
         "wandb": {"project": "mine", "entity": None, "name": None, "mode": "auto"},
     }
-    assert to_tracker_options(replace(config, tracker=None)) == {}
+    assert tracker_options(replace(config, tracker=None)) == {}
     for word, says in (
         ("tracker=[wandb,tensorbord]", "tracker=tensorbord: no such choice; did you mean 'tensorboard'? (choices: "
          "none, tensorboard, trackio, wandb)"),

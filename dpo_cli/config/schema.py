@@ -581,12 +581,6 @@ def to_container(config: Any) -> dict[str, Any]:
     return asdict(config)
 
 
-def to_tracker_options(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """The options of each tracker that was chosen, by its name."""
-    chosen = to_container(config)["tracker"] or {}
-    return {name: options for name, options in chosen.items() if options is not None}
-
-
 def public_container(config: Any) -> dict[str, Any]:
     """The config as plain data in which every secret is redacted: what may be written and shown."""
     container: dict[str, Any] = without_secrets(to_container(config))

@@ -11,10 +11,10 @@ def migrated_state(found: dict[str, Any], version: int) -> dict[str, Any]:
     if written > version:
         raise ValueError("written by a newer dpo-cli")
     if written < 2:
-        settled = dict(found.pop("settled"))
+        settled, fingerprint = dict(found.pop("settled")), found.pop("model_digest")
         settled["layout"] = LAYOUTS.get(settled["way"], settled.pop("way"))
         settled["max_pairs"] = settled.pop("pairs_a_pass")
-        found = {**found, "settings": settled, "model_fingerprint": found.pop("model_digest")}
+        found = {**found, "settings": settled, "model_fingerprint": fingerprint}
     return {**found, "version": version}
 
 
