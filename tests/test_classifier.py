@@ -116,8 +116,8 @@ def test_what_is_no_reward_model_is_refused(command: Command, tmp_path: Path, ti
         (("by=reward", f"judge={tmp_path / 'two'}"), 4, f"{tmp_path / 'two'}: has 2 labels; a reward model has one"),
         (("by=implicit", f"judge={tmp_path / 'one'}"), 2,
          f"judge={tmp_path / 'one'}: is a reward model; set by=reward"),
-        (("by=reward", f"judge={tmp_path / 'one'}", "batching=packed"), 2,
-         "batching=packed: is not supported for a reward model from the hub; leave it out"),
+        (("by=reward", f"judge={tmp_path / 'one'}", "layout=packed"), 2,
+         "layout=packed: is not supported for a reward model from the hub; leave it out"),
         (("by=reward", "judge=dpo-cli/tiny-random"), 2,
          "judge=dpo-cli/tiny-random: is not a reward model; set by=implicit for a DPO run's implicit reward, or train "
          "a reward model with dpo-train objective=reward"),

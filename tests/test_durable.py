@@ -11,7 +11,7 @@ import pytest
 from conftest import Ended
 
 from dpo_cli.data.formats import standard
-from dpo_cli.data.pairs import content_key, is_held_out
+from dpo_cli.data.pairs import content_key, data_fingerprint, is_held_out
 from dpo_cli.data.samples import sample_id
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import ConfigError, DataError, StorageError
@@ -21,7 +21,6 @@ from dpo_cli.runs.run_directory import RunDirectory
 from dpo_cli.signals import known_signals
 from dpo_cli.storage import hashing, locks
 from dpo_cli.storage.durable import write_together, write_whole
-from dpo_cli.storage.hashing import fingerprint
 from dpo_cli.storage.line_log import append_whole, opened_lines, whole_lines
 from dpo_cli.storage.locks import opened_alone
 from dpo_cli.storage.measurements import note, recall
@@ -267,8 +266,11 @@ def test_the_hashes_that_stored_files_depend_on_are_as_they_were(tmp_path: Path)
     assert sample_id("hé", ["a", "b"]) == "21dff2fd47642918828a261d76a4903b"
     assert sample_id([{"role": "user", "content": "x"}], ["y"]) == "f3f3917b2f2ae8fe5d9725502c0b4a95"
     tokenized = TokenizedPair(token_ids([1, 2]), token_ids([3]), token_ids([4, 5]), 0, "k")
-    assert fingerprint([tokenized]) == "5d0b22d9201f9484bda39e25ba41f09a72d9f42c0c80a3b55a596b519639afb3"
-    assert tokenized.token_key.hex() == "cfc18b61fce28d905a2a8a866ff62be0"
+    assert data_fingerprint([tokenized]) == "5d0b22d9201f9484bda39e25ba41f09a72d9f42c0c80a3b55a596b519639afb3"
+    assert [key.hex() for key in tokenized.response_keys] == [
+        "1828077f4e8ace0e994745da38c1e34e",
+        "b1e7a1439f95e341abb9365ebb6b55b6",
+    ]
     (tmp_path / "abc").write_bytes(b"abc")  # the first example of FIPS 180-2
     assert hashing.sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 

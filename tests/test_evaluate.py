@@ -197,7 +197,12 @@ def test_neither_the_cache_nor_the_way_of_making_batches_changes_the_numbers(
     run = trained("run", "optimizer.lr=1e-2")
     ways = ([], ["reference_cache=off"], ["layout=padded"], ["layout=padded", "reference_cache=off"])
     folders = [evaluated(command, run, f"name=way{number}", *words) for number, words in enumerate(ways)]
-    assert [report(folder)["way"] for folder in folders] == ["segments", "segments", "padded", "padded"]
+    assert [report(folder)["layout"] for folder in folders] == [
+        "packed_segments",
+        "packed_segments",
+        "padded",
+        "padded",
+    ]
     for folder in folders[1:]:
         for one, other in zip(lines(folders[0]), lines(folder), strict=True):
             for name, value in one.items():
@@ -206,4 +211,4 @@ def test_neither_the_cache_nor_the_way_of_making_batches_changes_the_numbers(
 
 def test_an_evaluation_takes_the_way_that_the_run_took(trained: Trained, command: Command) -> None:
     padded = trained("padded", "layout=padded")
-    assert report(evaluated(command, padded))["way"] == "padded"
+    assert report(evaluated(command, padded))["layout"] == "padded"

@@ -254,7 +254,7 @@ def test_labels_of_another_head_are_not_taken_for_those_of_this_one(
     tensors = load_file(judge / "final" / HEAD_FILE)
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, judge / "final" / HEAD_FILE)
     other = command("dpo-label", *words)
-    assert other.code == 2 and "was started with other settings (head was" in other.err
+    assert other.code == 2 and "was started with other settings (reward_head.safetensors was" in other.err
 
 
 def test_chosen_responses_without_eos_give_a_warning(command: Command, tmp_path: Path) -> None:
@@ -341,11 +341,11 @@ def test_three_answers_make_three_pairs_or_the_best_against_the_worst() -> None:
     assert [(pair.chosen, pair.rejected) for pair in extremes] == [("high", "low")]
 
 
-def test_drawn_labels_are_upset_as_often_as_bradley_terry_says() -> None:
+def test_sampled_labels_are_upset_as_often_as_bradley_terry_says() -> None:
     for margin in (0.0, 0.5, 2.0):
         samples = [sample(number, ["worse", "better"][:: 1 if number % 2 else -1]) for number in range(2000)]
         rewards = [[0.0, margin] if number % 2 else [margin, 0.0] for number in range(2000)]
-        found = paired(samples, rewards, labels="drawn")
+        found = paired(samples, rewards, labels="sampled")
         upset = sigmoid(-margin)
         share = sum(pair.chosen == "worse" for pair in found) / 2000
         assert len(found) == 2000
@@ -355,12 +355,12 @@ def test_drawn_labels_are_upset_as_often_as_bradley_terry_says() -> None:
         assert all(pair.probability == pytest.approx(wanted[pair.chosen]) for pair in found)
 
 
-def test_drawn_labels_are_a_matter_of_seed_and_sample_and_not_of_the_order_of_the_file() -> None:
+def test_sampled_labels_are_a_matter_of_seed_and_sample_and_not_of_the_order_of_the_file() -> None:
     samples = [sample(number, ["a", "b", "c"]) for number in range(200)]
     rewards = [[0.0, 0.3, -0.2]] * 200
 
     def chosen(seed: int, some: list[Sample]) -> dict[tuple[str, str], str]:
-        pairs = paired(some, rewards[: len(some)], labels="drawn", seed=seed)
+        pairs = paired(some, rewards[: len(some)], labels="sampled", seed=seed)
         return {(pair.sample, min(pair.chosen, pair.rejected) + max(pair.chosen, pair.rejected)): pair.chosen
                 for pair in pairs}  # fmt: skip
 
@@ -373,10 +373,10 @@ def test_drawn_labels_are_a_matter_of_seed_and_sample_and_not_of_the_order_of_th
     assert 150 < sum(first[key] != other[key] for key in first) < 450  # about half of 600
 
 
-def test_drawn_labels_of_one_sample_are_independent_of_each_other() -> None:
+def test_sampled_labels_of_one_sample_are_independent_of_each_other() -> None:
     # Three answers of one reward: each of the 2^3 outcomes of their three games in 1 of 8 samples, cycles among them.
     samples = [sample(number, ["a", "b", "c"]) for number in range(800)]
-    found = paired(samples, [[0.0, 0.0, 0.0]] * 800, labels="drawn")
+    found = paired(samples, [[0.0, 0.0, 0.0]] * 800, labels="sampled")
     outcomes = Counter(tuple(pair.chosen for pair in found[start : start + 3]) for start in range(0, 2400, 3))
     assert len(outcomes) == 8
     assert all(abs(number - 100) < 4 * math.sqrt(800 * 1 / 8 * 7 / 8) for number in outcomes.values())
@@ -386,8 +386,8 @@ def test_extreme_margins_have_probability_zero_and_one() -> None:
     one = [sample(0, ["a", "b"])]
     (pair,) = paired(one, [[-1000.0, 1000.0]])
     assert (pair.chosen, pair.probability) == ("b", 1.0)
-    (drawn,) = paired(one, [[1000.0, -1000.0]], labels="drawn")
-    assert (drawn.chosen, drawn.probability) == ("a", 1.0)
+    (sampled,) = paired(one, [[1000.0, -1000.0]], labels="sampled")
+    assert (sampled.chosen, sampled.probability) == ("a", 1.0)
 
 
 def test_ties_identical_and_empty_answers_are_left_out_and_counted(command: Command, tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_a_judge_that_labels_nothing_leaves_room_for_another(command: Command, t
     drawn = command("dpo-label", f"samples={samples}", "by=rule", "rule=shorter", "labels=sampled")
     assert drawn.code == 0, drawn.err
     again = command("dpo-label", f"samples={samples}", "by=rule", "rule=shorter")
-    assert "(labels was drawn, is best; seed was 0, is not set)" in again.err
+    assert "(labels was sampled, is best; seed was 0, is not set)" in again.err
 
 
 def test_what_is_no_file_of_samples_is_refused(command: Command, tmp_path: Path) -> None:

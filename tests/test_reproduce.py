@@ -46,9 +46,9 @@ def test_verify_resume_notices_what_a_resume_forgets(
     command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
     from dpo_cli.runs import checkpoint
-    from dpo_cli.training import runner
+    from dpo_cli.training import start
 
-    monkeypatch.setattr(runner if lost == "set_rng_states" else checkpoint, lost, lambda *_: None)
+    monkeypatch.setattr(start if lost == "set_rng_states" else checkpoint, lost, lambda *_: None)
     ended = command("dpo-train", *words(pairs_file, tmp_path / "run", "verify_resume=true", "lora.dropout=0.1"))
     assert ended.code == 4
     assert "verify_resume: not exact on this machine: adapter_model.safetensors is off by up to " in ended.err
@@ -90,8 +90,8 @@ def test_a_replay_says_what_differs(command: Command, tmp_path: Path) -> None:
     write_jsonl(pairs, sample_rows(21)[1:])
     ended = command("dpo-train", f"replay={first}", f"output_dir={tmp_path / 'again'}")
     assert ended.code == 0, ended.err
-    assert f"warning: other than when the run was begun: packages.torch: 1.0 -> {torch.__version__}" in ended.out
-    assert "warning: other than when the run was begun: data_fingerprint: " in ended.out
+    assert f"warning: different from when the run started: packages.torch: 1.0 -> {torch.__version__}" in ended.out
+    assert "warning: different from when the run started: data_fingerprint: " in ended.out
     assert f"other weights than {first}" in ended.out
 
 
@@ -106,7 +106,7 @@ def test_a_replay_takes_what_was_measured_then_and_no_other_dial(
     ended = command("dpo-train", f"replay={first}", f"output_dir={tmp_path / 'again'}", "save_every=1")
     assert ended.code == 0, ended.err
     state = read_state(checkpoints(tmp_path / "again" / "checkpoints")[-1])
-    assert state.settled == ResolvedSettings("cpu", "float32", "mask", 321)
+    assert state.settings == ResolvedSettings("cpu", "float32", "packed_mask", 321)
     refused = command("dpo-train", f"replay={first}", "beta=0.5")
     assert refused.code == 2
     assert refused.err.startswith(
@@ -340,7 +340,7 @@ def test_changes_on_resume_are_kept_refused_or_said(command: Command, pairs_file
     assert command("dpo-train", *words(pairs_file, run, "max_steps=8", "resume=auto")).code == 0
     assert "max_steps: 8" in (run / "config.yaml").read_text()
     again = command("dpo-train", f"replay={run}", f"output_dir={tmp_path / 'again'}")
-    assert "warning: other than when the run was begun: it was resumed with max_steps: 6 -> 8" in again.out
+    assert "warning: different from when the run started: it was resumed with max_steps: 6 -> 8" in again.out
 
 
 @pytest.mark.parametrize("key", ["output_dir", "resume", "replay"])

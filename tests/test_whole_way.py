@@ -219,7 +219,7 @@ def test_three_answers_make_three_pairs_or_the_two_extremes(command: Command, tm
         assert [(row["chosen"], row["rejected"]) for row in rows(out)] == expected
 
 
-def test_drawn_labels_are_wrong_as_often_as_bradley_terry_says(command: Command, tmp_path: Path) -> None:
+def test_sampled_labels_are_wrong_as_often_as_bradley_terry_says(command: Command, tmp_path: Path) -> None:
     """Answers of 1 and of 3 words: P = 4/6 for the shorter. Of 1,500 pairs 1,000 +- 18.3 (one standard deviation)."""
     some = [{"prompt": f"Q{number}?", "responses": ["a b c", "a"]} for number in range(1500)]
     many = write_jsonl(tmp_path / "many.jsonl", some)
@@ -401,7 +401,7 @@ def test_what_a_ranking_needs_is_said(command: Command, words: tuple[str, ...], 
 
 @pytest.mark.parametrize("name", ["sample", "label", "rank"])
 def test_help_names_every_key_and_answers_without_torch(name: str) -> None:
-    program = f"import sys; sys.argv=['x', '--help']; from dpo_cli.cli import {name}\ntry: {name}()\nfinally: " \
+    program = f"import sys; sys.argv=['x', '--help-all']; from dpo_cli.cli import {name}\ntry: {name}()\nfinally: " \
               "assert 'torch' not in sys.modules"  # fmt: skip
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     keys = set(yaml.safe_load((conf_dir() / f"{name}.yaml").read_text())) - {"defaults"}

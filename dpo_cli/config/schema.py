@@ -66,7 +66,8 @@ Layout = Literal["auto", "packed", "padded"]
 OnBadRow = Literal["error", "skip"]
 Template = Literal["chat", "plain"]
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="must be a whole number from 0 to 2**63 - 1")]
-Directory = Annotated[Text, Field(pattern=r"\S", description="is empty; leave it out, or name a directory")]
+EMPTY = "is empty; leave it out, or name a directory"
+Directory = Annotated[Text, Field(pattern=r"\S")]
 WHOLE_OR_AUTO = "must be auto or at least 1"
 
 
@@ -205,7 +206,7 @@ class EngineConfig:
 class TensorboardConfig:
     """Curves for TensorBoard."""
 
-    directory: Directory | None
+    directory: Directory | None = Field(description=EMPTY)
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -263,9 +264,9 @@ class RunConfig:
     keep_checkpoints: int = Field(ge=1, json_schema_extra=FREE)
     max_grad_norm: float = Field(gt=0, description="1.0 is usual")
     device: Text = Field(json_schema_extra=LOUD)
-    output_dir: Directory | None = Field(json_schema_extra=FREE)
-    resume: Directory | None = Field(json_schema_extra=FREE)
-    replay: Directory | None = Field(json_schema_extra=FREE)
+    output_dir: Directory | None = Field(json_schema_extra=FREE, description=EMPTY)
+    resume: Directory | None = Field(json_schema_extra=FREE, description=EMPTY)
+    replay: Directory | None = Field(json_schema_extra=FREE, description=EMPTY)
     monitor: Literal["warn", "stop", "off"] = Field(json_schema_extra=FREE)
     non_finite: Literal["abort", "skip"] = Field(json_schema_extra=FREE)
     deterministic: bool = Field(json_schema_extra=LOUD)
