@@ -72,7 +72,7 @@ data('empty JSON list', 10, b'[]', 'has no pairs; name another file, or change d
 data('header only CSV', 10, b'prompt,chosen,rejected\n', 'has no pairs; name another file, or change data.eval_fraction', file='a.csv')
 data('unknown ending', 10, OK, 'unknown file type; use one of .jsonl, .jsonl.gz, .json, .csv, .parquet', file='a.txt')
 command_line('no data named', 10, 2, 'data.train=null: name a file (.jsonl, .json, .parquet, .csv) or a hub data set, for instance data.train=pairs.jsonl', ['data=jsonl'])
-command_line('not on the hub', 10, 3, "nobody/nothing (split train): cannot be loaded from the hub (<...>); for a file of yours write data.train=PATH", ['data=jsonl', 'data.train=nobody/nothing'])
+command_line('not on the hub', 10, 3, "nobody/nothing (split train): cannot be loaded from the hub (<...>); to read a local file, set data.train=PATH", ['data=jsonl', 'data.train=nobody/nothing'])
 
 # Fault 11: garbled bytes
 row('not JSON', 11, OK + b'{oops}\n' + OK, 'line 7: not JSON (<...> at column 2): {oops}')
@@ -95,7 +95,7 @@ data('garbled gzip', 11, b'\x1f\x8b\x08\x00garbage', 'cannot be read (<...>)', f
 data('not gzip', 11, OK, 'cannot be read (<...>)', file='a.jsonl.gz')
 data('cut gzip', 11, gzip.compress(OK * 100, mtime=0)[:-9], 'cannot be read (<...>)', file='a.jsonl.gz')
 data('not Parquet', 11, b'PAR1 nothing', 'not Parquet (<...>)', file='a.parquet')
-data('JSON with a row a line', 11, OK, 'not JSON (<...>); a row a line is .jsonl', file='a.json')
+data('JSON with a row a line', 11, OK, 'not JSON (<...>); name a file with one row a line .jsonl', file='a.json')
 data('JSON object', 11, b'{"rows": []}', 'must hold a JSON list of rows', file='a.json')
 row('JSON list of numbers', 11, b'[1, 2]', 'row 1: not a JSON object', file='a.json')
 data('CSV not UTF-8', 11, b'prompt,chosen,rejected\n\xff,a,b\n', 'not UTF-8 at byte 24', file='a.csv')
@@ -121,7 +121,7 @@ row('column that is not there', 12, OK, "line 1: no 'answer' key (data.columns.c
 command_line('column of no meaning', 12, 2, 'data.columns.good=answer: columns are prompt, chosen, rejected, responses, scores', ['data=jsonl', 'data.train={dir}/a.jsonl', 'data.columns.good=answer'])
 row('ranked with one response', 12, J(prompt='q', responses=['a']), "line 1: 'responses' must hold at least two, it has 1 (format=ranked)")
 row('ranked with too few scores', 12, J(prompt='q', responses=['a', 'b'], scores=[1]), "line 1: 'scores' has 1 numbers for 2 responses (format=ranked)")
-row('ranked with equal scores', 12, J(prompt='q', responses=['a', 'b'], scores=[1, 1]), 'line 1: all responses have one score, so that none is preferred (format=ranked)')
+row('ranked with equal scores', 12, J(prompt='q', responses=['a', 'b'], scores=[1, 1]), 'line 1: all responses have the same score, so none is preferred (format=ranked)')
 row('ranked with a NaN score', 12, b'{"prompt": "q", "responses": ["a", "b"], "scores": [1, NaN]}\n', 'line 1: not JSON (NaN is not JSON): {"prompt": "q", "responses": ["a", "b"], "scores": [1, NaN]}')
 row('empty object', 12, b'{}\n', "line 1: no 'chosen' key. A row needs prompt, chosen and rejected; it has nothing")
 
@@ -160,7 +160,7 @@ command_line('two values', 0, 2, "'beta=0.1,0.2': several values need -m: dpo-tr
 command_line("Hydra's own", 0, 2, "'hydra.run.dir=x': Hydra's own settings are fixed here; output_dir= sets where a run goes", ['hydra.run.dir=x'])
 command_line('target', 0, 2, "unknown key 'loss._target_' in '+loss._target_=os.system'; did you mean 'lora.target_modules'?", ['+loss._target_=os.system'])
 command_line('interpolation of the environment', 0, 2, 'the command line does not compose: KeyError raised while resolving interpolation: "Environment variable \'NOT_THERE_1\' not found"', ['output_dir=${oc.env:NOT_THERE_1}'])
-command_line('loss dial of another loss', 0, 2, 'loss.temperature=1.0: the loss sigmoid does not use it; it is a dial of discopop', ['loss.temperature=1'])
+command_line('loss dial of another loss', 0, 2, 'loss.temperature=1.0: the loss sigmoid does not use it; it is an option of discopop', ['loss.temperature=1'])
 command_line('length below prompt', 0, 2, 'data.max_prompt_length=64: must be below data.max_length=64, or no response fits', ['data.max_length=64', 'data.max_prompt_length=64'])
 command_line('adapter off without adapter', 0, 2, 'reference=adapter_off: needs an adapter to switch off; with lora=off choose reference=frozen', ['lora=off', 'reference=adapter_off'])
 command_line('device that is not there', 0, 2, 'device=cuda:99: not on this machine; it has <...>', ['device=cuda:99', 'data=jsonl', 'data.train={dir}/a.jsonl'], files={'a.jsonl': OK})
@@ -170,7 +170,7 @@ command_line('eval typo', 0, 2, "unknown key 'checkpont' in 'checkpont=x'; did y
 command_line('eval name with a slash', 0, 2, 'name=../x: must be a plain folder name', ['checkpoint={dir}', 'name=../x'], command='dpo-eval')
 
 # Fault 17: nothing to go on with
-command_line('resume without a place', 17, 2, 'resume=auto: give the run directory to go on in, for instance output_dir=outputs/my-run', ['resume=auto'])
+command_line('resume without a place', 17, 2, 'resume=auto: name the run directory with output_dir, for instance output_dir=outputs/my-run', ['resume=auto'])
 command_line('resume from nowhere', 17, 4, 'resume={dir}/nowhere: no such checkpoint or run directory', ['resume={dir}/nowhere'])
 command_line('resume from a folder', 17, 4, 'resume={dir}/x: neither a run directory nor one of its checkpoints/step-*', ['resume={dir}/x'], files={'x/a': b''})
 command_line('replay of nothing', 17, 4, '{dir}/nowhere/config.yaml: no such file; a run directory holds a config.yaml', ['replay={dir}/nowhere'])

@@ -459,7 +459,7 @@ CONFIGS = {
     "an interpolation": ("EARLIER\nx: ${oc.env:HOME}\n", "holds an interpolation"),
     "a resolver": ("beta: ${oc.decode:1}", "holds an interpolation"),
     "a tag": ("!!python/object/apply:os.system ['touch CANARY']", "cannot be read as YAML (ConstructorError)"),
-    "an alias bomb": (billion_laughs(), "holds a YAML alias; a run's config is data only"),
+    "an alias bomb": (billion_laughs(), "holds a YAML alias; a config is data only"),
     "a nesting bomb": ("[" * 100_000, "nested too deeply to be the config of a run"),
     "a large file": ("x: " + "a" * 2**21, "too large to be the config of a run"),
     "a list": ("[1, 2]", "is not the config of a run"),
