@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 NEWEST := .venv-newest
 DEMO := outputs/demo
 
-.PHONY: help setup demo test check format wheel clean train eval bench bench-sampling mutants bench-gpu theorem paper test-peer test-faults test-newest
+.PHONY: help setup demo test check format wheel clean train eval bench bench-sampling mutants bench-gpu theorem picture paper test-peer test-faults test-newest
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -71,6 +71,9 @@ bench-sampling: $(STAMP) ## Measure answers a second against generate: make benc
 paper: $(STAMP) ## From PPO to DPO, shown: the tables and figures of docs/paper.md (part 2 trains SmolLM2, some 20 minutes)
 	$(BIN)/python scripts/paper.py
 	$(BIN)/python scripts/frontier.py $(ARGS)
+
+picture: $(STAMP) ## Draw docs/console.svg from a real run of the demo (minutes)
+	$(BIN)/python scripts/console_picture.py
 
 theorem: $(STAMP) ## Print the numbers of docs/theorem.md and draw its figure
 	$(BIN)/python scripts/theorem.py

@@ -1,7 +1,13 @@
-"""The table of proofs names tests that exist."""
+"""What the documents say is so: tests that they name exist, commands compose, links lead somewhere."""
 
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+from conftest import Ended
+from documents import PAGES, commands
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,3 +39,29 @@ def test_every_fault_of_the_published_table_is_tried_by_its_number() -> None:
     tried = set(re.findall(r"\bfault\((\d+)", tests)) | set(re.findall(r"^(?:data|row)\('[^']+', (\d+)", tests, re.M))
     assert set(rows) == {str(number) for number in range(1, 25)}
     assert set(rows) - tried == set()
+
+
+def test_every_command_in_the_guides_composes(
+    command: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "tests" / "runs" / "version-1" / "dpo", "outputs/a")
+    Path("run.yaml").write_text("data: jsonl\ndata.train: pairs.jsonl\n")
+    for group, line in (("data", "train: pairs.jsonl"), ("model", "name_or_path: path/to/my-sft")):
+        Path("my_conf", group).mkdir(parents=True)
+        Path("my_conf", group, "mine.yaml").write_text(f"defaults: [_base, _self_]\n{line}\n")
+    shown = [words for page in sorted((ROOT / "docs").glob("*.md")) for words in commands(page)]
+    assert len(shown) > 30 and {words[0] for words in shown} == {f"dpo-{name}" for name in (
+        "train", "eval", "sample", "label", "rank"
+    )}  # fmt: skip
+    made = {"loss=cubic", "tracker=csv", "objective=near", "model=mine"}  # by changes that the page shows
+    for words in shown:
+        if not made & set(words) or "--config-dir" in words:
+            ended = command(*words, "--print-config")
+            assert ended.code == 0, (words, ended.err)
+
+
+def test_every_link_leads_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (page.parent / target).exists(), (page.name, target)

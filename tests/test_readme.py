@@ -1,92 +1,125 @@
-"""What the README shows is run: its commands, its rows, its code."""
+"""What the README shows is run: its commands, its changes to the program, its map."""
 
 import json
+import os
 import re
-import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from conftest import Ended, records, sample_rows, write_jsonl
+from documents import PAGES, README, ROOT, apply, commands, fenced
+from test_architecture import floor
 
-from dpo_cli.config.composition import composed, composed_run, parse_overrides, sweep
-from dpo_cli.config.schema import EvalConfig, LabelConfig, RankConfig, SampleConfig, config_of, run_config
-from dpo_cli.data.formats import FORMATS
-
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 Command = Callable[..., Ended]
+TEXT = README.read_text(encoding="utf-8")
 
 
-def commands() -> list[list[str]]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
-    return [shlex.split(line) for block in blocks for line in block.splitlines() if line.startswith("dpo-")]
-
-
-OTHERS = {"dpo-sample": SampleConfig, "dpo-label": LabelConfig, "dpo-rank": RankConfig}
-
-
-def test_every_command_composes() -> None:
-    assert len(commands()) >= 5
-    for name, *words in commands():
-        overrides = parse_overrides([word for word in words if word != "-m"])
-        if name == "dpo-train":
-            for job in sweep(overrides):
-                run_config(composed_run(parse_overrides(job)).container)
-        elif name == "dpo-eval":
-            composed("eval", overrides, EvalConfig)
-        else:
-            config_of(composed(name.removeprefix("dpo-"), overrides, OTHERS[name]).container, OTHERS[name])
-    assert {name for name, *_ in commands()} == {"dpo-train", "dpo-eval", *OTHERS}
+def test_it_is_read_in_five_minutes() -> None:
+    assert len(TEXT.splitlines()) <= 150
 
 
 def test_the_commands_run_as_written_on_a_tiny_model(command: Command, tmp_path: Path, tiny_path: str) -> None:
-    """The training line for one's own model and data, then the evaluation of its run and of its bare adapter."""
+    """The training line for one's own model and data, then the evaluation of its run."""
     pairs = write_jsonl(tmp_path / "pairs.jsonl", sample_rows(20))
     run = tmp_path / "run"
-    own = next(words for words in commands() if words[0] == "dpo-train" and "path/to/my-sft" in words[1])
-    there = {"path/to/my-sft": tiny_path, "pairs.jsonl": str(pairs), "my-adapter": str(run / "final")}
-    filled = [re.sub("|".join(map(re.escape, there)), lambda hit: there[hit[0]], word) for word in own]
-    ended = command(*filled, "max_steps=2", f"output_dir={run}")
+    there = {"path/to/my-sft": tiny_path, "pairs.jsonl": str(pairs), "outputs/my-run": str(run)}
+    dry, train, sweep, evaluate, *_ = (
+        [re.sub("|".join(map(re.escape, there)), lambda hit: there[hit[0]], word) for word in words]
+        for words in commands(README)
+    )
+    assert "dry_run=true" in dry and "-m" in sweep
+    ended = command(*train, "max_steps=2", f"output_dir={run}")
     assert ended.code == 0, ended.err
     assert records(run)[-1]["split"] == "eval"
-    for words in (words for words in commands() if words[0] == "dpo-eval"):
-        filled = [re.sub("|".join(map(re.escape, there)), lambda hit: there[hit[0]], word) for word in words]
-        filled = [re.sub(r"outputs/\S+", str(run), word) for word in filled]
-        ended = command(*filled, "max_new_tokens=3", f"output_dir={tmp_path / 'out'}")
-        assert ended.code == 0, (filled, ended.err)
+    ended = command(*evaluate, "max_new_tokens=3", "name=again")
+    assert ended.code == 0, ended.err
+    for name in ("metrics.jsonl", "config.yaml", "manifest.json", "train.log", "final", "eval/again/report.html"):
+        assert name in TEXT.replace("<name>", "again")
+        assert (run / name).exists(), name
 
 
-def test_the_rows_shown_are_read_as_the_form_they_stand_for() -> None:
-    rows = re.findall(r"^\| (standard|messages|hh) \| `(.*)` \|$", README, re.M)
-    assert {form for form, _ in rows} == {"standard", "messages", "hh"}
-    for form, row in rows:
-        value = json.loads(row)
-        assert FORMATS[form](value) == FORMATS["auto"](value), form
+def test_the_row_shown_is_a_pair() -> None:
+    from dpo_cli.data.formats import standard
+
+    row = re.search(r'`(\{"prompt".*?\})`', TEXT)
+    assert row
+    assert standard(json.loads(row[1])).chosen == "A star."
 
 
-def test_the_loss_in_the_diff_works() -> None:
-    import torch
-    import torch.nn.functional as F
-    from torch import Tensor
-
-    from dpo_cli.theory.losses import LogRatios
-
-    diff = re.search(r"```diff\n(.*?def cubic.*?)```", README, re.S)
-    assert diff
-    added = "\n".join(line[1:] for line in diff[1].splitlines() if line.startswith("+") and 'cubic":' not in line)
-    names: dict[str, object] = {"LogRatios": LogRatios, "Tensor": Tensor, "F": F}
-    exec(added, names)  # the README is ours
-    d = torch.tensor([0.0, 10.0, 20.0])
-    cubic = names["cubic"]
-    assert callable(cubic)
-    assert cubic(LogRatios(d, torch.zeros(3), torch.ones(3), torch.ones(3)), 0.1).tolist() == [1, 0, 0]
+EVERY_CHANGE = """
+import json, sys
+from dpo_cli import cli
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    try:
+        cli.train()
+    except SystemExit as ended:
+        assert not ended.code, (words, ended.code)
+"""
 
 
-def test_the_files_of_the_map_exist_and_the_make_targets_too() -> None:
-    listed = re.findall(r"^      (\S+)  ", README, re.M)
-    assert len(listed) > 8
-    for name in listed:
-        assert (ROOT / "dpo_cli" / name).exists(), name
-    makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"make ([a-z]+)", README)):
-        assert re.search(rf"^{target}:", makefile, re.M), target
+def test_every_change_shown_works_in_a_copy_of_the_program(tmp_path: Path) -> None:
+    for name in ("dpo_cli", "conf"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for page in PAGES:
+        for diff in fenced(page, "diff"):
+            apply(diff, tmp_path)
+    for path in (tmp_path / "conf" / "model" / "mine.yaml", tmp_path / "my_conf" / "model" / "mine.yaml"):
+        path.write_text(path.read_text().replace("path/to/my-sft", "dpo-cli/tiny-random"))
+    rows = sample_rows(8)
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    write_jsonl(tmp_path / "qa.jsonl", [{"q": r["prompt"], "good": r["chosen"], "bad": r["rejected"]} for r in rows])
+    shown = [words for words in commands(README) if any(word in SHOWN for word in words)]
+    assert len(shown) == len(SHOWN)
+    shown += [words for words in commands(ROOT / "docs" / "extending.md") if "--config-dir" in words]
+    filled = []
+    for number, words in enumerate(shown):
+        more = [] if any(word.startswith("data=") for word in words) else ["data=jsonl", "data.train=pairs.jsonl"]
+        more += [] if any(word.startswith("model=") for word in words) else ["model=tiny"]
+        words = [word.replace("pairs", "qa") if "data.format=qa" in words else word for word in words]
+        filled.append([*words, *more, "max_steps=2", "data.eval_fraction=0", f"output_dir={number}"])
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", EVERY_CHANGE, json.dumps(filled)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    folders = {word: tmp_path / str(number) for number, words in enumerate(shown) for word in words}
+    for word, (line, start) in SHOWN.items():
+        assert line in (folders[word] / "config.yaml").read_text(), word
+        assert round(records(folders[word])[0]["loss"], 3) == start, word
+        assert (folders[word] / "final" / "adapter_model.safetensors").is_file(), word
+    assert "0,loss,0.69" in (folders["tracker=csv"] / "metrics.csv").read_text()
+    assert json.loads((folders["objective=near"] / "final" / "adapter_config.json").read_text())["r"] == 16
+
+
+# A word of each change -> what the run's config says, and the loss before the first update.
+SHOWN = {
+    "loss=cubic": ("name: cubic", 1.0),
+    "optimizer=nadam": ("name: nadam", 0.693),
+    "data.format=qa": ("format: qa", 0.693),
+    "model=mine": ("name_or_path: dpo-cli/tiny-random", 0.693),
+    "objective=near": ("objective: near", 0.693),
+    "tracker=csv": ("file: metrics.csv", 0.693),
+}
+
+
+def test_the_map_of_rooms_is_the_tree_from_top_to_bottom() -> None:
+    listed = re.findall(r"^    (\S+?)/?  +\S", TEXT.split("## Where things are")[1], re.M)
+    tree = {path.name for path in (ROOT / "dpo_cli").iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert set(listed) == tree - {"__init__.py", "__pycache__"}
+    floors = [floor(name.removesuffix(".py")) for name in listed]
+    assert floors == sorted(floors, reverse=True)
+    assert (ROOT / "dpo_cli" / "training" / "runner.py").is_file()
+    assert "`dpo_cli/training/runner.py` first" in TEXT
+
+
+def test_the_exit_codes_are_those_of_the_help(command: Command) -> None:
+    shown = command("dpo-train", "--help").out.split("Exit codes: ")[1]
+    codes = set(re.findall(r"\b(\d+)\s\w", shown))
+    assert (
+        codes == set(re.findall(r"\b(\d+) \w", TEXT.split("Exit codes: ")[1].split("`make`")[0])) >= {"0", "75", "130"}
+    )
