@@ -89,7 +89,8 @@ def remembered_layout(
     how = [VERSION, fingerprint, str(next(policy.parameters()).dtype), where, longest, *libraries]
     known = recall("layouts", how) if requested == "auto" else None
     if known is not None and known.get("layout") in [*Layout]:
-        return Decision(Layout(known["layout"]), f"{safe_text(known.get('reason'), 300)} (measured earlier)")
+        reason = safe_text(str(known.get("reason")).removesuffix("measured"), 300)
+        return Decision(Layout(known["layout"]), f"{reason}measured earlier")
     chosen = choose_layout(requested, policy, pairs, device)
     if requested == "auto" and keep:
         note("layouts", how, {"layout": chosen.value.value, "reason": chosen.reason})
