@@ -139,7 +139,7 @@ def test_what_was_measured_is_remembered_for_this_model_and_these_lengths(monkey
     first = packing.remembered_layout("auto", model, PAIRS, CPU, "digest of qwen3")
     again = packing.remembered_layout("auto", model, PAIRS, CPU, "digest of qwen3")
     assert (first.value, again.value, len(measured)) == (Layout.PACKED_SEGMENTS, Layout.PACKED_SEGMENTS, 1)
-    assert again.reason == f"{first.reason} (measured earlier)"
+    assert again.reason == f"{first.reason} earlier"
     packing.remembered_layout("auto", model, PAIRS, CPU, "another digest")
     packing.remembered_layout("auto", model, [*PAIRS, pair(30, 9, 9, 8)], CPU, "digest of qwen3")
     packing.remembered_layout("padded", model, PAIRS, CPU, "digest of qwen3")
