@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Ended
-from documents import PAGES, commands
+from documents import PAGES, README, commands
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,18 +50,59 @@ def test_every_command_in_the_guides_composes(
     for group, line in (("data", "train: pairs.jsonl"), ("model", "name_or_path: path/to/my-sft")):
         Path("my_conf", group).mkdir(parents=True)
         Path("my_conf", group, "mine.yaml").write_text(f"defaults: [_base, _self_]\n{line}\n")
-    shown = [words for page in sorted((ROOT / "docs").glob("*.md")) for words in commands(page)]
+    shown = [words for page in PAGES for words in commands(page)]
     assert len(shown) > 30 and {words[0] for words in shown} == {f"dpo-{name}" for name in (
         "train", "eval", "sample", "label", "rank"
     )}  # fmt: skip
-    made = {"loss=cubic", "tracker=csv", "objective=near", "model=mine"}  # by changes that the page shows
+    made = {
+        "loss=cubic",
+        "optimizer=nadam",
+        "data.format=qa",
+        "model=mine",
+        "objective=near",
+        "tracker=csv",
+    }  # by diffs
     for words in shown:
         if not made & set(words) or "--config-dir" in words:
             ended = command(*words, "--print-config")
             assert ended.code == 0, (words, ended.err)
 
 
-def test_every_link_leads_somewhere() -> None:
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https://)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), link
+
+
+def test_every_page_is_linked_from_another() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
-            assert target.startswith("https://") or (page.parent / target).exists(), (page.name, target)
+        others = "".join(other.read_text(encoding="utf-8") for other in PAGES if other != page)
+        assert page == README or f"{page.name})" in others or f"{page.name}#" in others, page.name
+
+
+def test_make_targets_that_are_named_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for page in PAGES:
+        for target in set(re.findall(r"(?:`|^    )make ([a-z-]+)", page.read_text(encoding="utf-8"), re.M)):
+            assert re.search(rf"^{target}:", makefile, re.M), (page.name, target)
+
+
+# Keys of an earlier version, and phrases that the field does not use.
+OLD_WORDS = (
+    r"radar|batching=|\bdials?\b|chosen_finished|rejected_finished|labels=drawn|\bjournal\b|rehears|as asked|at hand\b"
+    r"|gone on with|goes on\b|by heart|\blest\b|numbers you can believe|rambling to direct|in company"
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_words_are_those_of_the_field(page: Path) -> None:
+    assert re.findall(OLD_WORDS, page.read_text(encoding="utf-8"), re.I) == []
