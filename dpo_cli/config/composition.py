@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
@@ -40,7 +40,6 @@ from dpo_cli.console.text import first_line, hydra_quoted, safe_text
 from dpo_cli.errors import ConfigError
 from dpo_cli.paths import user_path
 
-Config = TypeVar("Config")
 SEVERAL = ("tracker",)  # groups of which a run can have several choices at once
 
 

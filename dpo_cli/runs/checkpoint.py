@@ -9,7 +9,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -417,12 +417,8 @@ def set_rng_states(states: dict[str, Tensor]) -> None:
     """Put the generators back to where `rng_states` found them."""
     try:
         torch.set_rng_state(states["cpu"])
-        for name, state in _cuda_states(states):
-            if int(name.split(":")[1]) < torch.cuda.device_count():
+        for name, state in states.items():
+            if name.startswith("cuda:") and int(name.split(":")[1]) < torch.cuda.device_count():
                 torch.cuda.set_rng_state(state, name)
     except (RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{RNG}: holds no state of a random generator ({safe_text(error, limit=100)})") from None
-
-
-def _cuda_states(states: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    return ((name, state) for name, state in states.items() if name.startswith("cuda:"))

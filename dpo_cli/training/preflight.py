@@ -24,7 +24,7 @@ from dpo_cli.models.logps import TOLERANCES, MicroBatch, causal_model, make_micr
 from dpo_cli.models.reference import FrozenReference, Reference
 from dpo_cli.objectives.objective import Objective
 from dpo_cli.theory.losses import ResponseScores
-from dpo_cli.training.parts import Context, Learner, Material
+from dpo_cli.training.parts import Learner, Material
 
 PAIRS_IN_A_BATCH = 4
 
@@ -70,7 +70,7 @@ class PreflightSubject:
         return self.scores(self.first)
 
 
-def preflight(context: Context, learner: Learner, material: Material, at_start: bool) -> str:
+def preflight(learner: Learner, material: Material, at_start: bool) -> str:
     """Run every check of the objective; the line that says all hold. CheckpointError names the cause and the remedy."""
     pairs, texts = choose_pairs(material.data.train, material.data.train_texts)
     subject = PreflightSubject(
@@ -89,8 +89,7 @@ def run_checks(subject: PreflightSubject) -> str:
 
 
 def choose_pairs(train: list[TokenizedPair], texts: list[TextPair]) -> tuple[list[TokenizedPair], list[TextPair]]:
-    """Two batches of real pairs: the shortest of those whose texts are kept, so that seconds and little memory do."""
-
+    """Two batches of real pairs: the shortest of those whose texts are kept, to save time and memory."""
     indices = sorted(range(len(texts)), key=lambda index: longest_side(train[index]))[: 2 * PAIRS_IN_A_BATCH]
     return [train[index] for index in indices], [texts[index] for index in indices]
 

@@ -86,7 +86,7 @@ def _run(context: Context, start: Start, progress: Progress) -> None:
         start.resume(context, learner, material, progress)
     say_what_differs(context, learner, material, choices, start)
     complete_reference(context, learner, material, progress.resumed)
-    reporter.say(preflight(context, learner, material, at_start=progress.step == 0))
+    reporter.say(preflight(learner, material, at_start=progress.step == 0))
     if config.dry_run:
         dry_run(context, learner, material, forward_backward)
         return
