@@ -120,9 +120,13 @@ class Progress:
     skipped_steps: int = 0  # whose update was left out because it was not finite
     evaluated: dict[int, float] = field(default_factory=dict)  # the held-out loss by step
 
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, 0 for never, happens after this one."""
+        return every > 0 and self.step % every == 0
+
     @property
     def held_out_losses(self) -> dict[int, float]:
-        """Those that are finite, by step."""
+        """The finite held-out losses, by step."""
         return {step: loss for step, loss in self.evaluated.items() if math.isfinite(loss)}
 
 

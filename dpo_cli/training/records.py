@@ -49,16 +49,16 @@ class Recorder:
     @property
     def is_logged(self) -> bool:
         """Whether the step just done ends with a line in metrics.jsonl."""
-        step, every = self.progress.step, self.context.config.log_every
-        return (every > 0 and step % every == 0) or step == self.material.total_steps
+        return self.progress.is_due(self.context.config.log_every) or self.progress.step == self.material.total_steps
 
     @property
     def evaluation_is_missing(self) -> bool:
         """Whether the run that this one resumes was stopped in the evaluation after its last step."""
-        step, every = self.progress.step, self.context.config.eval_every
-        if not every or step % every or step in (0, self.material.total_steps):
-            return False
-        return step not in self.progress.evaluated
+        step = self.progress.step
+        is_between = step not in (0, self.material.total_steps)
+        return (
+            is_between and self.progress.is_due(self.context.config.eval_every) and step not in self.progress.evaluated
+        )
 
     # Metrics
 

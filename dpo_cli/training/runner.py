@@ -111,19 +111,15 @@ def fit(context: Context, learner: Learner, material: Material, progress: Progre
             train_step(context, learner, progress, material.batch(indices), recorder)
             rng = rng_states()  # a stop in the middle of the next step goes back to here
             context.reporter.advance()
-            if _due(progress.step, config.log_every) or progress.step == last:
+            if recorder.is_logged:
                 recorder.log()
-            if _due(progress.step, config.eval_every) and progress.step < last:
+            if progress.is_due(config.eval_every) and progress.step < last:
                 recorder.evaluate()
-            if _due(progress.step, config.save_every) and progress.step < last:
+            if progress.is_due(config.save_every) and progress.step < last:
                 recorder.save_or_continue()
     except StoppedError:
         recorder.save(rng)
         raise
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def train_step(
