@@ -30,7 +30,7 @@ from dpo_cli.models.loading import (
     same_weights,
 )
 from dpo_cli.models.logps import MicroBatcher
-from dpo_cli.models.memory import ENOUGH_TOKENS, OTHERWISE
+from dpo_cli.models.memory import enough_tokens
 from dpo_cli.models.packing import remembered_layout
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, NoReference, Reference
 from dpo_cli.models.reference_cache import (
@@ -187,7 +187,7 @@ def _layout(
 def _split(config: EvalConfig, device: torch.device, layout: Layout) -> Split:
     if config.micro_batch_size != "auto":
         return SplitByPairs(int(config.micro_batch_size))
-    return SplitByTokens(ENOUGH_TOKENS.get(device.type, OTHERWISE), layout)
+    return SplitByTokens(enough_tokens(device), layout)
 
 
 def _known(

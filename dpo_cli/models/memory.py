@@ -32,7 +32,7 @@ from dpo_cli.models.logps import (
 
 # Beyond these a longer row is no faster, only larger.
 ENOUGH_TOKENS = {"cpu": 1536, "mps": 4096, "cuda": 16384}
-OTHERWISE = 4096  # on other devices
+ENOUGH_ELSEWHERE = 4096  # on other devices
 TRAINING_BYTES = 12  # of a weight that trains: its gradient and two moments of AdamW, in float32
 CGROUP = Path("/sys/fs/cgroup")
 T = TypeVar("T")
@@ -54,6 +54,11 @@ class Budget:
             return f"{self.tokens:,} tokens in a micro-batch: more are no faster; {each}, measured"
         free = significant(self.free_bytes / 2**30)
         return f"{self.tokens:,} tokens in a micro-batch: {each}, {free} GiB free, measured"
+
+
+def enough_tokens(device: torch.device) -> int:
+    """The tokens of a micro-batch beyond which a longer one is no faster."""
+    return ENOUGH_TOKENS.get(device.type, ENOUGH_ELSEWHERE)
 
 
 def ran_out(error: BaseException) -> bool:
@@ -247,7 +252,7 @@ def measure_budget(policy: Any, pairs: Sequence[TokenizedPair], device: torch.de
     trainable = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
     free = free_memory(device) - TRAINING_BYTES * trainable
     fits = max(1, int(SHARE * free / per_token))
-    return Budget(min(ENOUGH_TOKENS.get(device.type, OTHERWISE), fits), fits, per_token, max(0, free))
+    return Budget(min(enough_tokens(device), fits), fits, per_token, max(0, free))
 
 
 def _two_sizes(pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:

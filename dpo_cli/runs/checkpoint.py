@@ -24,6 +24,7 @@ from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.data.batches import Layout
 from dpo_cli.engine.engine import Engine
 from dpo_cli.errors import CheckpointError, StorageError
+from dpo_cli.models.adapters import ADAPTER_FILE
 from dpo_cli.objectives.objective import Objective
 from dpo_cli.runs.versions import migrated_state
 from dpo_cli.storage.durable import remove_folder, sync, write_folder
@@ -31,7 +32,7 @@ from dpo_cli.storage.hashing import sha256_of
 
 MANIFEST = "MANIFEST.json"
 OPTIMIZER, RNG, WINDOW, STATE = "optimizer.safetensors", "rng.safetensors", "window.safetensors", "state.json"
-ADAPTER, MODEL = "adapter_model.safetensors", "model.safetensors"
+MODEL = "model.safetensors"
 MAX_JSON_BYTES = 2**20
 DTYPES = ("float32", "bfloat16", "float16")
 StateShapes = dict[tuple[int, ...], dict[str, tuple[int, ...]]]  # by the shape of a weight, and by key
@@ -215,7 +216,7 @@ def validate(checkpoint: Path) -> None:
     for needed in (OPTIMIZER, RNG, WINDOW, STATE):
         if needed not in files:
             raise CheckpointError(f"{safe_text(manifest)}: does not name {needed}")
-    if ADAPTER not in files and MODEL not in files:
+    if ADAPTER_FILE not in files and MODEL not in files:
         raise CheckpointError(f"{safe_text(manifest)}: names no weights")
     for name, size, digest in expected:
         if name != Path(name).name or name in ("", ".", ".."):
@@ -290,14 +291,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _trainable(policy: Any) -> list[tuple[str, nn.Parameter]]:
+def trainable(policy: Any) -> list[tuple[str, nn.Parameter]]:
+    """The weights that train, by name; of a sharded policy this rank's part."""
     return [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
 
 
 def optimizer_tensors(policy: Any, optimizer: torch.optim.Optimizer, engine: Engine) -> dict[str, Tensor]:
     """The optimizer's state by parameter name, whole: `<parameter>|<key>` -> tensor."""
     tensors = {}
-    for name, parameter in _trainable(policy):
+    for name, parameter in trainable(policy):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"{name}|{key}"] = engine.full(value).detach().cpu().contiguous()
@@ -312,7 +314,7 @@ def optimizer_tensors(policy: Any, optimizer: torch.optim.Optimizer, engine: Eng
 
 def trained_weights(policy: Any, engine: Engine) -> dict[str, Tensor]:
     """The trained weights by name, whole."""
-    return {name: engine.full(weight).detach() for name, weight in _trainable(policy)}
+    return {name: engine.full(weight).detach() for name, weight in trainable(policy)}
 
 
 @dataclass(frozen=True)
@@ -361,7 +363,7 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
 
 def _restore_weights(checkpoint: Path, policy: Any, objective: Objective) -> None:
     if isinstance(policy, PeftModel):
-        file = checkpoint / ADAPTER
+        file = checkpoint / ADAPTER_FILE
         stored = load_tensors(file)
         expected = get_peft_model_state_dict(policy, save_embedding_layers=False)
         _same_names(file, set(stored), set(expected))
@@ -377,7 +379,7 @@ def _restore_weights(checkpoint: Path, policy: Any, objective: Objective) -> Non
 def _restore_optimizer(
     stored: dict[str, Tensor], policy: Any, optimizer: torch.optim.Optimizer, shapes: StateShapes | None, engine: Engine
 ) -> None:
-    parameters = dict(_trainable(policy))
+    parameters = dict(trainable(policy))
     for full_name, value in stored.items():
         name, _, key = full_name.rpartition("|")
         if name not in parameters:

@@ -23,6 +23,7 @@ from dpo_cli.runs.checkpoint import (
     rng_states,
     save_checkpoint,
     save_policy,
+    trainable,
     trained_weights,
 )
 from dpo_cli.runs.manifest import weights_sha256
@@ -142,7 +143,7 @@ class Recorder:
         """Write a checkpoint of the run as it stands after its last complete step."""
         learner, progress, policy = self.learner, self.progress, self.learner.policy
         learner.guard.look()
-        trained = [(name, weight) for name, weight in policy.named_parameters() if weight.requires_grad]
+        trained = trainable(policy)
         require_finite(trained, progress.step, self.engine)
         records = self.engine.same(self._flushed)  # a checkpoint counts lines: they must be there after a power cut
         window = progress.window
