@@ -35,7 +35,7 @@ from dpo_cli.models.packing import remembered_layout
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, NoReference, Reference
 from dpo_cli.models.reference_cache import (
     CachedReference,
-    Completion,
+    FillOptions,
     ReferenceCache,
     cache_key,
     cache_path,
@@ -200,7 +200,7 @@ def _known(
 ) -> Reference:
     """The reference's log-probs, read from disk where a training run or an earlier evaluation has left them."""
     cache, (reporter, poll) = ReferenceCache(cache_path(key)), console
-    how = Completion(batcher, dtype, lambda: reference, reference, reporter, poll)
+    how = FillOptions(batcher, dtype, lambda: reference, reference, reporter, poll)
     there = len(pairs) - complete(cache, windows(pairs), how)
     reporter.say(f"reference log-probs: those of {there:,} of {len(pairs):,} pairs were in {cache.path}")
     return CachedReference(cache)

@@ -186,8 +186,8 @@ class CachedReference:
 
 
 @dataclass(frozen=True)
-class Completion:
-    """What completing a cache needs besides the cache and the pairs."""
+class FillOptions:
+    """How the log-probs that a cache lacks are computed."""
 
     batcher: MicroBatcher
     dtype: torch.dtype
@@ -198,7 +198,7 @@ class Completion:
     engine: Engine = SINGLE
 
 
-def complete(cache: ReferenceCache, needed: Sequence[Sequence[TokenizedPair]], how: Completion) -> int:
+def complete(cache: ReferenceCache, needed: Sequence[Sequence[TokenizedPair]], how: FillOptions) -> int:
     """Compute the log-probs that the cache lacks of the needed pairs; returns of how many pairs.
 
     `needed` holds the pairs in the batches in which the policy will see them: in bfloat16 a log-prob is rounded
@@ -227,7 +227,7 @@ def complete(cache: ReferenceCache, needed: Sequence[Sequence[TokenizedPair]], h
     return lacking
 
 
-def _fill(cache: ReferenceCache, needed: Sequence[Sequence[TokenizedPair]], how: Completion) -> None:
+def _fill(cache: ReferenceCache, needed: Sequence[Sequence[TokenizedPair]], how: FillOptions) -> None:
     reference = how.load()
 
     def compute(micro_batch: MicroBatch) -> dict[bytes, float]:
@@ -259,7 +259,7 @@ def _fill(cache: ReferenceCache, needed: Sequence[Sequence[TokenizedPair]], how:
         how.reporter.advance(len(missing))
 
 
-def _disagreement(cache: ReferenceCache, pairs: list[TokenizedPair], loaded: Reference, how: Completion) -> str | None:
+def _disagreement(cache: ReferenceCache, pairs: list[TokenizedPair], loaded: Reference, how: FillOptions) -> str | None:
     """In words, where cached log-probs are not those of the loaded model; None where they are."""
     known = CachedReference(cache)
     for micro_batch in how.batcher.micro_batches(pairs):

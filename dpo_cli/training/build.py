@@ -29,7 +29,7 @@ from dpo_cli.models.logps import MicroBatcher, causal_model
 from dpo_cli.models.memory import Budget, give_memory_back, measure_budget, plan_memory
 from dpo_cli.models.packing import remembered_layout
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, NoReference, Reference, UnmovedPolicy
-from dpo_cli.models.reference_cache import CachedReference, Completion, ReferenceCache, cache_key, cache_path, complete
+from dpo_cli.models.reference_cache import CachedReference, FillOptions, ReferenceCache, cache_key, cache_path, complete
 from dpo_cli.objectives.objective import Objective
 from dpo_cli.objectives.table import make_objective
 from dpo_cli.paths import user_path
@@ -256,7 +256,7 @@ def complete_reference(context: Context, learner: Learner, material: Material, r
         return reference
 
     started = time.perf_counter()
-    how = Completion(learner.batcher, learner.dtype, load, loaded, reporter, context.poll, context.engine)
+    how = FillOptions(learner.batcher, learner.dtype, load, loaded, reporter, context.poll, context.engine)
     computed = complete(cache, needed, how)
     if computed:
         seconds = time.perf_counter() - started
