@@ -276,9 +276,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         for fixed in OBJECTIVES[self.objective].fixed:
             value = attrgetter(fixed.key)(self)
-            asked = (fixed.asked or f"{fixed.key}={{}}").format(value)
+            written = (fixed.written or f"{fixed.key}={{}}").format(value)
             if value not in fixed.allowed:
-                raise ConfigError(f"{asked}: {fixed.reason}")
+                raise ConfigError(f"{written}: {fixed.reason}")
         alone = not self.verify_resume or (self.resume is None and not self.dry_run)
         _require(alone, "verify_resume", True, "trains some steps of its own; leave resume and dry_run out")
         _require(

@@ -176,10 +176,10 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     container: dict[str, Any] = {}
     for key, value in values.items():
         *groups, leaf = key.split(".")
-        place = container
+        group_values = container
         for group in groups:
-            place = place.setdefault(group, {})
-            if not isinstance(place, dict):
+            group_values = group_values.setdefault(group, {})
+            if not isinstance(group_values, dict):
                 raise ValueError(key)
-        place[leaf] = value
+        group_values[leaf] = value
     return container

@@ -132,17 +132,17 @@ class MicroBatcher:
 
 def _packed(shared: list[_SharedPrompt]) -> dict[str, Any]:
     """All groups end to end in one row. The first token of every response is predicted by the prompt's last."""
-    ids, place_in_group, group_ids, response_ids, positions, ends, start = [], [], [], [], [], [], 0
+    ids, positions_in_group, group_ids, response_ids, positions, ends, start = [], [], [], [], [], [], 0
     key_order, query_lengths, key_lengths = [], [], []
     for number, one in enumerate(shared):
         prompt = len(one.prompt)
         ids.append(one.prompt)
-        place_in_group.append(np.arange(prompt))
+        positions_in_group.append(np.arange(prompt))
         response_ids.append(np.zeros(prompt, dtype=np.int64))
         end = start + prompt
         for which, response in enumerate(one.responses.values()):
             ids.append(response)
-            place_in_group.append(prompt + np.arange(len(response)))
+            positions_in_group.append(prompt + np.arange(len(response)))
             response_ids.append(np.full(len(response), which + 1))
             # Position t scores token t+1, so the last token of a response predicts nothing.
             positions.append(np.concatenate([[start + prompt - 1], end + np.arange(len(response) - 1)]))
@@ -155,7 +155,7 @@ def _packed(shared: list[_SharedPrompt]) -> dict[str, Any]:
         start = end
     return {
         "input_ids": np.concatenate(ids)[None],
-        "positions_in_group": np.concatenate(place_in_group),
+        "positions_in_group": np.concatenate(positions_in_group),
         "group_ids": np.concatenate(group_ids),
         "response_ids": np.concatenate(response_ids),
         "key_order": np.concatenate(key_order),

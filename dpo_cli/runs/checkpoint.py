@@ -218,21 +218,21 @@ def validate(checkpoint: Path) -> None:
             raise CheckpointError(f"{safe_text(manifest)}: does not name {needed}")
     if ADAPTER_FILE not in files and MODEL not in files:
         raise CheckpointError(f"{safe_text(manifest)}: names no weights")
-    for name, size, digest in expected:
+    for name, size, sha256 in expected:
         if name != Path(name).name or name in ("", ".", ".."):
             raise CheckpointError(
                 f"{safe_text(manifest)}: names a file outside the checkpoint ({safe_text(name, limit=80)})"
             )
-        _check_file(checkpoint / name, size, digest)
+        _check_file(checkpoint / name, size, sha256)
 
 
-def _check_file(file: Path, size: int, digest: str) -> None:
+def _check_file(file: Path, size: int, sha256: str) -> None:
     try:
         if file.is_symlink() or not file.is_file():
             raise CheckpointError(f"{safe_text(file)}: missing")
         if file.stat().st_size != size:
             raise CheckpointError(f"{safe_text(file)}: has {file.stat().st_size} bytes, the manifest says {size}")
-        if sha256_of(file) != digest:
+        if sha256_of(file) != sha256:
             raise CheckpointError(f"{safe_text(file)}: its content is not what was saved (sha256 differs)")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{safe_text(file)}: cannot be read ({safe_text(error, limit=100)})") from None
