@@ -28,7 +28,7 @@ from dpo_cli.training.monitor import Monitor
 
 @dataclass(frozen=True)
 class Context:
-    """Where a run takes place."""
+    """What all parts of a run share: config, run directory, console, ranks and signals."""
 
     config: RunConfig
     directory: RunDirectory
@@ -73,7 +73,7 @@ class Learner:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base weights."""
+        """The dtype of the base weights."""
         dtype: torch.dtype = causal_model(self.policy).get_input_embeddings().weight.dtype
         return dtype
 

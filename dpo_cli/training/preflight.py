@@ -1,8 +1,8 @@
-"""The preflight: what must hold before the first update, proved on the run's own model, tokenizer and pairs.
+"""The preflight: what must hold before the first update, checked on the run's own model, tokenizer and pairs.
 
 Each check is an identity of the mathematics, and the objective names those that hold for it. A check fails with the
-cause and the remedy, or returns a few words; when all hold the run says so in one line. Policy and generators are left
-as they were found.
+cause and the remedy, or returns a few words; when all hold the run says so in one line. Policy and
+random generators are left unchanged.
 """
 
 import time
@@ -71,7 +71,7 @@ class PreflightSubject:
 
 
 def preflight(learner: Learner, material: Material, at_start: bool) -> str:
-    """Run every check of the objective; the line that says all hold. CheckpointError names the cause and the remedy."""
+    """Run every check of the objective; returns the line that says all hold. CheckpointError names cause and remedy."""
     pairs, texts = choose_pairs(material.data.train, material.data.train_texts)
     subject = PreflightSubject(
         learner.policy, learner.reference, learner.objective, material.encoder, pairs, texts, learner.batcher.device,
@@ -206,7 +206,7 @@ def _sequence_logp(model: Any, ids: Tensor, start: int) -> Tensor:
 
 
 def check_chain_rule(subject: PreflightSubject) -> str:
-    """log p(y | x) = log p(x y) - log p(x), on the shortest pair, by another route."""
+    """log p(y | x) = log p(x y) - log p(x), on the shortest pair, from the full logits of one sequence."""
     pair = min(subject.first, key=lambda one: len(one.prompt) + len(one.chosen))
     prompt = torch.from_numpy(pair.prompt).long().to(subject.device)
     whole = torch.cat([prompt, torch.from_numpy(pair.chosen).long().to(subject.device)])

@@ -38,7 +38,7 @@ from dpo_cli.training.parts import Context, Learner, Material, Progress, Window
 
 
 class Recorder:
-    """Writes what there is to know of a run, on rank 0; every rank computes it."""
+    """Writes metrics, checkpoints and results of a run on rank 0; every rank computes them."""
 
     def __init__(
         self, context: Context, learner: Learner, material: Material, progress: Progress, trackers: Trackers
@@ -247,7 +247,7 @@ class Recorder:
             self.reporter.say(f"    next: {finding.next_step}")
 
     def _write_final(self, tensors: dict[str, Tensor], means: dict[str, float] | None) -> None:
-        """Write final/ beside and rename it: a folder that is there is whole."""
+        """Write final/ under another name, then rename it: final/ is complete or absent."""
         config, learner, material = self.context.config, self.learner, self.material
 
         def write(beside: Path) -> None:

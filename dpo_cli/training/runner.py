@@ -109,7 +109,7 @@ def fit(context: Context, learner: Learner, material: Material, progress: Progre
         for indices in material.schedule.batches(progress.step, last):
             context.poll()
             train_step(context, learner, progress, material.batch(indices), recorder)
-            rng = rng_states()  # a stop in the middle of the next step goes back to here
+            rng = rng_states()  # a stop in the middle of the next step saves these
             context.reporter.advance()
             if recorder.is_logged:
                 recorder.log()
