@@ -70,7 +70,7 @@ def choose_dtype(requested: str, device: torch.device, lora: bool, keep: bool = 
 def _bfloat16_speed(keep: bool) -> tuple[float, str]:
     """How many times as fast as float32 this CPU multiplies matrices of a small layer, and when it was measured.
 
-    In turns, and the best of many: other work on the machine slows both, and the decision must not hang on it.
+    In turns, and the best of many: other work on the machine slows both, and must not change the decision.
     """
     how = [torch.__version__, _cpu_name(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     known = recall("cpus", how)
@@ -108,6 +108,6 @@ def best_seconds(left: Tensor, right: Tensor, times: int) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until a GPU has done what it was given; a CPU always has."""
+    """Wait until a GPU has finished its queued work; a CPU has none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,6 +1,6 @@
-"""What a model thinks of responses: `response_logps(model, micro_batch)` is log p(response | prompt), (M,).
+"""Log-probs of responses: `response_logps(model, micro_batch)` is log p(response | prompt), (M,).
 
-Nothing outside this module knows how a micro-batch is laid out. There are two ways:
+Nothing outside this module knows how a micro-batch is laid out. There are two kinds of layout:
 
 - packed: one row without a pad token, every prompt once, behind it all responses to it (`attention.py`);
 - padded: prompt + response of every response in a row of its own, padded on the right. Right padding needs no position
