@@ -2,7 +2,7 @@
 
 Overrides are read with Hydra's own grammar and checked against the schema before anything is composed, so that
 `beat=0.2`, `model=qwn` and `+bta=1` each get an answer that names what was meant. A user's folder (`--config-dir`) lies
-before the packaged one on Hydra's search path; a user's file (`--config`) is words of the command line.
+before the packaged one on Hydra's search path; a user's file (`--config`) becomes words of the command line.
 """
 
 import itertools
@@ -50,7 +50,7 @@ def conf_dir() -> Path:
 
 
 def groups(own: Path | None = None) -> dict[str, list[str]]:
-    """Each config group with its choices, those in the user's folder too; names with a first underscore are parts."""
+    """Each config group with its choices, the user's too; names that begin with an underscore are parts."""
     return {
         group.name: sorted(
             {

@@ -441,7 +441,7 @@ def schema_keys(schema: type) -> list[str]:
 FREE_KEYS = tuple(key for key, _, marks in walk(RunConfig) if marks == FREE)
 LOUD_KEYS = tuple(key for key, _, marks in walk(RunConfig) if marks == LOUD)
 
-# Names that users of other trainers bring along.
+# The names of these keys in other trainers.
 OTHER_NAMES = {
     "learning_rate": "optimizer.lr",
     "num_train_epochs": "epochs",

@@ -149,7 +149,7 @@ def read_stored(path: Path) -> dict[str, Any]:
 
 
 def refuse_bombs(text: str, shown: str, error: type[DpoError] = CheckpointError) -> None:
-    """`error` for YAML that this program never writes, and that a loader would choke on."""
+    """`error` for YAML that this program never writes, and that could exhaust a loader's memory or stack."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         # A few lines of aliases to aliases unfold to gigabytes.

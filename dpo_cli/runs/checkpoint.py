@@ -1,4 +1,4 @@
-"""Checkpoints: written beside and renamed, validated when read, in safetensors and JSON only.
+"""Checkpoints: written completely before they get their name, validated when read, in safetensors and JSON only.
 
 One idea to keep in mind: a folder `step-*` is complete or it is not there. Files are written into `.tmp-*`, each
 is flushed to disk, MANIFEST.json (size and sha256 of each) comes last, and only then is the folder renamed. What is
@@ -163,7 +163,7 @@ def best_checkpoint(folder: Path, held_out_losses: Mapping[int, float]) -> tuple
 
 
 def _seal(folder: Path) -> None:
-    """Write the manifest, when all that it speaks of is on disk."""
+    """Write the manifest, after all files that it names are on disk."""
     files = {}
     for file in sorted(folder.iterdir()):
         sync(file)
@@ -355,8 +355,8 @@ def restore(
 def load_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a file, in memory of their own.
 
-    As loaded they are the file itself, mapped: when a run prunes the checkpoint it was resumed from, its room on the
-    disk would not come back, and whoever cut the file short would kill the run.
+    `load_file` maps the file. Without a copy, a checkpoint that the run prunes would keep its space on the disk, and
+    truncating the file would kill the run.
     """
     return {name: tensor.clone() for name, tensor in load_file(file).items()}
 

@@ -1,7 +1,7 @@
 """What was measured on this machine, remembered: notes of a few bytes in the cache folder.
 
-A measurement taken twice may come out twice, under load say; a decision that rests on one must not change between two
-runs of one command.
+Two measurements may differ, under load for instance; a decision that depends on one must not change between two runs
+of one command.
 """
 
 import json
