@@ -69,8 +69,8 @@ MUTANTS = [
     Mutant("mean for sum", LOGPS, "micro_batch.owners, logps.to(wide)).float()",
            "micro_batch.owners, logps.to(wide)).float() / micro_batch.tokens", "tests/test_logps.py"),
     Mutant("rejected positions go on behind chosen", LOGPS,
-           "place_in_group.append(prompt + np.arange(len(response)))",
-           "place_in_group.append(end - start + np.arange(len(response)))", "tests/test_packing.py"),
+           "positions_in_group.append(prompt + np.arange(len(response)))",
+           "positions_in_group.append(end - start + np.arange(len(response)))", "tests/test_packing.py"),
     Mutant("rejected does not see the prompt", ATTENTION, "torch.cat([prompt_keys, next(keys)], dim=2)",
            "torch.cat([prompt_keys * (number == 0), next(keys)], dim=2)", "tests/test_packing.py"),
     Mutant("a response sees what follows", ATTENTION, "(distance >= 0) & ", "(distance >= -1) & ",
@@ -153,7 +153,7 @@ MUTANTS = [
     Mutant("an old checkpoint removed in sight", DURABLE, "        os.rename(folder, doomed)\n    except OSError:\n        "
            "return\n    shutil.rmtree(doomed, ignore_errors=True)", "        shutil.rmtree(folder)\n    except OSError:\n        "
            "return", OF_FAULTS + "test_kills.py -k any_write_point"),
-    Mutant("a checkpoint is not looked into", CHECKPOINT, "        if sha256_of(file) != digest:", "        if False:",
+    Mutant("a checkpoint is not looked into", CHECKPOINT, "        if sha256_of(file) != sha256:", "        if False:",
            OF_FAULTS + "test_storage.py -k damaged_file_is_named"),
     Mutant("an optimizer's state of any shape is taken", CHECKPOINT, "if shapes is not None and shapes[", "if False and shapes[",
            OF_FAULTS + "test_hostile.py -k wrong_shape"),

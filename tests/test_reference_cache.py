@@ -34,7 +34,7 @@ from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Refer
 from dpo_cli.models.reference_cache import (
     RECORD,
     CachedReference,
-    Completion,
+    FillOptions,
     ReferenceCache,
     cache_key,
     cache_path,
@@ -72,8 +72,8 @@ class Heard(Reporter):
 def how(
     load: Callable[[], Reference] = the_model, batcher: MicroBatcher = BATCHER, loaded: Reference | None = None,
     reporter: Reporter | None = None, poll: Callable[[], None] = lambda: None,
-) -> Completion:  # fmt: skip
-    return Completion(batcher, torch.float32, load, loaded, reporter or Heard(), poll)
+) -> FillOptions:  # fmt: skip
+    return FillOptions(batcher, torch.float32, load, loaded, reporter or Heard(), poll)
 
 
 def filled(path: Path | None) -> ReferenceCache:

@@ -30,12 +30,12 @@ from dpo_cli.models.loading import (
     same_weights,
 )
 from dpo_cli.models.logps import MicroBatcher
-from dpo_cli.models.memory import ENOUGH_TOKENS, OTHERWISE
+from dpo_cli.models.memory import enough_tokens
 from dpo_cli.models.packing import remembered_layout
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, NoReference, Reference
 from dpo_cli.models.reference_cache import (
     CachedReference,
-    Completion,
+    FillOptions,
     ReferenceCache,
     cache_key,
     cache_path,
@@ -187,7 +187,7 @@ def _layout(
 def _split(config: EvalConfig, device: torch.device, layout: Layout) -> Split:
     if config.micro_batch_size != "auto":
         return SplitByPairs(int(config.micro_batch_size))
-    return SplitByTokens(ENOUGH_TOKENS.get(device.type, OTHERWISE), layout)
+    return SplitByTokens(enough_tokens(device), layout)
 
 
 def _known(
@@ -200,7 +200,7 @@ def _known(
 ) -> Reference:
     """The reference's log-probs, read from disk where a training run or an earlier evaluation has left them."""
     cache, (reporter, poll) = ReferenceCache(cache_path(key)), console
-    how = Completion(batcher, dtype, lambda: reference, reference, reporter, poll)
+    how = FillOptions(batcher, dtype, lambda: reference, reference, reporter, poll)
     there = len(pairs) - complete(cache, windows(pairs), how)
     reporter.say(f"reference log-probs: those of {there:,} of {len(pairs):,} pairs were in {cache.path}")
     return CachedReference(cache)

@@ -133,8 +133,8 @@ def show_table(results: Sequence[Result], reporter: Reporter) -> None:
         cells = zip(row, widths, strict=True)
         words = len(swept), len(swept) + len(middle)
         aligned = [
-            cell.rjust(width) if words[0] <= place < words[1] else cell.ljust(width)
-            for place, (cell, width) in enumerate(cells)
+            cell.rjust(width) if words[0] <= index < words[1] else cell.ljust(width)
+            for index, (cell, width) in enumerate(cells)
         ]
         reporter.say("  ".join(aligned).rstrip())
     for sentence in notes(whole, best):

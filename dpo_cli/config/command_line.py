@@ -130,10 +130,10 @@ def _replayed(line: CommandLine, choice: Composed) -> RunConfig:
     ConfigError for a key that would make it another run. A config from a file does not get to run code: that a model's
     Python may run must be said on this command line again.
     """
-    asked = str(choice.container["replay"])
-    if not asked.strip():
+    given = str(choice.container["replay"])
+    if not given.strip():
         raise ConfigError("replay=: is empty; name a run directory")
-    run = user_path(asked, CheckpointError, "replay")
+    run = user_path(given, CheckpointError, "replay")
     earlier = read_config(run / "config.yaml")
     container = to_container(earlier)
     trusted = "model.trust_remote_code"
@@ -142,10 +142,10 @@ def _replayed(line: CommandLine, choice: Composed) -> RunConfig:
             allowed = ", ".join(key for key in (*FREE_KEYS, "device") if not key.startswith("tracker."))
             raise ConfigError(f"{written}: replay={safe_text(run)} runs a config as it was; with it go {allowed}")
         *parents, leaf = ["tracker"] if key.startswith("tracker") else key.split(".")
-        place, source = container, choice.container
+        target, source = container, choice.container
         for parent in parents:
-            place, source = place[parent], source[parent]
-        place[leaf] = source[leaf]
+            target, source = target[parent], source[parent]
+        target[leaf] = source[leaf]
     again = trusted in line.given and choice.container["model"]["trust_remote_code"]
     if earlier.model.trust_remote_code and not again:
         raise ConfigError(

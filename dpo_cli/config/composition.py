@@ -2,7 +2,7 @@
 
 Overrides are read with Hydra's own grammar and checked against the schema before anything is composed, so that
 `beat=0.2`, `model=qwn` and `+bta=1` each get an answer that names what was meant. A user's folder (`--config-dir`) lies
-before the packaged one on Hydra's search path; a user's file (`--config`) is words of the command line.
+before the packaged one on Hydra's search path; a user's file (`--config`) becomes words of the command line.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
@@ -40,7 +40,6 @@ from dpo_cli.console.text import first_line, hydra_quoted, safe_text
 from dpo_cli.errors import ConfigError
 from dpo_cli.paths import user_path
 
-Config = TypeVar("Config")
 SEVERAL = ("tracker",)  # groups of which a run can have several choices at once
 
 
@@ -51,7 +50,7 @@ def conf_dir() -> Path:
 
 
 def groups(own: Path | None = None) -> dict[str, list[str]]:
-    """Each config group with its choices, those in the user's folder too; names with a first underscore are parts."""
+    """Each config group with its choices, the user's too; names that begin with an underscore are parts."""
     return {
         group.name: sorted(
             {

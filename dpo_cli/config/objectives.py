@@ -12,7 +12,7 @@ class Fixed:
     key: str
     allowed: tuple[Any, ...]
     reason: str
-    asked: str = ""  # how the user writes what is refused, where it is not key=value
+    written: str = ""  # how the user writes what is refused, where it is not key=value
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ OBJECTIVES = {
         defaults={"beta": 1.0},
         fixed=(
             Fixed("beta", (1.0,), NO_REFERENCE),
-            Fixed("loss.name", ("sigmoid",), "a reward model has the sigmoid loss", asked="loss={}"),
+            Fixed("loss.name", ("sigmoid",), "a reward model has the sigmoid loss", written="loss={}"),
             Fixed("monitor", ("warn", "off"), "of a reward model no alarm means ruin; choose warn or off"),
             Fixed("loss.sft_weight", (0.0,), "a reward model gives no answers"),
             Fixed(
-                "lora.enabled", (True,), "a reward model trains adapters and a head; choose a LoRA", asked="lora=off"
+                "lora.enabled", (True,), "a reward model trains adapters and a head; choose a LoRA", written="lora=off"
             ),
         ),
         unused={"reference": NO_REFERENCE},

@@ -276,9 +276,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         for fixed in OBJECTIVES[self.objective].fixed:
             value = attrgetter(fixed.key)(self)
-            asked = (fixed.asked or f"{fixed.key}={{}}").format(value)
+            written = (fixed.written or f"{fixed.key}={{}}").format(value)
             if value not in fixed.allowed:
-                raise ConfigError(f"{asked}: {fixed.reason}")
+                raise ConfigError(f"{written}: {fixed.reason}")
         alone = not self.verify_resume or (self.resume is None and not self.dry_run)
         _require(alone, "verify_resume", True, "trains some steps of its own; leave resume and dry_run out")
         _require(
@@ -441,7 +441,7 @@ def schema_keys(schema: type) -> list[str]:
 FREE_KEYS = tuple(key for key, _, marks in walk(RunConfig) if marks == FREE)
 LOUD_KEYS = tuple(key for key, _, marks in walk(RunConfig) if marks == LOUD)
 
-# Names that users of other trainers bring along.
+# The names of these keys in other trainers.
 OTHER_NAMES = {
     "learning_rate": "optimizer.lr",
     "num_train_epochs": "epochs",

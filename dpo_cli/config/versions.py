@@ -149,7 +149,7 @@ def read_stored(path: Path) -> dict[str, Any]:
 
 
 def refuse_bombs(text: str, shown: str, error: type[DpoError] = CheckpointError) -> None:
-    """`error` for YAML that this program never writes, and that a loader would choke on."""
+    """`error` for YAML that this program never writes, and that could exhaust a loader's memory or stack."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         # A few lines of aliases to aliases unfold to gigabytes.
@@ -176,10 +176,10 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     container: dict[str, Any] = {}
     for key, value in values.items():
         *groups, leaf = key.split(".")
-        place = container
+        group_values = container
         for group in groups:
-            place = place.setdefault(group, {})
-            if not isinstance(place, dict):
+            group_values = group_values.setdefault(group, {})
+            if not isinstance(group_values, dict):
                 raise ValueError(key)
-        place[leaf] = value
+        group_values[leaf] = value
     return container

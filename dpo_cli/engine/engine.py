@@ -18,7 +18,7 @@ T = TypeVar("T")
 class Engine(Protocol):
     """The processes of a run."""
 
-    rank: int  # of this process, from 0; rank 0 writes files and speaks
+    rank: int  # of this process, from 0; rank 0 writes files and prints
     world_size: int
 
     @property
@@ -29,7 +29,7 @@ class Engine(Protocol):
     def same(self, make: Callable[[], T]) -> T:
         """What `make` returns or raises on rank 0, on every rank; on the others it is not called. Collective.
 
-        For whatever must happen once (writing a file) or come out alike (a measurement, the content of a file).
+        For whatever must happen once (writing a file) or be equal on all ranks (a measurement, the content of a file).
         """
         ...
 

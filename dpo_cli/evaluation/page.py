@@ -1,6 +1,6 @@
-"""report.html: an evaluation as one page that needs nothing else, and in which no text of others can act.
+"""report.html: an evaluation as one page that needs nothing else, and in which untrusted text does nothing.
 
-Every word that is not ours passes `html_text`; the page's own policy forbids scripts, frames and requests of any kind.
+Every text from elsewhere passes `html_text`; the page's own policy forbids scripts, frames and requests of any kind.
 """
 
 import html
@@ -26,7 +26,7 @@ BARS, WIDTH, HEIGHT = 24, 720, 140  # of the histogram; pixels
 
 
 def html_text(text: object) -> str:
-    """Text of others as HTML: escaped as on the console, line breaks kept, then the marks of HTML."""
+    """Untrusted text as HTML: escaped as on the console, line breaks kept, then the marks of HTML."""
     return html.escape("\n".join(safe_text(line) for line in str(text).split("\n")))
 
 
@@ -71,9 +71,9 @@ def _histogram(margins: Sequence[float]) -> str:
     counts, _ = np.histogram(finite, bins=BARS, range=(-reach, reach))
     wide, tall = WIDTH / BARS, HEIGHT / max(1, counts.max())
     bars = "".join(
-        f'<rect{" class=w" if place < BARS // 2 else ""} x="{place * wide:.1f}" y="{HEIGHT - number * tall:.1f}" '
+        f'<rect{" class=w" if index < BARS // 2 else ""} x="{index * wide:.1f}" y="{HEIGHT - number * tall:.1f}" '
         f'width="{wide - 1:.1f}" height="{number * tall:.1f}"/>'
-        for place, number in enumerate(counts)
+        for index, number in enumerate(counts)
     )
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}">{bars}</svg>'
     return f"{svg}<p>{significant(-reach)} to {significant(reach)}, 0 in the middle</p>"

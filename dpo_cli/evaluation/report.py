@@ -60,7 +60,7 @@ def write_report(
         line["chosen_tokens"], line["rejected_tokens"] = len(pair.chosen), len(pair.rejected)
         lines.append(json.dumps(line) + "\n")
     for path in (folder, folder / "pairs.jsonl", folder / "report.json", folder / "report.html"):
-        if path.is_symlink():  # in an untrusted run directory it could have us write anywhere
+        if path.is_symlink():  # in an untrusted run directory it could make us write anywhere
             raise StorageError(f"{safe_text(path)}: is a symbolic link, and is not written through")
     try:
         folder.mkdir(parents=True, exist_ok=True)

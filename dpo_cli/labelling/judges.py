@@ -31,7 +31,7 @@ from dpo_cli.models.loading import (
     position_limit,
 )
 from dpo_cli.models.logps import MicroBatcher
-from dpo_cli.models.memory import ENOUGH_TOKENS, OTHERWISE
+from dpo_cli.models.memory import enough_tokens
 from dpo_cli.models.packing import remembered_layout
 from dpo_cli.models.reference import AdapterOffReference, NoReference
 from dpo_cli.objectives.objective import Objective
@@ -113,7 +113,7 @@ class ModelJudge:
         pairs, owners = self._pairs(samples)
         if self.batcher is None:
             layout = remembered_layout(self.layout_requested, self.policy, pairs, self.device, self.fingerprint).value
-            split = SplitByTokens(ENOUGH_TOKENS.get(self.device.type, OTHERWISE), layout)
+            split = SplitByTokens(enough_tokens(self.device), layout)
             self.batcher = MicroBatcher(self.device, layout, split)
         reference = AdapterOffReference(self.policy) if self.objective.needs_reference else NoReference()
         ratios = score_pairs(Scorer(self.policy, self.objective, reference, self.batcher), pairs, poll).ratios

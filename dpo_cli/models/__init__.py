@@ -1,1 +1,1 @@
-"""Policy and reference: how they are loaded, and what they think of a pair."""
+"""Policy and reference: how they are loaded, and how they score responses."""

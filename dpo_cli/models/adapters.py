@@ -47,7 +47,7 @@ def attach_lora(model: Any, config: "LoraConfig", base_name: str | None = None, 
     )
     try:
         with warnings.catch_warnings():
-            # GPT-2's layers store their weights the other way round; PEFT notices, sets itself right, and says so.
+            # GPT-2's layers store their weights the other way round; PEFT notices, corrects its setting and warns.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             # Experts that are one parameter are no linear layers: all-linear leaves them out, and the header counts.
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
@@ -89,7 +89,7 @@ def load_adapter(model: Any, adapter: str) -> Any:
     _check_kind(folder)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of missing tensors PEFT only warns; they are refused below
+            warnings.simplefilter("ignore")  # PEFT only warns of missing tensors; they are refused below
             loaded = PeftModel.from_pretrained(model, folder)
         lacking, beyond = _other_tensors(loaded, folder / ADAPTER_FILE)
     except Exception as error:

@@ -2,7 +2,7 @@
 
 A packed row holds groups end to end, each `prompt | response | response ...`. The positions of every response continue
 from the end of its prompt. A response must not see the other responses nor other groups, and there are two ways to
-keep it so, both through transformers' registries, so that they reach every family without touching its code:
+ensure that, both through transformers' registries, so that they reach every family without touching its code:
 
 - by segments: an attention function that goes through the row segment by segment and never computes what is masked;
 - by mask: the family's stock attention under a dense mask, the family's own rule evaluated at logical positions.
@@ -26,8 +26,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 SEGMENTS = "dpo_segments"
 STEPS = "dpo_steps"
-SPANS = "row_spans"  # under which it travels how much of the slots some rows need
-KEYWORD = "packed_row"  # under which the layout travels through the model to each layer's attention
+SPANS = "row_spans"  # the keyword that tells how many slots some rows need
+KEYWORD = "packed_row"  # the keyword that passes the row through the model to each layer's attention
 
 # Keywords of attention functions that change nothing here: positions are in the queries already, no cache is used.
 _WITHOUT_EFFECT = {"position_ids", "use_cache", "cache_position", "is_causal", "output_attentions"}
@@ -65,7 +65,7 @@ class PackedRow:
 def use_attention(model: Any, name: str | None) -> None:
     """Let every later forward pass of the causal model attend by `name`; None is as it was loaded.
 
-    It stays so until said otherwise, because gradient checkpointing calls the layers again in the backward pass.
+    It stays so until the next call, because gradient checkpointing calls the layers again in the backward pass.
     """
     stock = vars(model).setdefault("_stock_attention", model.config._attn_implementation)
     if name is not None:

@@ -66,9 +66,9 @@ def _once(name: str, write: Callable[[Path], None]) -> Path:
             if error.strerror is None:  # not of the disk
                 raise
             if not folder.is_dir():  # else another process was first
-                place = safe_text(folder.parent)
+                shown = safe_text(folder.parent)
                 raise StorageError(
-                    f"{place}: no model can be kept here ({error.strerror}); set DPO_CACHE to a folder"
+                    f"{shown}: no model can be kept here ({error.strerror}); set DPO_CACHE to a folder"
                 ) from None
     return folder
 

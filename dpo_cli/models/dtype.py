@@ -22,37 +22,37 @@ class Decision:
     reason: str
 
 
-def choose_device(asked: str) -> Decision:
-    """The device a run is computed on; ConfigError where the one asked for is not there."""
-    if asked == "auto":
+def choose_device(requested: str) -> Decision:
+    """The device a run is computed on; ConfigError where the one requested is not there."""
+    if requested == "auto":
         if torch.cuda.is_available():
             return Decision(torch.device("cuda"), torch.cuda.get_device_name())
         if torch.backends.mps.is_available():
             return Decision(torch.device("mps"), "no CUDA device; Apple's GPU found")
         return Decision(torch.device("cpu"), f"no GPU found; {plural(torch.get_num_threads(), 'thread')}")
     try:
-        device = torch.device(asked)
+        device = torch.device(requested)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         has = "cuda, cpu" if torch.cuda.is_available() else "cpu"
-        raise ConfigError(f"device={asked}: not on this machine; it has {has}") from None
+        raise ConfigError(f"device={requested}: not on this machine; it has {has}") from None
     return Decision(device, "as requested")
 
 
-def choose_dtype(asked: str, device: torch.device, lora: bool, keep: bool = True) -> Decision:
+def choose_dtype(requested: str, device: torch.device, lora: bool, keep: bool = True) -> Decision:
     """The dtype of the base weights, of policy and reference alike. Adapters are float32 in any case.
 
     What is measured for it on a CPU is measured once a machine, and noted in the cache folder unless `keep` is false.
     """
-    if asked != "auto":
-        if asked == "float16" and device.type == "cpu":
+    if requested != "auto":
+        if requested == "float16" and device.type == "cpu":
             raise ConfigError("model.dtype=float16: a CPU computes it slowly and loosely; choose bfloat16 or float32")
-        if asked != "float32" and not lora:
+        if requested != "float32" and not lora:
             raise ConfigError(
-                f"model.dtype={asked}: with lora=off every weight trains, and updates this small vanish in {asked}; "
-                "choose float32"
+                f"model.dtype={requested}: with lora=off every weight trains, and updates this small vanish in "
+                f"{requested}; choose float32"
             )
-        return Decision(getattr(torch, asked), "as requested")
+        return Decision(getattr(torch, requested), "as requested")
     if not lora:
         return Decision(torch.float32, "every weight trains, and small updates vanish in bfloat16")
     if device.type == "cuda":
@@ -70,7 +70,7 @@ def choose_dtype(asked: str, device: torch.device, lora: bool, keep: bool = True
 def _bfloat16_speed(keep: bool) -> tuple[float, str]:
     """How many times as fast as float32 this CPU multiplies matrices of a small layer, and when it was measured.
 
-    In turns, and the best of many: other work on the machine slows both, and the decision must not hang on it.
+    In turns, and the best of many: other work on the machine slows both, and must not change the decision.
     """
     how = [torch.__version__, _cpu_name(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     known = recall("cpus", how)
@@ -108,6 +108,6 @@ def best_seconds(left: Tensor, right: Tensor, times: int) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until a GPU has done what it was given; a CPU always has."""
+    """Wait until a GPU has finished its queued work; a CPU has none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -48,7 +48,7 @@ def head_logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 def head_trains(model: Any, hidden: Tensor) -> bool:
-    """Whether a gradient reaches weights of the head: asked of its output, since adapters on it hide elsewhere."""
+    """Whether a gradient reaches weights of the head: read from its output, since adapters on it are other modules."""
     with torch.enable_grad():
         return head_logits(model, hidden[:1].detach()).requires_grad
 

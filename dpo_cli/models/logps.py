@@ -1,6 +1,6 @@
-"""What a model thinks of responses: `response_logps(model, micro_batch)` is log p(response | prompt), (M,).
+"""Log-probs of responses: `response_logps(model, micro_batch)` is log p(response | prompt), (M,).
 
-Nothing outside this module knows how a micro-batch is laid out. There are two ways:
+Nothing outside this module knows how a micro-batch is laid out. There are two kinds of layout:
 
 - packed: one row without a pad token, every prompt once, behind it all responses to it (`attention.py`);
 - padded: prompt + response of every response in a row of its own, padded on the right. Right padding needs no position
@@ -132,17 +132,17 @@ class MicroBatcher:
 
 def _packed(shared: list[_SharedPrompt]) -> dict[str, Any]:
     """All groups end to end in one row. The first token of every response is predicted by the prompt's last."""
-    ids, place_in_group, group_ids, response_ids, positions, ends, start = [], [], [], [], [], [], 0
+    ids, positions_in_group, group_ids, response_ids, positions, ends, start = [], [], [], [], [], [], 0
     key_order, query_lengths, key_lengths = [], [], []
     for number, one in enumerate(shared):
         prompt = len(one.prompt)
         ids.append(one.prompt)
-        place_in_group.append(np.arange(prompt))
+        positions_in_group.append(np.arange(prompt))
         response_ids.append(np.zeros(prompt, dtype=np.int64))
         end = start + prompt
         for which, response in enumerate(one.responses.values()):
             ids.append(response)
-            place_in_group.append(prompt + np.arange(len(response)))
+            positions_in_group.append(prompt + np.arange(len(response)))
             response_ids.append(np.full(len(response), which + 1))
             # Position t scores token t+1, so the last token of a response predicts nothing.
             positions.append(np.concatenate([[start + prompt - 1], end + np.arange(len(response) - 1)]))
@@ -155,7 +155,7 @@ def _packed(shared: list[_SharedPrompt]) -> dict[str, Any]:
         start = end
     return {
         "input_ids": np.concatenate(ids)[None],
-        "positions_in_group": np.concatenate(place_in_group),
+        "positions_in_group": np.concatenate(positions_in_group),
         "group_ids": np.concatenate(group_ids),
         "response_ids": np.concatenate(response_ids),
         "key_order": np.concatenate(key_order),

@@ -1,7 +1,7 @@
 """How many tokens one forward and backward pass can hold: measured on two sizes, not guessed from a formula.
 
-What a pass keeps for its backward pass grows in proportion to its tokens. Two rows of unlike length give the slope
-and what there is besides; the memory that is free gives the rest.
+What a forward pass keeps for its backward pass grows in proportion to its tokens. Two rows of different length give
+the bytes per token; divided into the free memory they give the number of tokens.
 """
 
 import ctypes
@@ -32,11 +32,11 @@ from dpo_cli.models.logps import (
 
 # Beyond these a longer row is no faster, only larger.
 ENOUGH_TOKENS = {"cpu": 1536, "mps": 4096, "cuda": 16384}
-OTHERWISE = 4096  # on other devices
+ENOUGH_ELSEWHERE = 4096  # on other devices
 TRAINING_BYTES = 12  # of a weight that trains: its gradient and two moments of AdamW, in float32
 CGROUP = Path("/sys/fs/cgroup")
 T = TypeVar("T")
-SHARE = 0.6  # of the free memory that a pass may take: the backward pass and other programs want some, too
+SHARE = 0.6  # of the free memory that a forward pass may take; the backward pass and other programs need some
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,13 @@ class Budget:
         return f"{self.tokens:,} tokens in a micro-batch: {each}, {free} GiB free, measured"
 
 
+def enough_tokens(device: torch.device) -> int:
+    """The tokens of a micro-batch beyond which a longer one is no faster."""
+    return ENOUGH_TOKENS.get(device.type, ENOUGH_ELSEWHERE)
+
+
 def ran_out(error: BaseException) -> bool:
-    """Whether an error is a device's way of saying that it has no memory left."""
+    """Whether an error means that a device has no memory left."""
     words = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "alloc" in words and ("memory" in words or "cublas" in words)
@@ -84,14 +89,14 @@ def one_forward_pass(pairs: Sequence[TokenizedPair]) -> Iterator[None]:
 
 
 def make_room(device: torch.device) -> None:
-    """Give cached blocks back after memory ran out; the error that says so must be gone, it holds tensors."""
+    """Give cached blocks back after memory ran out; call it outside of `except`, because the error holds tensors."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def alone_too_large(pair: TokenizedPair) -> OutOfMemoryError:
-    """What to say of a pair that does not fit into memory by itself."""
+    """The error for a pair that does not fit into memory by itself."""
     tokens = len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
     return OutOfMemoryError(
         f"out of memory on row {pair.index} alone in its forward pass: {tokens:,} tokens (prompt {len(pair.prompt):,}, "
@@ -125,7 +130,7 @@ def each_micro_batch(
 def give_memory_back(device: torch.device) -> None:
     """Hand memory that is free inside the process back to the system: after a model has gone, say.
 
-    Not in every step: asking for fresh pages again costs a tenth of it.
+    Not in every step: to get new pages again costs a tenth of a step.
     """
     if device.type == "cpu" and sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
@@ -247,7 +252,7 @@ def measure_budget(policy: Any, pairs: Sequence[TokenizedPair], device: torch.de
     trainable = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
     free = free_memory(device) - TRAINING_BYTES * trainable
     fits = max(1, int(SHARE * free / per_token))
-    return Budget(min(ENOUGH_TOKENS.get(device.type, OTHERWISE), fits), fits, per_token, max(0, free))
+    return Budget(min(enough_tokens(device), fits), fits, per_token, max(0, free))
 
 
 def _two_sizes(pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:

@@ -1,4 +1,4 @@
-"""The reference: the weights the policy is held to, asked for the log-probs of responses and for nothing else."""
+"""The reference: the weights the policy is compared with; only its log-probs of responses are used."""
 
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ class FrozenReference:
 
 
 class NoReference:
-    """In the place of a reference, for an objective that has none."""
+    """A reference of zeros, for an objective that has none."""
 
     def logps(self, micro_batch: MicroBatch) -> Tensor:
         """0 for each response, (M,) float32."""

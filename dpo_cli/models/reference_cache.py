@@ -117,7 +117,7 @@ class ReferenceCache:
             self.trouble = f"{path}: cannot be written ({error.strerror}); its log-probs stay in memory"
 
     def adopt(self, path: Path) -> bool:
-        """Take log-probs from another file, before one's own; whether there was one that could be read whole."""
+        """Take over the log-probs of another file; returns whether it was read without damage and holds any."""
         other = ReferenceCache(path, self._engine)
         self._logps |= other._logps
         return other.trouble is None and not other.damaged and len(other) > 0
@@ -171,7 +171,7 @@ def _checks(records: "NDArray[Any]") -> "NDArray[np.uint32]":
 
 
 class CachedReference:
-    """A reference whose log-probs are all known: no model is asked."""
+    """A reference whose log-probs are all known: no model is needed."""
 
     def __init__(self, cache: ReferenceCache) -> None:
         self.cache = cache
@@ -186,8 +186,8 @@ class CachedReference:
 
 
 @dataclass(frozen=True)
-class Completion:
-    """What completing a cache needs besides the cache and the pairs."""
+class FillOptions:
+    """How the log-probs that a cache lacks are computed."""
 
     batcher: MicroBatcher
     dtype: torch.dtype
@@ -198,13 +198,13 @@ class Completion:
     engine: Engine = SINGLE
 
 
-def complete(cache: ReferenceCache, needed: Sequence[Sequence[TokenizedPair]], how: Completion) -> int:
+def complete(cache: ReferenceCache, needed: Sequence[Sequence[TokenizedPair]], how: FillOptions) -> int:
     """Compute the log-probs that the cache lacks of the needed pairs; returns of how many pairs.
 
     `needed` holds the pairs in the batches in which the policy will see them: in bfloat16 a log-prob is rounded
     differently beside other pairs, and beside the same pairs the policy's start is its reference to the last bit.
-    Where a loaded model knows better, a few cached log-probs are compared with it, and if they are another model's all
-    are dropped.
+    Where `how.loaded` is given, a few cached log-probs are compared with it; if they are another model's, all are
+    dropped.
     """
     reporter = how.reporter
     if cache.damaged:
@@ -227,7 +227,7 @@ def complete(cache: ReferenceCache, needed: Sequence[Sequence[TokenizedPair]], h
     return lacking
 
 
-def _fill(cache: ReferenceCache, needed: Sequence[Sequence[TokenizedPair]], how: Completion) -> None:
+def _fill(cache: ReferenceCache, needed: Sequence[Sequence[TokenizedPair]], how: FillOptions) -> None:
     reference = how.load()
 
     def compute(micro_batch: MicroBatch) -> dict[bytes, float]:
@@ -259,7 +259,7 @@ def _fill(cache: ReferenceCache, needed: Sequence[Sequence[TokenizedPair]], how:
         how.reporter.advance(len(missing))
 
 
-def _disagreement(cache: ReferenceCache, pairs: list[TokenizedPair], loaded: Reference, how: Completion) -> str | None:
+def _disagreement(cache: ReferenceCache, pairs: list[TokenizedPair], loaded: Reference, how: FillOptions) -> str | None:
     """In words, where cached log-probs are not those of the loaded model; None where they are."""
     known = CachedReference(cache)
     for micro_batch in how.batcher.micro_batches(pairs):

@@ -1,4 +1,4 @@
-"""Alarms: what the monitor says while there is still time, each with its reason and what usually helps.
+"""Alarms: what the monitor says during training, each with its reason and what usually helps.
 
 The rules are a table for each objective. A rule reads only the `Drift` of the last units, which training has computed
 anyway.
@@ -28,8 +28,20 @@ class AlarmRule:
     holds: Callable[[Drift], bool]
     says: Callable[[Drift], str]
     ruins: bool = False  # whether monitor=stop ends the run for it
-    losses: tuple[str, ...] = ()  # those it holds for; none named: for all
 
+
+def _follows_length(drift: Drift) -> bool:
+    return abs(drift.margin_length_correlation) > 0.8 and drift.pairs >= 2 * ENOUGH
+
+
+_SATURATED = AlarmRule(
+    "saturated",
+    lambda d: d.saturated > 0.9,
+    lambda d: (
+        f"{100 * d.saturated:.0f}% of the pairs have a gradient weight under 0.01: "
+        "more steps teach almost nothing; this run could have stopped here"
+    ),
+)
 
 _PREFERENCE = (
     AlarmRule(
@@ -61,43 +73,31 @@ _PREFERENCE = (
     ),
     AlarmRule(
         "length",
-        lambda d: _follows_length(d),
+        _follows_length,
         lambda d: (
             f"the margin follows the length gap (correlation {d.margin_length_correlation:+.2f}): the policy may learn "
             f"to be {'longer' if d.margin_length_correlation > 0 else 'shorter'} and little else; compare "
             "loss=sigmoid_norm beta=2, or balance the lengths of the pairs"
         ),
     ),
-    AlarmRule(
-        "saturated",
-        lambda d: d.saturated > 0.9,
-        lambda d: (
-            f"{100 * d.saturated:.0f}% of the pairs no longer pull (gradient weight under 0.01): "
-            "more steps only drift; this run could have stopped here"
-        ),
-        losses=("sigmoid",),  # gradient weights are those of DPO: of another loss a small one means nothing
-    ),
 )
 
-# Of a reward model: its rewards are no log-probs, and drift from nothing.
+# Of a reward model: its rewards are not log-probs, so no alarm speaks of nats or of the reference.
 REWARD_ALARMS = (
     AlarmRule(
         "length",
-        lambda d: _follows_length(d),
+        _follows_length,
         lambda d: (
             f"the margin follows the length gap (correlation {d.margin_length_correlation:+.2f}): the reward may be "
             f"for {'longer' if d.margin_length_correlation > 0 else 'shorter'} answers and little else; balance the "
             "lengths of the pairs"
         ),
     ),
-    _PREFERENCE[-1],
+    _SATURATED,
 )
-
-
-def _follows_length(drift: Drift) -> bool:
-    return abs(drift.margin_length_correlation) > 0.8 and drift.pairs >= 2 * ENOUGH
 
 
 def preference_alarms(loss: str) -> tuple[AlarmRule, ...]:
     """The alarms that hold for a preference loss."""
-    return tuple(rule for rule in _PREFERENCE if not rule.losses or loss in rule.losses)
+    # Gradient weights are those of DPO: with another loss a small one means nothing.
+    return (*_PREFERENCE, _SATURATED) if loss == "sigmoid" else _PREFERENCE

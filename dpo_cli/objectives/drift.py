@@ -11,24 +11,24 @@ from torch import Tensor
 
 from dpo_cli.theory.losses import LogRatios, gradient_weight
 
-HEAVIEST = 10  # pairs whose share of the gradient is told
-STILL = 0.005  # nats a token: less than this is no direction
-SATURATED = 0.01  # gradient weight under which a pair no longer pulls
+HEAVIEST = 10  # pairs whose share of the gradient is logged
+STILL = 0.005  # nats a token: below this a response has not moved
+SATURATED = 0.01  # gradient weight under which a pair has almost no effect
 
 
 @dataclass(frozen=True)
 class Drift:
-    """What the last W pairs say of the policy against its reference."""
+    """How the policy differs from its reference on the last W pairs."""
 
     pairs: int
     margin: float  # mean of beta d
     chosen_nats: float  # mean of log pi/pi_ref of the chosen response: its change since the start
     chosen_per_token: float  # the same in nats a token
     rejected_per_token: float
-    weight_over_09: float  # share of pairs that pull with more than 0.9 of the full gradient
-    weight_under_01: float  # share of pairs that pull with less than 0.1
+    weight_over_09: float  # share of pairs with a gradient weight above 0.9
+    weight_under_01: float  # share of pairs with a gradient weight below 0.1
     heaviest_share: float  # part of the summed gradient weight that the ten heaviest pairs have
-    saturated: float  # share of pairs that no longer pull
+    saturated: float  # share of pairs with a gradient weight below SATURATED
     margin_length_correlation: float  # of d with n+ - n-; 0 where either does not vary
     kl_per_token: float  # estimate of KL(policy || reference) in nats a token
 
@@ -60,7 +60,7 @@ class Drift:
         }
 
     def of_rewards(self) -> dict[str, float | str]:
-        """What of it is said of a reward model: its values are rewards, not changes in nats."""
+        """The metrics that hold for a reward model: its values are rewards, not changes in nats."""
         in_nats = {"drift/case", "drift/chosen_per_token", "drift/rejected_per_token", "drift/kl_per_token"}
         return {name: value for name, value in self.as_metrics().items() if name not in in_nats}
 

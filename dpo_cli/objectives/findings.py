@@ -288,5 +288,5 @@ def assess(history: History, rules: Sequence[FindingRule]) -> Verdict:
         )
     else:
         summary = f"no held-out pairs, so nothing says that it generalises; train margin {history.margin:.3g}"
-        color = "yellow" if color == "green" else color  # a green light would be a claim
+        color = "yellow" if color == "green" else color  # green would claim that it generalises
     return Verdict(color, findings, summary)

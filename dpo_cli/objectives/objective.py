@@ -95,15 +95,15 @@ class Objective(ABC):
         """Where the policy has moved, by what was watched of the last W units, (K, W)."""
 
     def drift_metrics(self, drift: Drift) -> dict[str, float | str]:
-        """What is logged of it."""
+        """The metrics that are logged of a drift."""
         return drift.as_metrics()
 
     def probing(self, policy: Any) -> AbstractContextManager[None]:
-        """Within, scores depend on everything they are computed from, so that the preflight can see that they do."""
+        """Within, scores depend on all their inputs, so that the preflight can check each of them."""
         return nullcontext()
 
     def finish(self, policy: Any, score: Callable[[int], ResponseScores]) -> str | None:
-        """What is left to do after the last step, and a line that says so; `score(n)` scores n training examples."""
+        """Do what is left after the last step and return a line that says so; `score(n)` scores n training examples."""
         return None
 
     def save(self, policy: Any, folder: Path) -> None:  # noqa: B027 - most objectives add nothing
@@ -123,7 +123,7 @@ class Objective(ABC):
 
     @abstractmethod
     def describe_reference(self, config: "RunConfig") -> str:
-        """Which weights the policy is held to, for the header."""
+        """Which weights the policy is compared with, for the header."""
 
     def next_command(self, run: Path) -> str:
         """What to do with a finished run."""

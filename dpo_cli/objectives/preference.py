@@ -74,7 +74,7 @@ class Preference(Objective):
         return f"{self.loss_name} loss, beta {significant(self.beta)}"
 
     def describe_reference(self, config: "RunConfig") -> str:
-        """Which weights the policy is held to, and whether they are loaded a second time."""
+        """Which weights the policy is compared with, and whether they are loaded a second time."""
         adapter = f" with the adapter {safe_text(config.model.adapter)}" if config.model.adapter else ""
         start = f"the SFT model{adapter}"
         if config.reference.name == "adapter_off":

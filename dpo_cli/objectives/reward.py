@@ -4,9 +4,10 @@ With no reference to subtract and beta 1, DPO's margin is r+ - r- and its loss B
 https://arxiv.org/abs/2305.18290.
 
 r(x, y) = w . h - c, with h the decoder's last hidden state there. The head w starts at 0: every reward is 0 and the
-Bradley-Terry loss -log sigmoid(r+ - r-) is ln 2 before the first update, as DPO's is; that update moves w alone, since
-w is what the gradient of the adapters is multiplied by, and from the second on both train. Pairs say nothing of c, for
-it falls out of every difference; it is the mean reward of training responses, taken when training has ended.
+Bradley-Terry loss -log sigmoid(r+ - r-) is ln 2 before the first update, as DPO's is. The first update moves only w:
+the gradient of the adapters is a multiple of w, which is 0. From the second update on both train. The offset c cancels
+in every difference of rewards, so pairs do not determine it: after training c becomes the mean reward of training
+responses.
 M responses, D hidden size, B pairs.
 """
 
@@ -78,7 +79,7 @@ def response_rewards(model: Any, micro_batch: MicroBatch) -> Tensor:
 
 @contextmanager
 def probing(policy: Any) -> Iterator[None]:
-    """Within, the head points somewhere: at 0 every reward is 0, and nothing could be seen to depend on anything."""
+    """Within, the head is random: with a head of 0 every reward is 0, whatever it is computed from."""
     head = head_of(policy)
     if head is None:
         yield
@@ -164,7 +165,7 @@ class Reward(Objective):
         return measure_drift(LogRatios(*watched), self.beta)
 
     def drift_metrics(self, drift: Drift) -> dict[str, float | str]:
-        """Without what is said in nats."""
+        """The metrics that are not in nats."""
         return drift.of_rewards()
 
     def probing(self, policy: Any) -> AbstractContextManager[None]:
@@ -172,7 +173,7 @@ class Reward(Objective):
         return probing(policy)
 
     def finish(self, policy: Any, score: Callable[[int], ResponseScores]) -> str | None:
-        """Give training responses a mean reward of 0, by the first CENTERING pairs: pairs alone leave that open."""
+        """Give the responses of the first CENTERING training pairs a mean reward of 0."""
         head = head_of(policy)
         assert head is not None
         scores = score(CENTERING)
@@ -191,7 +192,7 @@ class Reward(Objective):
 
     @classmethod
     def made(cls, folder: Path) -> bool:
-        """Whether a head lies there."""
+        """Whether the folder holds a head."""
         return (folder / HEAD_FILE).is_file()
 
     def describe(self) -> str:
@@ -203,7 +204,7 @@ class Reward(Objective):
         return "none: a reward model is held to nothing"
 
     def next_command(self, run: Path) -> str:
-        """Have it judge, or evaluate it."""
+        """Use it as a judge, or evaluate it."""
         judge = f"dpo-label by=reward {shell_word('judge', run)} samples=..."
         return f"{judge}, or dpo-eval {shell_word('checkpoint', run)}"
 

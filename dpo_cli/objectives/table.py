@@ -19,7 +19,7 @@ def make_objective(config: "RunConfig") -> Objective:
 
 
 def objective_of(run: "RunConfig | None", folder: Path) -> Objective:
-    """The objective of a run; without a run the one that the files in a folder of weights tell of, else DPO."""
+    """The objective of a run; without a run the one that the files in its folder of weights show, else DPO."""
     if run is not None:
         return make_objective(run)
     found = [objective for objective in OBJECTIVES.values() if objective.made(folder)] or [Preference]

@@ -1,4 +1,4 @@
-"""Checkpoints: written beside and renamed, validated when read, in safetensors and JSON only.
+"""Checkpoints: written completely before they get their name, validated when read, in safetensors and JSON only.
 
 One idea to keep in mind: a folder `step-*` is complete or it is not there. Files are written into `.tmp-*`, each
 is flushed to disk, MANIFEST.json (size and sha256 of each) comes last, and only then is the folder renamed. What is
@@ -9,7 +9,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -24,6 +24,7 @@ from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.data.batches import Layout
 from dpo_cli.engine.engine import Engine
 from dpo_cli.errors import CheckpointError, StorageError
+from dpo_cli.models.adapters import ADAPTER_FILE
 from dpo_cli.objectives.objective import Objective
 from dpo_cli.runs.versions import migrated_state
 from dpo_cli.storage.durable import remove_folder, sync, write_folder
@@ -31,7 +32,7 @@ from dpo_cli.storage.hashing import sha256_of
 
 MANIFEST = "MANIFEST.json"
 OPTIMIZER, RNG, WINDOW, STATE = "optimizer.safetensors", "rng.safetensors", "window.safetensors", "state.json"
-ADAPTER, MODEL = "adapter_model.safetensors", "model.safetensors"
+MODEL = "model.safetensors"
 MAX_JSON_BYTES = 2**20
 DTYPES = ("float32", "bfloat16", "float16")
 StateShapes = dict[tuple[int, ...], dict[str, tuple[int, ...]]]  # by the shape of a weight, and by key
@@ -162,7 +163,7 @@ def best_checkpoint(folder: Path, held_out_losses: Mapping[int, float]) -> tuple
 
 
 def _seal(folder: Path) -> None:
-    """Write the manifest, when all that it speaks of is on disk."""
+    """Write the manifest, after all files that it names are on disk."""
     files = {}
     for file in sorted(folder.iterdir()):
         sync(file)
@@ -215,23 +216,23 @@ def validate(checkpoint: Path) -> None:
     for needed in (OPTIMIZER, RNG, WINDOW, STATE):
         if needed not in files:
             raise CheckpointError(f"{safe_text(manifest)}: does not name {needed}")
-    if ADAPTER not in files and MODEL not in files:
+    if ADAPTER_FILE not in files and MODEL not in files:
         raise CheckpointError(f"{safe_text(manifest)}: names no weights")
-    for name, size, digest in expected:
+    for name, size, sha256 in expected:
         if name != Path(name).name or name in ("", ".", ".."):
             raise CheckpointError(
                 f"{safe_text(manifest)}: names a file outside the checkpoint ({safe_text(name, limit=80)})"
             )
-        _check_file(checkpoint / name, size, digest)
+        _check_file(checkpoint / name, size, sha256)
 
 
-def _check_file(file: Path, size: int, digest: str) -> None:
+def _check_file(file: Path, size: int, sha256: str) -> None:
     try:
         if file.is_symlink() or not file.is_file():
             raise CheckpointError(f"{safe_text(file)}: missing")
         if file.stat().st_size != size:
             raise CheckpointError(f"{safe_text(file)}: has {file.stat().st_size} bytes, the manifest says {size}")
-        if sha256_of(file) != digest:
+        if sha256_of(file) != sha256:
             raise CheckpointError(f"{safe_text(file)}: its content is not what was saved (sha256 differs)")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{safe_text(file)}: cannot be read ({safe_text(error, limit=100)})") from None
@@ -290,14 +291,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _trainable(policy: Any) -> list[tuple[str, nn.Parameter]]:
+def trainable(policy: Any) -> list[tuple[str, nn.Parameter]]:
+    """The weights that train, by name; of a sharded policy this rank's part."""
     return [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
 
 
 def optimizer_tensors(policy: Any, optimizer: torch.optim.Optimizer, engine: Engine) -> dict[str, Tensor]:
     """The optimizer's state by parameter name, whole: `<parameter>|<key>` -> tensor."""
     tensors = {}
-    for name, parameter in _trainable(policy):
+    for name, parameter in trainable(policy):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"{name}|{key}"] = engine.full(value).detach().cpu().contiguous()
@@ -312,7 +314,7 @@ def optimizer_tensors(policy: Any, optimizer: torch.optim.Optimizer, engine: Eng
 
 def trained_weights(policy: Any, engine: Engine) -> dict[str, Tensor]:
     """The trained weights by name, whole."""
-    return {name: engine.full(weight).detach() for name, weight in _trainable(policy)}
+    return {name: engine.full(weight).detach() for name, weight in trainable(policy)}
 
 
 @dataclass(frozen=True)
@@ -353,15 +355,15 @@ def restore(
 def load_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a file, in memory of their own.
 
-    As loaded they are the file itself, mapped: when a run prunes the checkpoint it was resumed from, its room on the
-    disk would not come back, and whoever cut the file short would kill the run.
+    `load_file` maps the file. Without a copy, a checkpoint that the run prunes would keep its space on the disk, and
+    truncating the file would kill the run.
     """
     return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
 def _restore_weights(checkpoint: Path, policy: Any, objective: Objective) -> None:
     if isinstance(policy, PeftModel):
-        file = checkpoint / ADAPTER
+        file = checkpoint / ADAPTER_FILE
         stored = load_tensors(file)
         expected = get_peft_model_state_dict(policy, save_embedding_layers=False)
         _same_names(file, set(stored), set(expected))
@@ -377,7 +379,7 @@ def _restore_weights(checkpoint: Path, policy: Any, objective: Objective) -> Non
 def _restore_optimizer(
     stored: dict[str, Tensor], policy: Any, optimizer: torch.optim.Optimizer, shapes: StateShapes | None, engine: Engine
 ) -> None:
-    parameters = dict(_trainable(policy))
+    parameters = dict(trainable(policy))
     for full_name, value in stored.items():
         name, _, key = full_name.rpartition("|")
         if name not in parameters:
@@ -417,12 +419,8 @@ def set_rng_states(states: dict[str, Tensor]) -> None:
     """Put the generators back to where `rng_states` found them."""
     try:
         torch.set_rng_state(states["cpu"])
-        for name, state in _cuda_states(states):
-            if int(name.split(":")[1]) < torch.cuda.device_count():
+        for name, state in states.items():
+            if name.startswith("cuda:") and int(name.split(":")[1]) < torch.cuda.device_count():
                 torch.cuda.set_rng_state(state, name)
     except (RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{RNG}: holds no state of a random generator ({safe_text(error, limit=100)})") from None
-
-
-def _cuda_states(states: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    return ((name, state) for name, state in states.items() if name.startswith("cuda:"))

@@ -26,7 +26,7 @@ from dpo_cli.storage.hashing import fingerprint, sha256_of
 
 @dataclass(frozen=True)
 class ModelName:
-    """What a `checkpoint=` names, with what the command line says of it; `key` is what the command calls it."""
+    """What a `checkpoint=` names, with the options that go with it; `key` is the name of the option."""
 
     name: str
     reference_model: str | None = None
@@ -48,7 +48,7 @@ class ModelRef:
 
     @cached_property
     def objective(self) -> Objective:
-        """What it was trained for. A run's config says so, too: a head that is gone is missed."""
+        """What it was trained for: by its run's config, so that a missing head is noticed; else by its files."""
         return objective_of(self.run, Path(self.weights))
 
 

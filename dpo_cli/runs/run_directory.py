@@ -2,8 +2,8 @@
 
 config.yaml  manifest.json  metrics.jsonl  train.log  reference_logps.bin  checkpoints/step-*/  final/  eval/<name>/
 
-One idea to keep in mind: a directory has one owner at a time, who holds its lock, and what the owner did not finish is
-swept away by the next.
+One idea to keep in mind: a directory has one owner at a time, who holds its lock, and the next owner removes what
+it did not finish.
 """
 
 import json
@@ -47,7 +47,7 @@ def default_directory(job: str, now: float) -> Path:
 
 
 def claim_directory(job: str, now: float) -> Path:
-    """A default directory that no other run has: made here, whoever else looks for one in the same second."""
+    """A default directory that no other run has: made here, also where another run starts in the same second."""
     while True:
         folder = default_directory(job, now)
         try:
@@ -93,7 +93,7 @@ class RunDirectory:
             raise StorageError(f"output_dir={safe_text(self.path)}: cannot be written ({error.strerror})") from None
 
     def _refuse_links(self) -> None:
-        """A link in somebody's directory could have us write anywhere."""
+        """CheckpointError for a symbolic link: in an untrusted directory it could make us write anywhere."""
         for file in (self.checkpoints, self.final, self.metrics.path, self.config, self.manifest, self.log,
                      self.reference, self.lock):  # fmt: skip
             if file.is_symlink():
@@ -174,7 +174,7 @@ def resumed_directory(config: RunConfig) -> Path | None:
 
 
 def directory_of(config: RunConfig, job: str, now: float) -> tuple[Path, bool]:
-    """Where a run takes place, and whether it resumes what is there. A new default directory is made here."""
+    """The directory of a run, and whether it resumes what is there. A new default directory is made here."""
     resumed = resumed_directory(config)
     given = user_path(config.output_dir, StorageError, "output_dir") if config.output_dir is not None else None
     if resumed is not None and given is not None and given.resolve() != resumed.resolve():
@@ -195,7 +195,9 @@ def find_checkpoint(config: RunConfig, directory: RunDirectory) -> tuple[Path | 
         validate(path.resolve())
         return path.resolve(), []
     checkpoint, passed = newest_valid(directory.checkpoints)
-    if checkpoint is None and (passed or config.resume != "auto"):  # to begin anew would overwrite what may be mended
+    if checkpoint is None and (
+        passed or config.resume != "auto"
+    ):  # a new start would overwrite what can perhaps be repaired
         raise CheckpointError("; ".join([f"resume={safe_text(config.resume)}: no valid checkpoint in it", *passed]))
     return checkpoint, passed
 

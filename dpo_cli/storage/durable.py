@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, whatever moment the process or the machine stops at.
+"""Files and folders that are complete or absent, at whatever moment the process or the machine stops.
 
 What is being written carries a name that begins with `.tmp-`; it is flushed to disk and renamed when it is whole. So
 whatever still carries such a name was left by a process that is gone, and may be swept away by the run's next owner.
@@ -69,7 +69,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, first from sight: a kill in the middle leaves no half of it under its name."""
+    """Remove a folder, renamed first: a kill in the middle leaves no half of it under its name."""
     doomed = folder.with_name(f"{UNFINISHED}removed-{folder.name}")
     try:
         shutil.rmtree(doomed, ignore_errors=True)

@@ -25,7 +25,7 @@ def append_whole(descriptor: int, data: bytes) -> None:
         while left:
             left = left[os.write(descriptor, left) :]
     except OSError:
-        with suppress(OSError):  # half a line would spoil the one that comes behind it
+        with suppress(OSError):  # half a line would spoil the next one
             os.ftruncate(descriptor, end)
         raise
 

@@ -61,10 +61,6 @@ class MeanOverPairs:
         for name, total in sums.items():
             self._sums[name] = total + self._sums[name].to(total.device) if name in self._sums else total
 
-    def sum_of(self, name: str) -> Tensor:
-        """The sum of one metric so far, on its device."""
-        return self._sums[name]
-
     def sums(self) -> dict[str, float]:
         """The sum of each metric so far."""
         return {name: float(total) for name, total in self._sums.items()}

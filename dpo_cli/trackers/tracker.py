@@ -38,7 +38,7 @@ class Tracker(Protocol):
         """Add what the run ended with, as plain data; `step` is the last one recorded."""
 
     def close(self) -> None:
-        """Let go of files and processes: the last call, after `finish` or after any call that raised."""
+        """Release files and processes: the last call, after `finish` or after any call that raised."""
 
 
 def as_markdown(summary: dict[str, Any]) -> str:

@@ -49,7 +49,7 @@ def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Trackers:
-    """The open trackers; one that fails is told of once and not called again."""
+    """The open trackers; one that fails gets one warning and is not called again."""
 
     def __init__(self, warn: Callable[[str], None], last_step: int = 0) -> None:
         self._open: dict[str, Tracker] = {}
@@ -70,7 +70,7 @@ class Trackers:
             self.alarm(step, name, text)
 
     def alarm(self, step: int, name: str, text: str) -> None:
-        """Pass on an alarm that stands in no record."""
+        """Pass on one alarm."""
         self._each(lambda tracker: tracker.alarm(step, name, text))
 
     def finish(self, summary: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ from dpo_cli.models.logps import MicroBatcher, causal_model
 from dpo_cli.models.memory import Budget, give_memory_back, measure_budget, plan_memory
 from dpo_cli.models.packing import remembered_layout
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, NoReference, Reference, UnmovedPolicy
-from dpo_cli.models.reference_cache import CachedReference, Completion, ReferenceCache, cache_key, cache_path, complete
+from dpo_cli.models.reference_cache import CachedReference, FillOptions, ReferenceCache, cache_key, cache_path, complete
 from dpo_cli.objectives.objective import Objective
 from dpo_cli.objectives.table import make_objective
 from dpo_cli.paths import user_path
@@ -177,7 +177,7 @@ def _warn_of_long_pairs(pairs: list[TokenizedPair], budget: Budget, reporter: Re
 
 
 def _reference(context: Context, policy: Any, source: ModelSource, key: str) -> Reference:
-    """Its log-probs on disk, to be completed later, or a model that is asked in every step."""
+    """The reference: a cache of its log-probs, completed later, or a model that computes them in every step."""
     config = context.config
     if config.reference.cache != "off" and not config.dry_run:  # a dry run writes nothing
         path = cache_path(key) if config.reference.cache == "auto" else None
@@ -197,13 +197,13 @@ def load_reference(config: RunConfig, policy: Any, source: ModelSource) -> Refer
 
 
 def trained_batches(material: Material) -> list[list[TokenizedPair]]:
-    """The pairs that this run trains on, in the batches in which it first does."""
+    """The pairs that this run trains on, in the batches of its first epoch."""
     steps = min(material.total_steps, material.schedule.steps_per_epoch)
     return [material.batch(indices) for indices in material.schedule.batches(0, steps)]
 
 
 def needed_batches(material: Material) -> list[list[TokenizedPair]]:
-    """Every pair whose reference log-probs this run needs, in the batches in which it first does."""
+    """Every pair whose reference log-probs this run needs, in the batches in which they are first used."""
     checked, _ = choose_pairs(material.data.train, material.data.train_texts)
     return [*trained_batches(material), *windows(material.data.held_out), checked]
 
@@ -228,8 +228,8 @@ def describe_source(reference: Reference, material: Material) -> str:
 def complete_reference(context: Context, learner: Learner, material: Material, resumed: bool) -> None:
     """Compute the reference's log-probs that are not in the cache yet; what was loaded for it is freed.
 
-    A run keeps those it began with in its own directory: another run may have left others of their responses in the
-    cache, equal but for a rounding, and a resumed run continues with the same bits.
+    The run directory keeps the log-probs that the run started with, so that a resumed run continues with the same bits:
+    another run may have written others for the same responses into the cache, equal except for rounding.
     """
     if not isinstance(learner.reference, CachedReference):
         return
@@ -256,7 +256,7 @@ def complete_reference(context: Context, learner: Learner, material: Material, r
         return reference
 
     started = time.perf_counter()
-    how = Completion(learner.batcher, learner.dtype, load, loaded, reporter, context.poll, context.engine)
+    how = FillOptions(learner.batcher, learner.dtype, load, loaded, reporter, context.poll, context.engine)
     computed = complete(cache, needed, how)
     if computed:
         seconds = time.perf_counter() - started

@@ -1,8 +1,8 @@
-"""A loss or gradient that is not finite must not touch a weight, and looking for one must not hold up a GPU.
+"""The guard: a loss or gradient that is not finite changes no weight, and the check does not slow a GPU down.
 
-On a CPU every step is looked at before its update. On a GPU that would make the host wait for the device in every
-step; there a fused optimizer (AdamW) itself leaves the weights alone (`found_inf`), from the first bad step on, until
-the host looks, which it does when it logs or saves.
+On a CPU every step is checked before its update. On a GPU this check would make the host wait for the device in every
+step. There the fused optimizer (AdamW) skips its updates by itself (`found_inf`), from the first bad step on. The host
+checks when it logs or saves.
 """
 
 import math
@@ -54,17 +54,17 @@ class NonFiniteGuard:
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, device: torch.device, mode: str) -> "NonFiniteGuard":
-        """For `non_finite=abort|skip`. Deferred where the optimizer can leave weights alone by itself.
+        """For `non_finite=abort|skip`. Deferred where the optimizer can skip an update by itself.
 
-        A run that skips looks in every step: what is skipped must not be counted.
+        A run that skips is checked in every step: a skipped step must not be counted.
         """
         fused = device.type == "cuda" and all(group.get("fused") for group in optimizer.param_groups)
         return cls(optimizer, fused and mode == "abort", mode == "skip")
 
     def before_update(self, number: int, rows: list[int], losses: Tensor, grad_norm: Tensor) -> str:
-        """Hear of step `number`, counted from 1: the rows of its units and their losses, (U,).
+        """Check step `number`, counted from 1, by the rows of its units, their losses (U,) and the gradient norm.
 
-        Returns why the update is to be left out, or nothing. DivergedError now, or at the next `look`.
+        Returns why the update must be skipped, or an empty text. DivergedError now, or at the next `look`.
         """
         step = _Step(number, rows, losses.detach(), grad_norm.detach())
         if self.deferred:
@@ -102,7 +102,7 @@ class NonFiniteGuard:
 
 
 def require_finite(weights: Sequence[tuple[str, Tensor]], step: int, engine: Engine) -> None:
-    """DivergedError where a weight is not a number: such a state is never saved, nor a healthy one removed for it."""
+    """DivergedError where a weight is not a number: such a state is never saved, and removes no earlier checkpoint."""
     bad = [name for name, weight in weights if not bool(torch.isfinite(weight).all())]
     if engine.agree(len(bad)):
         raise DivergedError(

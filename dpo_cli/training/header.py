@@ -1,4 +1,4 @@
-"""What a run tells before it begins: which weights, which data, which decisions, and why."""
+"""What a run shows before it starts: which weights, which data, which decisions, and why."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from dpo_cli.models.adapters import parameter_counts
 from dpo_cli.objectives.objective import Objective
 from dpo_cli.training.parts import Choices, Context, Learner, Material
 
-SHOWN_TOKENS = 160  # of a long prompt, its end is what matters
+SHOWN_TOKENS = 160  # of a long prompt: its end, where the response begins
 
 
 def millions(number: int) -> str:

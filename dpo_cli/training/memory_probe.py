@@ -1,4 +1,4 @@
-"""Memory, tried before it matters: the longest micro-batch before step 1, and a finer split where memory runs out."""
+"""The memory probe: the longest micro-batch is tried before step 1; a batch is split finer where memory runs out."""
 
 import time
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def until_it_fits(context: Context, learner: Learner, work: Callable[[], T]) -> 
 
 
 def probe_memory(context: Context, learner: Learner, material: Material, forward_backward: ForwardBackward) -> None:
-    """Forward and backward of the largest micro-batch that can come: memory that will run out does so in seconds.
+    """Run the largest possible micro-batch forward and backward, so that a lack of memory shows within seconds.
 
     The batch is split finer until it fits; weights and random generators stay as they were. OutOfMemoryError where the
     longest pair alone does not fit.
@@ -57,7 +57,7 @@ def probe_memory(context: Context, learner: Learner, material: Material, forward
         if len(learner.batcher.split([*largest, pair])) == 1:
             largest.append(pair)
     rng, device = rng_states(), learner.batcher.device
-    # The optimizer's memory comes with the first update: until then something of its size stands in for it.
+    # The optimizer takes its memory at the first update: until then an empty tensor of that size takes its place.
     on_cpu = device.type == "cpu"
     stand_in = None if on_cpu else torch.empty(int(_optimizer_gib(context, learner) * 2**28), device=device)
     _work(context, learner, largest, forward_backward)
@@ -118,6 +118,6 @@ def _work(context: Context, learner: Learner, batch: list[TokenizedPair], forwar
 
 
 def _optimizer_gib(context: Context, learner: Learner) -> float:
-    """What the optimizer keeps, in float32."""
+    """The size of the optimizer's state in float32."""
     values = STATE_VALUES.get(context.config.optimizer.name, 2)
     return values * 4 * sum(weight.numel() for weight in learner.trainable) / 2**30

@@ -20,7 +20,7 @@ class Monitor:
         self._watched: Tensor | None = None  # (K, W), oldest first
 
     def add(self, watched: Tensor) -> None:
-        """Take in the units of a step, (K, U); nothing waits for the device."""
+        """Add the units of a step, (K, U); nothing waits for the device."""
         before = watched[:, :0] if self._watched is None else self._watched.to(watched.device)
         self._watched = torch.cat([before, watched], dim=1)[:, -WINDOW:]
 

@@ -30,7 +30,7 @@ STATE_VALUES = {"adamw": 2, "rmsprop": 1, "sgd": 0}
 def state_shapes(weights: Iterable[nn.Parameter], options: OptimizerConfig) -> StateShapes | None:
     """The shapes of an optimizer's state, by the shape of a weight and by key; None where they cannot be known.
 
-    From one step on weights without storage. An optimizer that reads its weights on the way cannot take it.
+    Found by one step on weights without storage. An optimizer that reads values of its weights fails there.
     """
     found: StateShapes = {}
     try:

@@ -28,7 +28,7 @@ from dpo_cli.training.monitor import Monitor
 
 @dataclass(frozen=True)
 class Context:
-    """Where a run takes place."""
+    """What all parts of a run share: config, run directory, console, ranks and signals."""
 
     config: RunConfig
     directory: RunDirectory
@@ -73,7 +73,7 @@ class Learner:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base weights."""
+        """The dtype of the base weights."""
         dtype: torch.dtype = causal_model(self.policy).get_input_embeddings().weight.dtype
         return dtype
 
@@ -120,9 +120,13 @@ class Progress:
     skipped_steps: int = 0  # whose update was left out because it was not finite
     evaluated: dict[int, float] = field(default_factory=dict)  # the held-out loss by step
 
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, 0 for never, happens after this one."""
+        return every > 0 and self.step % every == 0
+
     @property
     def held_out_losses(self) -> dict[int, float]:
-        """Those that are finite, by step."""
+        """The finite held-out losses, by step."""
         return {step: loss for step, loss in self.evaluated.items() if math.isfinite(loss)}
 
 

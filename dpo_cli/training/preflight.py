@@ -1,8 +1,8 @@
-"""The preflight: what must hold before the first update, proved on the run's own model, tokenizer and pairs.
+"""The preflight: what must hold before the first update, checked on the run's own model, tokenizer and pairs.
 
 Each check is an identity of the mathematics, and the objective names those that hold for it. A check fails with the
-cause and the remedy, or returns a few words; when all hold the run says so in one line. Policy and generators are left
-as they were found.
+cause and the remedy, or returns a few words; when all hold the run says so in one line. Policy and
+random generators are left unchanged.
 """
 
 import time
@@ -24,7 +24,7 @@ from dpo_cli.models.logps import TOLERANCES, MicroBatch, causal_model, make_micr
 from dpo_cli.models.reference import FrozenReference, Reference
 from dpo_cli.objectives.objective import Objective
 from dpo_cli.theory.losses import ResponseScores
-from dpo_cli.training.parts import Context, Learner, Material
+from dpo_cli.training.parts import Learner, Material
 
 PAIRS_IN_A_BATCH = 4
 
@@ -70,8 +70,8 @@ class PreflightSubject:
         return self.scores(self.first)
 
 
-def preflight(context: Context, learner: Learner, material: Material, at_start: bool) -> str:
-    """Run every check of the objective; the line that says all hold. CheckpointError names the cause and the remedy."""
+def preflight(learner: Learner, material: Material, at_start: bool) -> str:
+    """Run every check of the objective; returns the line that says all hold. CheckpointError names cause and remedy."""
     pairs, texts = choose_pairs(material.data.train, material.data.train_texts)
     subject = PreflightSubject(
         learner.policy, learner.reference, learner.objective, material.encoder, pairs, texts, learner.batcher.device,
@@ -89,8 +89,7 @@ def run_checks(subject: PreflightSubject) -> str:
 
 
 def choose_pairs(train: list[TokenizedPair], texts: list[TextPair]) -> tuple[list[TokenizedPair], list[TextPair]]:
-    """Two batches of real pairs: the shortest of those whose texts are kept, so that seconds and little memory do."""
-
+    """Two batches of real pairs: the shortest of those whose texts are kept, to save time and memory."""
     indices = sorted(range(len(texts)), key=lambda index: longest_side(train[index]))[: 2 * PAIRS_IN_A_BATCH]
     return [train[index] for index in indices], [texts[index] for index in indices]
 
@@ -207,7 +206,7 @@ def _sequence_logp(model: Any, ids: Tensor, start: int) -> Tensor:
 
 
 def check_chain_rule(subject: PreflightSubject) -> str:
-    """log p(y | x) = log p(x y) - log p(x), on the shortest pair, by another route."""
+    """log p(y | x) = log p(x y) - log p(x), on the shortest pair, from the full logits of one sequence."""
     pair = min(subject.first, key=lambda one: len(one.prompt) + len(one.chosen))
     prompt = torch.from_numpy(pair.prompt).long().to(subject.device)
     whole = torch.cat([prompt, torch.from_numpy(pair.chosen).long().to(subject.device)])

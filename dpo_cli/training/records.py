@@ -23,6 +23,7 @@ from dpo_cli.runs.checkpoint import (
     rng_states,
     save_checkpoint,
     save_policy,
+    trainable,
     trained_weights,
 )
 from dpo_cli.runs.manifest import weights_sha256
@@ -37,7 +38,7 @@ from dpo_cli.training.parts import Context, Learner, Material, Progress, Window
 
 
 class Recorder:
-    """Writes what there is to know of a run, on rank 0; every rank computes it."""
+    """Writes metrics, checkpoints and results of a run on rank 0; every rank computes them."""
 
     def __init__(
         self, context: Context, learner: Learner, material: Material, progress: Progress, trackers: Trackers
@@ -49,16 +50,16 @@ class Recorder:
     @property
     def is_logged(self) -> bool:
         """Whether the step just done ends with a line in metrics.jsonl."""
-        step, every = self.progress.step, self.context.config.log_every
-        return (every > 0 and step % every == 0) or step == self.material.total_steps
+        return self.progress.is_due(self.context.config.log_every) or self.progress.step == self.material.total_steps
 
     @property
     def evaluation_is_missing(self) -> bool:
         """Whether the run that this one resumes was stopped in the evaluation after its last step."""
-        step, every = self.progress.step, self.context.config.eval_every
-        if not every or step % every or step in (0, self.material.total_steps):
-            return False
-        return step not in self.progress.evaluated
+        step = self.progress.step
+        is_between = step not in (0, self.material.total_steps)
+        return (
+            is_between and self.progress.is_due(self.context.config.eval_every) and step not in self.progress.evaluated
+        )
 
     # Metrics
 
@@ -142,7 +143,7 @@ class Recorder:
         """Write a checkpoint of the run as it stands after its last complete step."""
         learner, progress, policy = self.learner, self.progress, self.learner.policy
         learner.guard.look()
-        trained = [(name, weight) for name, weight in policy.named_parameters() if weight.requires_grad]
+        trained = trainable(policy)
         require_finite(trained, progress.step, self.engine)
         records = self.engine.same(self._flushed)  # a checkpoint counts lines: they must be there after a power cut
         window = progress.window
@@ -246,7 +247,7 @@ class Recorder:
             self.reporter.say(f"    next: {finding.next_step}")
 
     def _write_final(self, tensors: dict[str, Tensor], means: dict[str, float] | None) -> None:
-        """Write final/ beside and rename it: a folder that is there is whole."""
+        """Write final/ under another name, then rename it: final/ is complete or absent."""
         config, learner, material = self.context.config, self.learner, self.material
 
         def write(beside: Path) -> None:

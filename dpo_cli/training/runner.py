@@ -86,7 +86,7 @@ def _run(context: Context, start: Start, progress: Progress) -> None:
         start.resume(context, learner, material, progress)
     say_what_differs(context, learner, material, choices, start)
     complete_reference(context, learner, material, progress.resumed)
-    reporter.say(preflight(context, learner, material, at_start=progress.step == 0))
+    reporter.say(preflight(learner, material, at_start=progress.step == 0))
     if config.dry_run:
         dry_run(context, learner, material, forward_backward)
         return
@@ -109,21 +109,17 @@ def fit(context: Context, learner: Learner, material: Material, progress: Progre
         for indices in material.schedule.batches(progress.step, last):
             context.poll()
             train_step(context, learner, progress, material.batch(indices), recorder)
-            rng = rng_states()  # a stop in the middle of the next step goes back to here
+            rng = rng_states()  # a stop in the middle of the next step saves these
             context.reporter.advance()
-            if _due(progress.step, config.log_every) or progress.step == last:
+            if recorder.is_logged:
                 recorder.log()
-            if _due(progress.step, config.eval_every) and progress.step < last:
+            if progress.is_due(config.eval_every) and progress.step < last:
                 recorder.evaluate()
-            if _due(progress.step, config.save_every) and progress.step < last:
+            if progress.is_due(config.save_every) and progress.step < last:
                 recorder.save_or_continue()
     except StoppedError:
         recorder.save(rng)
         raise
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def train_step(

@@ -44,7 +44,7 @@ class Start:
         return self.state.settings if self.state is not None else settings_in(self.earlier)
 
     def resume(self, context: Context, learner: Learner, material: Material, progress: Progress) -> None:
-        """Put everything back to where the checkpoint was saved."""
+        """Restore weights, optimizer, random generators, monitor and progress from the checkpoint."""
         state, checkpoint = self.state, self.checkpoint
         assert state is not None and checkpoint is not None
         if state.step > material.total_steps:
