@@ -57,11 +57,11 @@ def settings_in(manifest: dict[str, Any]) -> ResolvedSettings | None:
     batches, device = manifest.get("batches"), str(manifest.get("device")).split(":")[0]
     if not isinstance(batches, dict):
         return None
-    budget = batches.get("token_budget")
+    sizes = [batches.get("token_budget"), batches.get("max_pairs")]
     try:
-        if budget is not None and type(budget) is not int:
+        if not all(size is None or type(size) is int for size in sizes):
             return None
-        return ResolvedSettings(device, str(manifest.get("dtype")), str(batches.get("layout")), budget)
+        return ResolvedSettings(device, str(manifest.get("dtype")), str(batches.get("layout")), *sizes)
     except ValueError:
         return None
 

@@ -119,7 +119,11 @@ def manifest_of(context: Context, learner: Learner, material: Material, choices:
             "origin": source.origin,
             "fingerprint": learner.fingerprint,
         },
-        "batches": {"layout": settings.layout, "token_budget": settings.token_budget},
+        "batches": {
+            "layout": settings.layout,
+            "token_budget": settings.token_budget,
+            "max_pairs": settings.max_pairs,
+        },
         "template": {"kind": material.encoder.kind, "closing_token": material.encoder.closing},
         "data_fingerprint": material.data.fingerprint,
         "data": {name.replace(" ", "_"): report.as_dict() for name, report in material.data.reports()},
