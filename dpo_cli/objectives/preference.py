@@ -13,7 +13,6 @@ from torch import Tensor
 from dpo_cli.console.text import safe_text, significant
 from dpo_cli.models.adapters import attach_lora
 from dpo_cli.objectives.alarms import preference_alarms
-from dpo_cli.objectives.drift import Drift, measure_drift
 from dpo_cli.objectives.findings import finding_rules
 from dpo_cli.objectives.objective import Card, Objective, Outcome, loading_code
 from dpo_cli.theory.losses import LogRatios, PreferenceLoss, ResponseScores, make_loss
@@ -64,10 +63,6 @@ class Preference(Objective):
         ratios = LogRatios.between(policy_logps, reference.pairs())
         losses = self.loss(policy_logps, ratios)
         return Outcome(losses, pair_metrics(policy_logps, ratios, losses, self.beta), columns_of(ratios))
-
-    def drift(self, watched: Tensor) -> Drift:
-        """The drift on W pairs."""
-        return measure_drift(LogRatios(*watched), self.beta)
 
     def describe(self) -> str:
         """The loss and beta."""

@@ -26,7 +26,7 @@ from dpo_cli.errors import CheckpointError
 from dpo_cli.models.adapters import attach_lora
 from dpo_cli.models.logps import MicroBatch, hidden_states
 from dpo_cli.objectives.alarms import REWARD_ALARMS
-from dpo_cli.objectives.drift import Drift, measure_drift
+from dpo_cli.objectives.drift import Drift
 from dpo_cli.objectives.findings import finding_rules
 from dpo_cli.objectives.objective import Card, Objective, Outcome, loading_code
 from dpo_cli.objectives.preference import columns_of
@@ -159,10 +159,6 @@ class Reward(Objective):
         ratios = LogRatios.between(policy.pairs(), reference.pairs())
         losses = sigmoid(ratios, self.beta)
         return Outcome(losses, reward_metrics(ratios, losses), columns_of(ratios))
-
-    def drift(self, watched: Tensor) -> Drift:
-        """The rewards of the last pairs."""
-        return measure_drift(LogRatios(*watched), self.beta)
 
     def drift_metrics(self, drift: Drift) -> dict[str, float | str]:
         """The metrics that are not in nats."""
