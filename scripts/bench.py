@@ -170,7 +170,7 @@ def measure_length(task: dict[str, Any]) -> dict[str, Any]:
         random = np.random.default_rng(0)
         sizes = (length // 4, length - length // 4, length - length // 4)
         ids = [token_ids(random.integers(10, 40_000, size).tolist()) for size in sizes]
-        pair = TokenizedPair(ids[0], ids[1], ids[2], index=0, key="")
+        pair = TokenizedPair(ids[0], ids[1], ids[2], index=0, key="", group=0)
         seconds = []
         for _ in range(3):
             began = time.perf_counter()

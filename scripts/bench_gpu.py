@@ -85,7 +85,7 @@ def dialogue_lengths(number: int, vocabulary: int) -> list[TokenizedPair]:
     for row in range(number):
         sizes = np.clip(random.lognormal([4.2, 3.8, 3.8], 0.7), 2, 250).astype(int)
         ids = [token_ids(random.integers(10, vocabulary, size).tolist()) for size in sizes]
-        pairs.append(TokenizedPair(ids[0], ids[1], ids[2], index=row, key=str(row)))
+        pairs.append(TokenizedPair(ids[0], ids[1], ids[2], index=row, key=str(row), group=row))
     return pairs
 
 

@@ -265,7 +265,7 @@ def test_the_hashes_that_stored_files_depend_on_are_as_they_were(tmp_path: Path)
     assert sides == "0010110000000100010110101010100000000010"
     assert sample_id("hé", ["a", "b"]) == "21dff2fd47642918828a261d76a4903b"
     assert sample_id([{"role": "user", "content": "x"}], ["y"]) == "f3f3917b2f2ae8fe5d9725502c0b4a95"
-    tokenized = TokenizedPair(token_ids([1, 2]), token_ids([3]), token_ids([4, 5]), 0, "k")
+    tokenized = TokenizedPair(token_ids([1, 2]), token_ids([3]), token_ids([4, 5]), 0, "k", 0)
     assert data_fingerprint([tokenized]) == "5d0b22d9201f9484bda39e25ba41f09a72d9f42c0c80a3b55a596b519639afb3"
     assert [key.hex() for key in tokenized.response_keys] == [
         "1828077f4e8ace0e994745da38c1e34e",

@@ -91,7 +91,9 @@ def test_autograd_agrees_with_finite_differences_in_float64() -> None:
 
 def test_swapping_chosen_and_rejected_turns_every_margin_around() -> None:
     policy, reference = moved_policy(), FrozenReference(tiny())
-    swapped = [TokenizedPair(pair.prompt, pair.rejected, pair.chosen, pair.index, pair.key) for pair in PAIRS]
+    swapped = [
+        TokenizedPair(pair.prompt, pair.rejected, pair.chosen, pair.index, pair.key, pair.group) for pair in PAIRS
+    ]
     margins = []
     for pairs in (PAIRS, swapped):
         batch = make_micro_batch(pairs, CPU, Layout.PACKED_SEGMENTS)

@@ -87,7 +87,7 @@ def test_company_in_the_batch_changes_nothing(lengths: list[tuple[int, int, int]
 def test_probabilities_of_all_one_token_responses_sum_to_one(way: Layout) -> None:
     model = tiny()
     prompt = pair(6, 1, 1).prompt
-    pairs = [TokenizedPair(prompt, token_ids([t]), token_ids([t]), t, str(t)) for t in range(VOCABULARY)]
+    pairs = [TokenizedPair(prompt, token_ids([t]), token_ids([t]), t, str(t), 0) for t in range(VOCABULARY)]
     with torch.no_grad():
         total = both_sides(model, pairs, way)[0].double().exp().sum()
     assert float(total) == pytest.approx(1.0, abs=1e-5)
@@ -100,8 +100,8 @@ def test_chain_rule_moving_tokens_from_response_to_prompt_splits_the_sum(way: La
     one = pair(4, 5, 5)
     first, rest = one.chosen[:2], one.chosen[2:]
     parts = [
-        TokenizedPair(one.prompt, first, first, 0, ""),
-        TokenizedPair(np.concatenate([one.prompt, first]), rest, rest, 1, ""),
+        TokenizedPair(one.prompt, first, first, 0, "", 0),
+        TokenizedPair(np.concatenate([one.prompt, first]), rest, rest, 1, "", 1),
     ]
     with torch.no_grad():
         whole = both_sides(model, [one], way)[0, 0]
@@ -118,7 +118,7 @@ def test_changing_a_prompt_or_last_token_changes_the_sum_and_padding_does_not() 
         batch.input_ids[0, 7:] = 5  # whatever lies in the padding
         assert pair_logps(model, batch).chosen[0] == pytest.approx(float(before), abs=1e-5)
         last = TokenizedPair(one.prompt, token_ids([*one.chosen[:-1], (one.chosen[-1] + 1) % VOCABULARY]),
-                             one.rejected, 0, "")  # fmt: skip
+                             one.rejected, 0, "", 0)  # fmt: skip
         assert abs(both_sides(model, [last], Layout.PADDED)[0, 0] - before) > 1e-3
 
 

@@ -229,7 +229,7 @@ def ranked(responses: int) -> list[TokenizedPair]:
     prompt = pair(6, 1, 1, 9).prompt
     answers = [pair(1, 3 + which, 1, 20 + which).chosen for which in range(responses)]
     pairs = [
-        TokenizedPair(prompt, answers[better], answers[worse], 0, f"{better}{worse}")
+        TokenizedPair(prompt, answers[better], answers[worse], 0, f"{better}{worse}", 0)
         for better in range(responses)
         for worse in range(better + 1, responses)
     ]

@@ -185,7 +185,7 @@ def test_max_steps_wins_over_epochs() -> None:
 
 
 def fake(prompt: int, chosen: int, rejected: int) -> TokenizedPair:
-    return TokenizedPair(*(token_ids(range(n)) for n in (prompt, chosen, rejected)), index=0, key="")
+    return TokenizedPair(*(token_ids(range(n)) for n in (prompt, chosen, rejected)), index=0, key="", group=0)
 
 
 @given(st.lists(st.tuples(*[st.integers(1, 60)] * 3), min_size=1, max_size=20), st.integers(1, 400))
@@ -207,7 +207,7 @@ def test_a_cut_of_packed_rows_keeps_every_pair_and_its_budget(lengths: list[tupl
 
 
 def test_packed_pieces_are_alike_in_size_and_keep_pairs_of_one_prompt_together() -> None:
-    distinct = [TokenizedPair(token_ids([n]), token_ids(range(size)), token_ids([1]), n, "")
+    distinct = [TokenizedPair(token_ids([n]), token_ids(range(size)), token_ids([1]), n, "", n)
                 for n, size in enumerate([9, 8, 7, 6, 5, 5])]  # fmt: skip
     pieces = SplitByTokens(30, Layout.PACKED_SEGMENTS)(distinct)
     # 52 tokens in two pieces: 11 + 8 + 7 and 10 + 9 + 7.
@@ -225,7 +225,7 @@ def test_cutting_by_size_keeps_the_order_and_leaves_a_short_rest() -> None:
 
 
 def test_pairs_of_one_ranked_row_stay_together_in_a_shuffled_order() -> None:
-    pairs = [TokenizedPair(token_ids([row]), token_ids([n]), token_ids([9]), index=row, key="")
+    pairs = [TokenizedPair(token_ids([row]), token_ids([n]), token_ids([9]), index=row, key="", group=row)
              for row, size in enumerate([1, 3, 1, 6, 3]) for n in range(size)]  # fmt: skip
     schedule = Schedule.of(pairs, batch_size=4, seed=1, shuffle=True)
     orders = [np.concatenate(list(schedule.batches(4 * epoch, 4 * epoch + 4))).tolist() for epoch in (0, 1)]

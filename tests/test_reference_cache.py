@@ -122,7 +122,7 @@ def test_a_response_is_one_record_of_24_bytes(tmp_path: Path) -> None:
 def test_a_ranking_of_five_answers_is_five_records(tmp_path: Path) -> None:
     random = np.random.default_rng(5)
     prompt, *answers = (token_ids(random.integers(2, VOCABULARY, size).tolist()) for size in (4, 3, 6, 2, 5, 4))
-    ranking = [TokenizedPair(prompt, better, worse, 0, str(n))
+    ranking = [TokenizedPair(prompt, better, worse, 0, str(n), 0)
                for n, (better, worse) in enumerate(itertools.combinations(answers, 2))]  # fmt: skip
     cache = ReferenceCache(tmp_path / "values")
     assert complete(cache, [ranking], how()) == 10  # pairs
@@ -361,7 +361,7 @@ def test_a_writer_waits_for_another_and_neither_loses_a_record(tmp_path: Path) -
         "from dpo_cli.models.reference_cache import ReferenceCache\n"
         "who = int(sys.argv[2]); cache = ReferenceCache(Path(sys.argv[1]))\n"
         "for n in range(200):\n"
-        "    pair = TokenizedPair(token_ids([who]), token_ids([n]), token_ids([n, 1]), n, '')\n"
+        "    pair = TokenizedPair(token_ids([who]), token_ids([n]), token_ids([n, 1]), n, '', n)\n"
         "    cache.add(pair.response_keys, [float(-n), float(-who)])\n"
     )
     writers = [subprocess.Popen([sys.executable, "-c", write, str(path), str(who)]) for who in (1, 2)]

@@ -54,4 +54,4 @@ def pair(prompt: int, chosen: int, rejected: int, seed: int = 0) -> TokenizedPai
     """A pair of random tokens of the lengths given."""
     random = np.random.default_rng(seed)
     ids = (token_ids(random.integers(2, VOCABULARY, size).tolist()) for size in (prompt, chosen, rejected))
-    return TokenizedPair(*ids, index=seed, key=str(seed))
+    return TokenizedPair(*ids, index=seed, key=str(seed), group=seed)

@@ -42,6 +42,14 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A prompt in both forms."""
+
+    messages: tuple[Message, ...]
+    text: str
+
+
+@dataclass(frozen=True)
 class PreferencePair:
     """A prompt with a preferred and a dispreferred response."""
 
@@ -53,13 +61,10 @@ class PreferencePair:
     chosen_finish_reason: FinishReason = FinishReason.STOP
     rejected_finish_reason: FinishReason = FinishReason.STOP
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt in both forms."""
-
-    messages: tuple[Message, ...]
-    text: str
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt in both forms."""
+        return Prompt(self.messages, self.prompt_text)
 
 
 Row = Mapping[str, Any]
@@ -250,7 +255,7 @@ def prompt_of(row: Row) -> Prompt:
     """
     if row.get("prompt") is None and "chosen" in row and "rejected" in row:
         pair = auto(row)
-        return Prompt(pair.messages, pair.prompt_text)
+        return pair.prompt
     if "prompt" not in row:
         has = ", ".join(str(key) for key in row) or "nothing"
         raise BadRowError(f"no 'prompt' key. A row needs a prompt, as text or messages; it has {has}")

@@ -10,6 +10,7 @@ from dpo_cli.config.schema import DataConfig
 from dpo_cli.console.text import plural, safe_text
 from dpo_cli.data.files import SourceRow, local_path, open_source
 from dpo_cli.data.formats import BadRowError, PreferencePair, pairs_of
+from dpo_cli.data.groups import prompt_group
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_ids, truncate
 from dpo_cli.errors import DataError
 from dpo_cli.storage.hashing import fingerprint_of_texts
@@ -162,7 +163,8 @@ def _tokenize(
                 report.truncation.prompts_cut += tally.prompts_cut
                 report.truncation.responses_cut += tally.responses_cut
                 ids = (token_ids(cut.prompt), token_ids(cut.chosen), token_ids(cut.rejected))
-                yield TokenizedPair(*ids, index=text.index, key=content_key(text.pair)), text
+                key, group = content_key(text.pair), prompt_group(text.pair.prompt)
+                yield TokenizedPair(*ids, index=text.index, key=key, group=group), text
 
     chunk: list[TextPair] = []
     for text in texts:

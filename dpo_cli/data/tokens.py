@@ -53,6 +53,7 @@ class TokenizedPair:
     rejected: TokenIds  # (rejected tokens,)
     index: int  # the row in its file, from 0
     key: str  # hash of the pair's texts
+    group: int  # of its prompt (data/groups.py), 64 bits: pairs of one group are not independent
 
     @property
     def responses(self) -> tuple[TokenIds, TokenIds]:
@@ -180,7 +181,7 @@ class PairEncoder:
 
     def encode(self, pairs: list[PreferencePair]) -> list[Encoded]:
         """Token ids of many pairs at once: prompt, and both responses with the closing token of those that ended."""
-        prompts = [self.prompt_text(Prompt(pair.messages, pair.prompt_text)) for pair in pairs]
+        prompts = [self.prompt_text(pair.prompt) for pair in pairs]
         prompt_ids = self._encode_many(prompts)
         responses: list[list[list[int]]] = []
         for answers in (

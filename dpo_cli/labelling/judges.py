@@ -15,6 +15,7 @@ from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.batches import SplitByTokens
 from dpo_cli.data.formats import FinishReason, PreferencePair
+from dpo_cli.data.groups import prompt_group
 from dpo_cli.data.samples import Sample, as_continuation
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_ids, truncate
 from dpo_cli.errors import CheckpointError, ConfigError
@@ -151,7 +152,8 @@ class ModelJudge:
             responses_cut |= {(number, first)} if len(cut.chosen) < len(one.chosen) else set()
             responses_cut |= {(number, second)} if len(cut.rejected) < len(one.rejected) else set()
             ids = (token_ids(cut.prompt), token_ids(cut.chosen), token_ids(cut.rejected))
-            pairs.append(TokenizedPair(*ids, index=number, key=samples[number].id))
+            sample = samples[number]
+            pairs.append(TokenizedPair(*ids, index=number, key=sample.id, group=prompt_group(sample.read)))
         self.truncation.prompts_cut += len(prompts_cut)
         self.truncation.responses_cut += len(responses_cut)
         return pairs, owners

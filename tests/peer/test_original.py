@@ -84,7 +84,7 @@ def original_forward(model: Any, pairs: list[TokenizedPair]) -> tuple[Tensor, Te
 
 def tokenized(encoded: list[Encoded]) -> list[TokenizedPair]:
     return [
-        TokenizedPair(token_ids(one.prompt), token_ids(one.chosen), token_ids(one.rejected), row, str(row))
+        TokenizedPair(token_ids(one.prompt), token_ids(one.chosen), token_ids(one.rejected), row, str(row), row)
         for row, one in enumerate(encoded)
     ]
 

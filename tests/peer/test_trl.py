@@ -166,7 +166,7 @@ def ours(trl_python: str, policy: Any, pairs: list[PreferencePair], tiny_tokeniz
     """Our numbers, in packed micro-batches."""
     encoded = PairEncoder(tiny_tokenizer, "plain").encode(pairs)
     tokenized = [
-        TokenizedPair(token_ids(one.prompt), token_ids(one.chosen), token_ids(one.rejected), row, str(row))
+        TokenizedPair(token_ids(one.prompt), token_ids(one.chosen), token_ids(one.rejected), row, str(row), row)
         for row, one in enumerate(encoded)
     ]
     weights = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}

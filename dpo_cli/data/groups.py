@@ -1,0 +1,48 @@
+"""The group of a prompt: which pairs must not be on both sides of a split, and are not independent of each other.
+
+One idea to keep in mind: a dialogue and its shorter cuts begin with the same human turn, and the continuation of a cut
+may hold the answer of another. So the first human turn alone decides, in a form that typing does not change.
+"""
+
+import hashlib
+import re
+import unicodedata
+
+from dpo_cli.data.formats import HUMAN, Prompt
+
+# Characters without width: soft hyphen, joiners, direction marks, variation selectors, byte order mark.
+_INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]")
+
+
+def normalised(text: str) -> str:
+    """The text without case, without characters of no width, in NFKC, each run of white space as one space.
+
+    Texts that look alike become one: other case, composed or decomposed accents, a trailing space.
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFD", _INVISIBLE.sub("", text))
+        for _ in range(2):  # NFKC_Casefold, section 3.13 of the Unicode standard: a second pass makes it stable
+            text = unicodedata.normalize("NFKC", text.casefold())
+    return " ".join(text.casefold().split())
+
+
+def first_human_turn(prompt: Prompt) -> str:
+    """What the user says first; of a prompt without such a turn, the whole text.
+
+    Text in HH form is taken apart also where it is given as one message, or lost the line breaks before `Human:`.
+    """
+    said = next((message.content for message in prompt.messages if message.role == "user"), prompt.text)
+    opened = "\n\n" + said.lstrip() if said.lstrip().startswith(HUMAN.strip()) else said
+    if HUMAN not in opened:
+        return said
+    return re.split(r"\n\n(?:Human|Assistant):", opened.split(HUMAN, 1)[1], maxsplit=1)[0]
+
+
+def prompt_group(prompt: Prompt) -> int:
+    """64 bits of BLAKE2b of the normalised first human turn: the same in every file, run and process.
+
+    Prompts with a common first turn ("hi", or an empty one) are one group, whatever follows: that puts more pairs than
+    needed on one side, and never one dialogue on two.
+    """
+    digest = hashlib.blake2b(normalised(first_human_turn(prompt)).encode("utf-8"), digest_size=8)
+    return int.from_bytes(digest.digest(), "big")
