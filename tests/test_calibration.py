@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dpo_cli.theory.calibration import BINS, calibration_error, reliability
-from dpo_cli.theory.statistics import proportion_estimate
+from dpo_cli.theory.statistics import Clusters
 
 
 def logit(probability: float) -> float:
@@ -71,10 +71,12 @@ def test_the_edges_of_the_bins_are_tenths_and_empty_bins_are_left_out() -> None:
     assert reliability([]) == []
 
 
-def test_the_interval_of_a_bin_is_that_of_a_proportion() -> None:
-    (only,) = reliability([logit(0.75)] * 3 + [-logit(0.75)])
-    assert only.right == proportion_estimate(3, 4)
-    assert only.right.low < 0.75 < only.right.high
+def test_the_interval_of_a_bin_is_over_prompts() -> None:
+    margins = [logit(0.75)] * 3 + [-logit(0.75)]
+    (apart,), (shared,) = reliability(margins), reliability(margins, [7, 7, 8, 8])
+    assert apart.right == Clusters(range(4)).share([1, 1, 1, 0])
+    assert shared.right == Clusters([7, 7, 8, 8]).share([1, 1, 1, 0])
+    assert shared.right.low < apart.right.low < 0.75 < apart.right.high
 
 
 def test_order_does_not_matter() -> None:

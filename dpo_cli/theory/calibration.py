@@ -8,7 +8,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpo_cli.theory.statistics import Estimate, proportion_estimate
+import numpy as np
+
+from dpo_cli.theory.statistics import Clusters, Estimate
 
 BINS = 5  # of [0.5, 1]
 
@@ -23,21 +25,24 @@ class Bin:
     right: Estimate  # share of pairs whose chosen response has the higher reward; a tie is one half
 
 
-def reliability(margins: Sequence[float]) -> list[Bin]:
-    """The pairs by confidence, in bins of equal width; without empty bins and NaN margins."""
-    members: list[list[float]] = [[] for _ in range(BINS)]
-    for margin in (one for one in margins if not math.isnan(one)):
-        confidence = 1 / (1 + math.exp(-min(abs(margin), 700.0)))
-        members[min(BINS - 1, int((confidence - 0.5) * 2 * BINS))].append(margin)
-    return [_bin(index, some) for index, some in enumerate(members) if some]
+def reliability(margins: Sequence[float], prompts: Sequence[int] | None = None) -> list[Bin]:
+    """The pairs by confidence, in bins of equal width; without empty bins and NaN margins.
 
-
-def _bin(index: int, margins: list[float]) -> Bin:
-    width = 0.5 / BINS
-    right = math.fsum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins)
-    confidence = math.fsum(1 / (1 + math.exp(-min(abs(margin), 700.0))) for margin in margins) / len(margins)
-    low = 0.5 + index * width
-    return Bin(low, low + width, confidence, proportion_estimate(right, len(margins)))
+    `prompts` says which pairs share a prompt, for the intervals; without it no two do.
+    """
+    of_pairs = np.asarray(margins, dtype=float)
+    known = ~np.isnan(of_pairs)
+    of_pairs = of_pairs[known]
+    of_prompts = np.asarray(range(len(known)) if prompts is None else prompts, dtype=np.uint64)[known]
+    confidence = 1 / (1 + np.exp(-np.minimum(np.abs(of_pairs), 700.0)))
+    right = (np.sign(of_pairs) + 1) / 2
+    bins = np.minimum(BINS - 1, ((confidence - 0.5) * 2 * BINS).astype(int))
+    found = []
+    for index in np.unique(bins).tolist():
+        low, members = 0.5 + index * 0.5 / BINS, bins == index
+        share = Clusters(of_prompts[members]).share(right[members])
+        found.append(Bin(low, low + 0.5 / BINS, float(confidence[members].mean()), share))
+    return found
 
 
 def calibration_error(bins: Sequence[Bin]) -> float:

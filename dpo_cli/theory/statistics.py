@@ -1,9 +1,20 @@
-"""Confidence intervals of means and shares."""
+"""95% intervals of means and shares over pairs, of which some share a prompt.
+
+Pairs of one prompt resemble each other: eight pairs of one prompt say less than eight of eight prompts. So the prompt
+is what counts as independent, not the pair. N pairs, G prompts, N_g pairs of prompt g.
+"""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+Values = Sequence[float] | NDArray[np.float64]
+
 Z95 = 1.959963984540054  # the 97.5% quantile of the standard normal
+STUDENT = (12.706204736, 4.302652730, 3.182446305, 2.776445105)  # of Student's t with 1 to 4 degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -15,26 +26,107 @@ class Estimate:
     high: float
     n: int
 
+    def ends(self) -> list[float | None]:
+        """The interval for JSON: an end that is not known is None."""
+        return [end if math.isfinite(end) else None for end in (self.low, self.high)]
 
-def mean_estimate(values: list[float]) -> Estimate:
-    """The mean with its normal 95% interval, mean +- 1.96 s/sqrt(n); s has n-1 in the denominator."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return Estimate(mean, -math.inf, math.inf, n)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    half = Z95 * math.sqrt(variance / n)
-    return Estimate(mean, mean - half, mean + half, n)
+
+class Clusters:
+    """Which of N pairs share a prompt, and the intervals of means over them."""
+
+    def __init__(self, prompts: Sequence[int] | NDArray[np.uint64]) -> None:
+        ids, self._of = np.unique(np.asarray(prompts, dtype=np.uint64), return_inverse=True)
+        self._sizes = np.bincount(self._of, minlength=len(ids)).astype(float)  # (G,)
+
+    @property
+    def pairs(self) -> int:
+        """N."""
+        return len(self._of)
+
+    @property
+    def prompts(self) -> int:
+        """G."""
+        return len(self._sizes)
+
+    @property
+    def effective(self) -> float:
+        """N^2 / sum of N_g^2: as many prompts of equal size would say as much; G where all have equal size.
+
+        L. Kish, Survey Sampling (1965), section 11.7.
+        """
+        return self.pairs**2 / float((self._sizes**2).sum())
+
+    @property
+    def quantile(self) -> float:
+        """The 97.5% quantile of Student's t; the degrees of freedom are the effective prompts less one."""
+        return student_quantile(max(1, int(self.effective + 1e-9) - 1))
+
+    def mean(self, values: Values) -> Estimate:
+        """The mean of N values with its interval; infinitely wide where there is one prompt, NaN where a value is."""
+        mean, half = float(np.mean(values)), self.quantile * math.sqrt(self._variance(values))
+        return Estimate(mean, mean - half, mean + half, self.pairs)
+
+    def share(self, values: Values) -> Estimate:
+        """The share of N successes (1, a tie 0.5, else 0) with Wilson's interval for as many trials as the pairs count.
+
+        Trials that are independent have the variance p (1 - p) / n; the variance over prompts says which n that is,
+        never more than N. Where all pairs agree it says nothing, and the effective prompts count as trials.
+        """
+        share = float(np.mean(values))
+        if self.prompts == 1:
+            return wilson(share, 1, self.pairs, Z95)
+        variance = self._variance(values)
+        trials = 1 + share * (1 - share) / variance if variance > 0 else self.effective
+        return wilson(share, min(trials, self.pairs), self.pairs, self.quantile)
+
+    def _variance(self, values: Values) -> float:
+        """The variance of the mean by the jackknife: (G-1)/G times the sum of (mean without prompt g - mean)^2.
+
+        B. Efron, C. Stein, The jackknife estimate of variance, Annals of Statistics 9 (1981).
+        """
+        if self.prompts == 1:
+            return math.inf
+        of_pairs = np.asarray(values, dtype=float)
+        sums = np.bincount(self._of, weights=of_pairs, minlength=self.prompts)
+        with np.errstate(invalid="ignore"):  # an infinite loss: the interval is NaN, and says so
+            left_out = (sums.sum() - sums) / (self.pairs - self._sizes)
+            return float(((left_out - of_pairs.mean()) ** 2).sum()) * (self.prompts - 1) / self.prompts
+
+
+def student_quantile(freedom: int) -> float:
+    """The 97.5% quantile of Student's t: exact to 1e-9 up to 4 degrees of freedom, beyond to 0.0007.
+
+    The expansion in 1/freedom is 26.7.5 of Abramowitz and Stegun, Handbook of Mathematical Functions (1964).
+    """
+    if freedom <= len(STUDENT):
+        return STUDENT[freedom - 1]
+    z = Z95
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+
+
+def wilson(share: float, trials: float, n: int, quantile: float) -> Estimate:
+    """A share of n pairs that count as `trials` independent ones, with Wilson's interval.
+
+    E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+    Unlike mean +- z s/sqrt(n) it stays within [0, 1] and has a width above 0 when all pairs agree.
+    """
+    squared = quantile**2 / trials
+    center = (share + squared / 2) / (1 + squared)
+    half = math.sqrt(share * (1 - share) * squared + squared**2 / 4) / (1 + squared)
+    return Estimate(share, max(0.0, center - half), min(1.0, center + half), n)
+
+
+def mean_estimate(values: Values) -> Estimate:
+    """The mean of independent values with Student's interval, mean +- t s/sqrt(n)."""
+    return Clusters(range(len(values))).mean(values)
 
 
 def proportion_estimate(successes: float, n: int) -> Estimate:
-    """A share of n pairs with its 95% Wilson interval; ties may enter as half successes.
-
-    E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
-    Unlike mean +- 1.96 s/sqrt(n) it stays within [0, 1] and has a width above 0 when all pairs agree.
-    """
-    share = successes / n
-    denominator = 1 + Z95**2 / n
-    center = (share + Z95**2 / (2 * n)) / denominator
-    half = Z95 / denominator * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    return Estimate(share, max(0.0, center - half), min(1.0, center + half), n)
+    """A share of n independent pairs with its 95% Wilson interval; ties may enter as half successes."""
+    return wilson(successes / n, n, n, Z95)
