@@ -50,6 +50,10 @@ def same_run(one: Path, other: Path) -> None:
     assert [(line["step"], line["split"]) for line in lines] == [(line["step"], line["split"]) for line in others]
     for line, again in zip(lines, others, strict=True):
         assert line.keys() == again.keys()
+        intervals, same_intervals = line.pop("intervals95", {}), again.pop("intervals95", {})
+        assert intervals.keys() == same_intervals.keys()
+        for name, ends in intervals.items():
+            assert ends == pytest.approx(same_intervals[name], abs=2e-3), name
         for key in line.keys() - TIMINGS:
             assert line[key] == (pytest.approx(again[key], abs=2e-4) if isinstance(again[key], float) else again[key])
 

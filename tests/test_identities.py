@@ -1,5 +1,6 @@
 """Identities of DPO on a model, each with its arithmetic; docs/correctness.md says where the others stand."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ def test_the_gradient_is_the_formula_of_the_paper() -> None:
     ratios = LogRatios.between(pair_logps(policy, batch), pairs_of(reference, batch))
     got = torch.autograd.grad(sigmoid(ratios, BETA).sum(), weights)
     expected = [torch.zeros_like(weight) for weight in weights]
-    pull = gradient_weight(ratios, BETA).detach()
+    pull = gradient_weight(partial(sigmoid, beta=BETA), ratios)
     assert float((pull - 0.5).abs().max()) > 1e-3  # the policy has moved
     for place, pair in enumerate(PAIRS):
         logps = pair_logps(policy, make_micro_batch([pair], CPU, Layout.PACKED_SEGMENTS))

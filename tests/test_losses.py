@@ -1,6 +1,7 @@
 """The loss is a pure function of log-ratios: golden numbers, its gradient, its symmetries and limits."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -73,7 +74,30 @@ def test_implicit_rewards_are_beta_times_the_log_ratios() -> None:
 
 def test_gradient_weight_is_half_before_the_policy_has_moved_and_falls_as_pairs_are_learned() -> None:
     expected = [1 / (1 + math.exp(u)) for u in (0, 1, 2)]
-    assert gradient_weight(GOLDEN, BETA).tolist() == pytest.approx(expected, abs=1e-6)
+    assert gradient_weight(partial(sigmoid, beta=BETA), GOLDEN).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+# Of the pairs of GOLDEN, b d = 0, 1, 2, by hand: |dL/dc| + |dL/dr| over twice its value at 0.
+WEIGHTS = {
+    "hinge": [0.5, 0.0, 0.0],  # nothing once b d is 1; at 1 autograd takes the slope of the learned side
+    "ipo_sum": [0.5, 0.5, 1.5],  # |d - 5| / 10 with d = 0, 10, 20
+    # |b c - 1/2| + |b r + 1/2| over 2, with b c = 0, 0.01, -0.09 and b r = 0, -0.99, -2.09
+    "sppo_hard": [0.5, 0.49, 1.09],
+}
+
+
+@pytest.mark.parametrize("name", sorted(WEIGHTS))
+def test_each_loss_has_its_own_gradient_weight(name: str) -> None:
+    assert gradient_weight(partial(LOSSES[name], beta=BETA), GOLDEN).tolist() == pytest.approx(WEIGHTS[name], abs=1e-6)
+
+
+def test_the_gradient_weight_of_every_loss_is_half_at_the_start_and_leaves_no_gradient_behind() -> None:
+    start = LogRatios(torch.zeros(3), torch.zeros(3), GOLDEN.chosen_tokens, GOLDEN.rejected_tokens)
+    for name, dials, _ in FAMILY:
+        loss = make_loss(name, BETA, **dials).loss
+        with torch.no_grad():
+            weights = gradient_weight(loss, start)
+        assert weights.tolist() == [0.5, 0.5, 0.5] and not weights.requires_grad
 
 
 @given(st.floats(-50, 50), st.floats(0.01, 2))

@@ -17,7 +17,7 @@ from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
 from dpo_cli.evaluation.page import page
 from dpo_cli.evaluation.report import calibration_facts, write_report
-from dpo_cli.evaluation.scores import Scorer, score_pairs, summarize, windows
+from dpo_cli.evaluation.scores import Scorer, prompts_of, score_pairs, summarize, windows
 from dpo_cli.generation.generate import greedy_completions
 from dpo_cli.models.dtype import Decision, choose_device
 from dpo_cli.models.loading import (
@@ -52,7 +52,7 @@ from dpo_cli.runs.model_ref import (
 )
 from dpo_cli.signals import StopSignals
 from dpo_cli.theory.calibration import Bin, calibration_error, reliability
-from dpo_cli.theory.statistics import Estimate
+from dpo_cli.theory.statistics import Clusters, Estimate
 
 REPORTS = (("report", "report.json"), ("pairs", "pairs.jsonl"), ("page", "report.html"))
 
@@ -91,9 +91,10 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         scores = score_pairs(scorer, data.held_out, signals.poll, reporter.advance)
         reporter.stop()
         seconds = time.monotonic() - started
-        estimates = summarize(scores, objective)
+        prompts = prompts_of(data.held_out)
+        estimates = summarize(scores, objective, prompts)
         margins = (objective.beta * scores.ratios.margin).tolist()
-        bins = reliability(margins) if objective.is_calibrated else []
+        bins = reliability(margins, [pair.group for pair in data.held_out]) if objective.is_calibrated else []
         held_out_by_run = config.data is None and not overrides
         folder = _folder(config, ref, "held-out" if held_out_by_run else data.held_out_report.source)
         facts = {
@@ -105,11 +106,15 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
             "device": str(device.value),
             "dtype": str(dtype.value).removeprefix("torch."),
             "layout": layout.value,
+            "prompts": prompts.prompts,
+            "prompts_effective": prompts.effective,
             "pairs_per_second": len(data.held_out) / seconds,
             "seconds": seconds,
             **({"calibration": calibration_facts(bins)} if bins else {}),
         }
         _show_estimates(reporter, estimates)
+        reporter.say(describe_clusters(prompts))
+        reporter.say()
         _show_calibration(reporter, bins)
         answers: list[list[str]] = []
         if config.samples:
@@ -118,7 +123,8 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         labelled = [(label, estimates[name]) for label, name in SHOWN if name in estimates]
         title = f"{Path(ref.weights).name} on {data.held_out_report.source}"
         shown = {name: facts[name] for name in ("checkpoint", "reference", "beta", "loss_name", "device", "dtype")}
-        sentences = {"data": "\n".join(data.held_out_report.sentences(options.max_length))}
+        said = [*data.held_out_report.sentences(options.max_length), describe_clusters(prompts)]
+        sentences = {"data": "\n".join(said)}
         html = page(title, {**shown, **sentences}, labelled, margins, answers)
         write_report(folder, facts, estimates, data.held_out, scores, objective, html)
     reporter.facts([(name, str(folder / file)) for name, file in REPORTS])
@@ -256,12 +262,13 @@ SHOWN = (
     ("accuracy", "rewards/accuracies"),
     ("margin", "rewards/margins"),
     ("loss", "loss"),
+    ("loss, lower than at the start by", "loss/improvement"),
     ("reward of chosen", "rewards/chosen"),
     ("reward of rejected", "rewards/rejected"),
     ("log-prob change a token, chosen", "logps_change_per_token/chosen"),
     ("log-prob change a token, rejected", "logps_change_per_token/rejected"),
-    ("accuracy without reference, policy", "accuracy_without_reference/policy"),
-    ("accuracy without reference, reference", "accuracy_without_reference/reference"),
+    ("raw log-prob of chosen is higher, policy", "accuracy_without_reference/policy"),
+    ("raw log-prob of chosen is higher, reference", "accuracy_without_reference/reference"),
 )
 
 
@@ -274,7 +281,18 @@ def _show_estimates(reporter: Reporter, estimates: dict[str, Estimate]) -> None:
         interval = f"{significant(estimate.low)} to {significant(estimate.high)}"
         rows.append([label, significant(estimate.mean), interval])
     reporter.grid(["metric", "mean", "95% interval"], rows)
-    reporter.say()
+
+
+def describe_clusters(prompts: Clusters) -> str:
+    """What the intervals count as independent."""
+    pairs, number = plural(prompts.pairs, "pair"), plural(prompts.prompts, "prompt")
+    if prompts.prompts == prompts.pairs:
+        return f"{pairs}, each of a prompt of its own"
+    if prompts.prompts == 1:
+        return f"{pairs} of {number}: too little for an interval"
+    return (
+        f"{pairs} of {number}; the intervals take prompts as independent, not pairs (effective {prompts.effective:.1f})"
+    )
 
 
 def _show_calibration(reporter: Reporter, bins: list[Bin]) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 
 from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.console.text import safe_text, significant
-from dpo_cli.theory.statistics import proportion_estimate
+from dpo_cli.console.text import plural, safe_text, significant
 
 STOPPED = (75, 130)  # exit codes of a user who wants no further run
 
@@ -164,12 +163,11 @@ def notes(whole: Sequence[Result], best: Sequence[Result]) -> list[str]:
     if not best:
         return ["no run has held-out numbers to compare"]
     said = [f"* has the highest held-out accuracy{', shared' if len(best) > 1 else ''}"]
-    data = best[0].manifest.get("data")
-    held_out = data.get("held_out") if isinstance(data, dict) else None
-    pairs = held_out.get("kept") if isinstance(held_out, dict) else None
-    if isinstance(pairs, int) and pairs > 0 and best[0].accuracy is not None:
-        interval = proportion_estimate(best[0].accuracy * pairs, pairs)
-        said[0] += f"; on {pairs:,} pairs its 95% interval is {interval.low:.2g} to {interval.high:.2g}"
+    low, high = best[0].evaluation.get("intervals95", {}).get("rewards/accuracies", (None, None))
+    if low is not None and high is not None:
+        said[0] += (
+            f"; its 95% interval is {low:.2g} to {high:.2g}, over {plural(best[0].evaluation['prompts'], 'prompt')}"
+        )
     if not _comparable_loss(whole):
         said.append("loss is comparable only between runs of the same loss and beta")
     if len({result.job.config.beta for result in whole}) > 1:

@@ -33,9 +33,7 @@ def write_report(
         **facts,
         "pairs": len(pairs),
         **{name: estimate.mean for name, estimate in sorted(estimates.items())},
-        "intervals95": {
-            name: [estimate.low, estimate.high] for name, estimate in sorted(estimates.items()) if len(pairs) > 1
-        },
+        "intervals95": {name: estimate.ends() for name, estimate in sorted(estimates.items()) if len(pairs) > 1},
     }
     rewards_chosen, rewards_rejected = implicit_rewards(scores.ratios, objective.beta)
     policy, reference = scores.policy.pairs(), scores.reference.pairs()

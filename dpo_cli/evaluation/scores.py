@@ -16,7 +16,7 @@ from dpo_cli.models.memory import each_micro_batch
 from dpo_cli.models.reference import Reference
 from dpo_cli.objectives.objective import Objective
 from dpo_cli.theory.losses import LogRatios, ResponseScores
-from dpo_cli.theory.statistics import Estimate, mean_estimate, proportion_estimate
+from dpo_cli.theory.statistics import Clusters, Estimate
 
 WINDOW = 64  # pairs that micro-batches of like size are split from
 
@@ -85,22 +85,27 @@ def score_pairs(
     return ScoredPairs(ResponseScores(of_policy, tokens, units), ResponseScores(of_reference, tokens, units))
 
 
-def summarize(scores: ScoredPairs, objective: Objective) -> dict[str, Estimate]:
-    """Every metric of the training log over the scored pairs, each with its 95% interval.
+def summarize(scores: ScoredPairs, objective: Objective, prompts: Clusters) -> dict[str, Estimate]:
+    """Every metric of the training log over the scored pairs, each with its 95% interval over their prompts.
 
-    Of log-probs besides: their change since the reference, in nats a token, and how often each model finds the chosen
+    `loss/improvement` is by how much the loss is lower than at the start, where the policy was the reference. Of
+    log-probs besides: their change since the reference, in nats a token, and how often each model finds the chosen
     response likelier than the rejected one (`accuracy_without_reference`).
     """
     metrics = objective(scores.policy, scores.reference).metrics
-    ratios, n = scores.ratios, len(scores.policy.units)
+    metrics["loss/improvement"] = objective(scores.reference, scores.reference).losses - metrics["loss"]
+    shares = {"rewards/accuracies": metrics.pop("rewards/accuracies")}
     if objective.scores_are_logps:
+        ratios = scores.ratios
         metrics["logps_change_per_token/chosen"] = ratios.chosen / ratios.chosen_tokens
         metrics["logps_change_per_token/rejected"] = ratios.rejected / ratios.rejected_tokens
-    shares = {"rewards/accuracies": float(metrics.pop("rewards/accuracies").double().sum())}
-    if objective.scores_are_logps:
         for who, logps in (("policy", scores.policy.pairs()), ("reference", scores.reference.pairs())):
             difference = logps.chosen - logps.rejected
-            wins = float((difference > 0).double().sum() + 0.5 * (difference == 0).double().sum())
-            shares[f"accuracy_without_reference/{who}"] = wins
-    estimates = {name: mean_estimate(values.double().tolist()) for name, values in metrics.items()}
-    return estimates | {name: proportion_estimate(wins, n) for name, wins in shares.items()}
+            shares[f"accuracy_without_reference/{who}"] = (difference.sign() + 1) / 2
+    means = {name: prompts.mean(values.double().numpy()) for name, values in metrics.items()}
+    return means | {name: prompts.share(wins.double().numpy()) for name, wins in shares.items()}
+
+
+def prompts_of(pairs: list[TokenizedPair]) -> Clusters:
+    """Which pairs share a prompt: what counts as independent."""
+    return Clusters([pair.group for pair in pairs])

@@ -1,7 +1,8 @@
 """Alarms: what the monitor says during training, each with its reason and what usually helps.
 
 The rules are a table for each objective. A rule reads only the `Drift` of the last units, which training has computed
-anyway.
+anyway. Of changes in nats a rule asks for both, a token and a response: a response of eight tokens may move by a nat a
+token at an ordinary margin, and one of a thousand tokens by many nats in all.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,10 @@ from dataclasses import dataclass
 from dpo_cli.objectives.drift import Drift
 
 ENOUGH = 32  # units before an alarm may sound: a single batch proves nothing
+FALLEN = (0.3, 20.0)  # nats a token and a response by which chosen responses fall in a model that is being ruined
+FAR = (0.25, 40.0)  # KL estimate a token, and nats a response, beyond which answers tend to break
+LOWERS_CHOSEN = ("apo_down",)  # the loss is there to lower chosen responses too
+LENGTH = (0.8, 0.9)  # correlation of margin and length gap, and share of pairs with the longer response chosen
 
 
 @dataclass(frozen=True)
@@ -28,17 +33,35 @@ class AlarmRule:
     holds: Callable[[Drift], bool]
     says: Callable[[Drift], str]
     ruins: bool = False  # whether monitor=stop ends the run for it
+    not_for: tuple[str, ...] = ()  # losses that do this when all is well
 
 
-def _follows_length(drift: Drift) -> bool:
-    return abs(drift.margin_length_correlation) > 0.8 and drift.pairs >= 2 * ENOUGH
+def fallen(chosen_per_token: float, chosen_nats: float) -> bool:
+    """Whether chosen responses have lost as much as in a model that is being ruined."""
+    return chosen_per_token < -FALLEN[0] and chosen_nats < -FALLEN[1]
+
+
+def of_length(correlation: float, chosen_longer: float, pairs: float) -> str | None:
+    """Why a length may be all that is learned, or None."""
+    if pairs < 2 * ENOUGH:
+        return None
+    if max(chosen_longer, 1 - chosen_longer) > LENGTH[1]:
+        which, share = ("longer", chosen_longer) if chosen_longer > 0.5 else ("shorter", 1 - chosen_longer)
+        return f"the {which} response is the chosen one in {100 * share:.0f}% of the pairs"
+    if abs(correlation) > LENGTH[0]:
+        return f"the margin follows the length gap (correlation {correlation:+.2f})"
+    return None
+
+
+def _of_length(drift: Drift) -> str | None:
+    return of_length(drift.margin_length_correlation, drift.chosen_longer, drift.pairs)
 
 
 _SATURATED = AlarmRule(
     "saturated",
     lambda d: d.saturated > 0.9,
     lambda d: (
-        f"{100 * d.saturated:.0f}% of the pairs have a gradient weight under 0.01: "
+        f"{100 * d.saturated:.0f}% of the pairs pull less than a fiftieth as hard as at the start: "
         "more steps teach almost nothing; this run could have stopped here"
     ),
 )
@@ -46,52 +69,50 @@ _SATURATED = AlarmRule(
 _PREFERENCE = (
     AlarmRule(
         "displacement",
-        lambda d: d.chosen_per_token < -0.3 and d.margin > 0,
+        lambda d: fallen(d.chosen_per_token, d.chosen_nats) and d.margin > 0,
         lambda d: (
             f"chosen fell {-d.chosen_nats:.0f} nats a response ({-d.chosen_per_token:.2f} a token) while the margin "
             "grows: likelihood displacement; a smaller optimizer.lr or loss.sft_weight=0.1 usually stops it"
         ),
         ruins=True,
+        not_for=LOWERS_CHOSEN,
     ),
     AlarmRule(
         "crossed",
-        lambda d: d.chosen_per_token < -0.02 and d.rejected_per_token > 0.02,
+        lambda d: min(-d.chosen_per_token, d.rejected_per_token) > 0.02 and min(-d.chosen_nats, d.rejected_nats) > 1,
         lambda d: (
-            f"chosen falls ({d.chosen_per_token:.2f} nats a token) and rejected rises ({d.rejected_per_token:+.2f}): "
+            f"chosen falls ({d.chosen_nats:.1f} nats a response) and rejected rises ({d.rejected_nats:+.1f}): "
             "the policy moves the wrong way; are data.columns.chosen and data.columns.rejected swapped?"
         ),
         ruins=True,
     ),
     AlarmRule(
         "far",
-        lambda d: d.kl_per_token > 0.25,
+        lambda d: d.kl_per_token > FAR[0] and d.moved_nats > FAR[1],
         lambda d: (
-            f"the policy is {d.kl_per_token:.2f} nats a token from the reference (KL estimate): answers tend to break "
-            "here; a larger beta or a smaller optimizer.lr keeps it closer"
+            f"the policy is {d.kl_per_token:.2f} nats a token from the reference (KL estimate), responses moved by "
+            f"{d.moved_nats:.0f} nats: answers tend to break here; a larger beta or a smaller optimizer.lr keeps it "
+            "closer"
         ),
         ruins=True,
     ),
     AlarmRule(
         "length",
-        _follows_length,
+        lambda d: _of_length(d) is not None,
         lambda d: (
-            f"the margin follows the length gap (correlation {d.margin_length_correlation:+.2f}): the policy may learn "
-            f"to be {'longer' if d.margin_length_correlation > 0 else 'shorter'} and little else; compare "
-            "loss=sigmoid_norm beta=2, or balance the lengths of the pairs"
+            f"{_of_length(d)}: the policy may learn a length and little else; compare loss=sigmoid_norm beta=2, or "
+            "balance the lengths of the pairs"
         ),
     ),
+    _SATURATED,
 )
 
 # Of a reward model: its rewards are not log-probs, so no alarm speaks of nats or of the reference.
 REWARD_ALARMS = (
     AlarmRule(
         "length",
-        _follows_length,
-        lambda d: (
-            f"the margin follows the length gap (correlation {d.margin_length_correlation:+.2f}): the reward may be "
-            f"for {'longer' if d.margin_length_correlation > 0 else 'shorter'} answers and little else; balance the "
-            "lengths of the pairs"
-        ),
+        lambda d: _of_length(d) is not None,
+        lambda d: f"{_of_length(d)}: the reward may be for a length and little else; balance the lengths of the pairs",
     ),
     _SATURATED,
 )
@@ -99,5 +120,4 @@ REWARD_ALARMS = (
 
 def preference_alarms(loss: str) -> tuple[AlarmRule, ...]:
     """The alarms that hold for a preference loss."""
-    # Gradient weights are those of DPO: with another loss a small one means nothing.
-    return (*_PREFERENCE, _SATURATED) if loss == "sigmoid" else _PREFERENCE
+    return tuple(rule for rule in _PREFERENCE if loss not in rule.not_for)

@@ -2,19 +2,21 @@
 
 The rules are a table that belongs to the objective. Each looks at the history alone and, where it holds, gives a reason
 with its numbers and the next experiment. One red finding makes the run red, one yellow makes it yellow; none makes it
-green.
+green. Green claims that the held-out loss is lower than at the start, beyond its 95% interval, by a size that matters.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dpo_cli.console.text import plural, significant
+from dpo_cli.objectives.alarms import LOWERS_CHOSEN, fallen, of_length
 from dpo_cli.theory.statistics import Estimate, proportion_estimate
 
 MOVED = 0.02  # nats a token by which a response must change before a policy reads as moved
-FAR = 0.3  # nats a token by which the chosen response may fall before the model reads as damaged
+MATTERS = (0.1, 1.0)  # margin, or margin/beta in nats: a change of either size can be seen in answers
+ACCURACY, MARGIN, IMPROVEMENT = "rewards/accuracies", "rewards/margins", "loss/improvement"
+WITH_INTERVALS = (ACCURACY, MARGIN, IMPROVEMENT)  # of a held-out line of metrics.jsonl, under `intervals95`
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,18 @@ class History:
     start_loss: float  # before the first update: ln 2 for DPO, something else for most other losses
 
     @classmethod
-    def of(cls, records: list[dict[str, Any]], held_out_pairs: int, lr: float, beta: float) -> "History":
-        """From the lines of metrics.jsonl, the one of step 0 first."""
-        of_training = [record for record in records if record["split"] == "train"]
-        train = [record for record in of_training if record["step"] > 0]
+    def of(
+        cls, records: list[dict[str, Any]], held_out_pairs: int, lr: float, beta: float, start_loss: float
+    ) -> "History":
+        """From the lines of metrics.jsonl; `start_loss` is the formula's, for a run whose step 0 was not logged."""
+        train = [record for record in records if record["split"] == "train"]
         held_out = [record for record in records if record["split"] == "eval"]
-        start_loss = float(of_training[0]["loss"]) if of_training else math.log(2)
-        return cls(train, held_out, held_out_pairs, lr, beta, start_loss)
+        if held_out and IMPROVEMENT in held_out[0]:  # on the pairs that the end is compared on
+            start_loss = float(held_out[0]["loss"]) + float(held_out[0][IMPROVEMENT])
+        elif train and train[0]["step"] == 0:
+            start_loss = float(train[0]["loss"])
+        after_start = [record for record in train if record["step"] > 0]
+        return cls(after_start, held_out, held_out_pairs, lr, beta, start_loss)
 
     def late(self, key: str) -> float:
         """The mean of a train metric over the last quarter of the logged steps."""
@@ -52,21 +59,57 @@ class History:
         """Whether held-out pairs were scored."""
         return bool(self.held_out) and self.held_out_pairs > 0
 
+    def at_end(self, name: str) -> Estimate:
+        """A held-out metric at the end with its 95% interval; a line of an older version has none but of accuracy."""
+        record, n = self.held_out[-1], self.held_out_pairs
+        mean = float(record.get(name, 0.0))
+        low, high = record.get("intervals95", {}).get(name, (None, None))
+        if low is not None and high is not None:
+            return Estimate(mean, float(low), float(high), n)
+        return proportion_estimate(mean * n, n) if name == ACCURACY else Estimate(mean, -float("inf"), float("inf"), n)
+
     @property
-    def accuracy(self) -> Estimate:
-        """Held-out accuracy at the end with its 95% interval."""
-        share = float(self.held_out[-1]["rewards/accuracies"])
-        return proportion_estimate(share * self.held_out_pairs, self.held_out_pairs)
+    def better(self) -> bool:
+        """Whether the held-out loss is lower than at the start and the margin above 0, beyond their intervals."""
+        return self.evaluated and self.at_end(IMPROVEMENT).low > 0 and self.at_end(MARGIN).low > 0
+
+    @property
+    def worse(self) -> bool:
+        """Whether the held-out loss is higher than at the start, beyond its interval."""
+        return self.evaluated and self.at_end(IMPROVEMENT).high < 0
 
     @property
     def margin(self) -> float:
         """Held-out margin at the end; the late train margin where nothing is held out."""
-        return float(self.held_out[-1]["rewards/margins"]) if self.evaluated else self.late("rewards/margins")
+        return float(self.held_out[-1][MARGIN]) if self.evaluated else self.late(MARGIN)
 
     @property
-    def moved(self) -> float:
-        """The larger change of a response's log-prob since the start, in nats a token."""
-        return max(abs(self.last("drift/chosen_per_token")), abs(self.last("drift/rejected_per_token")))
+    def matters(self) -> bool:
+        """Whether the margin has a size that can be seen in answers; with a small beta it is small in every run."""
+        return self.margin >= MATTERS[0] or self.margin / self.beta >= MATTERS[1]
+
+    @property
+    def moved(self) -> float | None:
+        """The larger change of a response's log-prob since the start, in nats a token; None of a reward model."""
+        last, sides = self.train[-1], ("drift/chosen_per_token", "drift/rejected_per_token")
+        return max(abs(float(last[side])) for side in sides) if all(side in last for side in sides) else None
+
+    @property
+    def in_nats(self) -> bool:
+        """Whether scores are log-probs: then beta scales margins, and a response can move."""
+        return self.moved is not None
+
+    @property
+    def still(self) -> bool:
+        """Whether no response has moved: what has not moved has memorised nothing either."""
+        return self.moved is not None and self.moved < MOVED
+
+    @property
+    def held_out_words(self) -> str:
+        """How many pairs the end was compared on; of how many prompts, where some share one."""
+        prompts = int(self.held_out[-1].get("prompts", self.held_out_pairs))
+        of_prompts = f" of {plural(prompts, 'prompt')}" if prompts < self.held_out_pairs else ""
+        return plural(self.held_out_pairs, "held-out pair") + of_prompts
 
 
 @dataclass(frozen=True)
@@ -105,167 +148,202 @@ class FindingRule:
     holds: Callable[[History], bool]
     reason: Callable[[History], str]
     next_step: Callable[[History], str]
+    not_for: tuple[str, ...] = ()  # losses that do this when all is well
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f}%"
 
 
+def _range(estimate: Estimate) -> str:
+    return f"{significant(estimate.low, 2)} to {significant(estimate.high, 2)}"
+
+
 def _wrong_way(h: History) -> bool:
-    return h.evaluated and h.accuracy.high < 0.5
+    return h.evaluated and h.at_end(ACCURACY).high < 0.5
 
 
-def _lr_too_high(h: History) -> bool:
-    fell = h.last("drift/chosen_per_token") < -FAR
-    worse = h.evaluated and float(h.held_out[-1]["loss"]) > 1.5 * h.start_loss
+def _exploded(h: History) -> bool:
+    worse = h.worse and float(h.held_out[-1]["loss"]) > 1.5 * h.start_loss
     spiked = len(h.train) > 8 and max(float(r["loss"]) for r in h.train[4:]) > 3 * h.start_loss
-    return fell or worse or spiked
+    return worse or spiked
 
 
-def _not_learning(h: History) -> bool:
-    small = abs(h.margin) < 0.05
-    at_chance = not h.evaluated or h.accuracy.low < 0.5 < h.accuracy.high
-    return small and at_chance and not _wrong_way(h)
+def _nothing_learned(h: History) -> bool:
+    """No held-out improvement, and no margin; without held-out pairs training pairs in no order."""
+    if h.evaluated:
+        return not (h.better or h.worse or h.matters or _wrong_way(h))
+    return not h.matters and h.late(ACCURACY) < 0.6
 
 
 def _overfit(h: History) -> bool:
-    if not h.evaluated:
+    if not h.evaluated or h.still:
         return False
-    gap = h.late("rewards/accuracies") - h.accuracy.mean
-    return gap > 0.15 and h.late("rewards/accuracies") > h.accuracy.high
+    accuracy = h.at_end(ACCURACY)
+    return h.late(ACCURACY) - accuracy.mean > 0.15 and h.late(ACCURACY) > accuracy.high
 
 
 def _separable(h: History) -> bool:
-    early = [float(record["rewards/accuracies"]) for record in h.train[: max(1, len(h.train) // 2)]]
+    early = [float(record[ACCURACY]) for record in h.train[: max(1, len(h.train) // 2)]]
     tail = early[len(early) // 2 :]
-    return h.evaluated and h.accuracy.mean > 0.98 and sum(tail) / len(tail) > 0.95 and len(h.train) >= 8
+    return h.evaluated and h.at_end(ACCURACY).mean > 0.98 and sum(tail) / len(tail) > 0.95 and len(h.train) >= 8
 
 
-def finding_rules(in_nats: bool, loss: str = "sigmoid") -> tuple[FindingRule, ...]:
-    """The rules for scores that are log-probs (`in_nats`), whose changes are drift, or rewards; and for a loss."""
-
-    def overfit(h: History) -> bool:
-        hardly_moved = in_nats and h.moved < MOVED  # a policy that has not moved has not memorised anything
-        return not hardly_moved and _overfit(h)
-
-    return (
-        FindingRule(
-            "skipped_updates",
-            "red",
-            lambda h: bool(h.train) and 10 * float(h.train[-1].get("skipped_steps", 0)) > float(h.train[-1]["step"]),
-            lambda h: f"{h.train[-1]['skipped_steps']} of {h.train[-1]['step']} updates were left out as not finite",
-            lambda h: f"optimizer.lr={significant(h.lr / 10)}, or model.dtype=float32",
-        ),
-        FindingRule(
-            "wrong_way",
-            "red",
-            _wrong_way,
-            lambda h: (
-                f"held-out accuracy is {_percent(h.accuracy.mean)}, below one half beyond chance: the policy prefers "
-                "the rejected responses"
-            ),
-            lambda h: (
-                "look whether the columns chosen and rejected are swapped (data.columns.chosen, data.columns.rejected)"
-            ),
-        ),
-        FindingRule(
-            "lr_too_high",
-            "red",
-            _lr_too_high,
-            lambda h: (
-                f"the learning rate {h.lr:g} looks too high: "
-                + (
-                    f"chosen responses changed by {h.last('drift/chosen_per_token'):+.2f} nats a token since the "
-                    "start, "
-                    if in_nats
-                    else ""
-                )
-                + f"the worst loss was {max(float(r['loss']) for r in h.train):.2f}"
-                + ("; the model's own answers are likely damaged" if in_nats else "")
-            ),
-            lambda h: (
-                f"optimizer.lr={h.lr / 10:g}"
-                + ("; read answers with dpo-eval samples=5 before trusting the accuracy" if in_nats else "")
-            ),
-        ),
-        FindingRule(
-            "not_learning",
-            "yellow",
-            lambda h: _not_learning(h) and h.moved < MOVED and not overfit(h),
-            lambda h: (
-                f"nothing was learned: the margin is {h.margin:.3g}"
-                + (
-                    f" and no response moved by more than {h.moved:.3f} nats a token, so the weights hardly moved"
-                    if in_nats
-                    else ""
-                )
-            ),
-            lambda h: f"optimizer.lr={5 * h.lr:g}, or more steps",
-        ),
-        FindingRule(
-            "not_separating",
-            "yellow",
-            lambda h: _not_learning(h) and h.moved >= MOVED and not overfit(h),
-            lambda h: (
-                f"nothing was learned: responses moved by {h.moved:.2f} nats a token, yet chosen and rejected alike "
-                f"(margin {h.margin:.3g}); the labels look random to this model"
-            ),
-            lambda h: "read twenty pairs and judge them yourself; then more pairs or a larger model",
-        ),
-        FindingRule(
-            "overfit",
-            "yellow",
-            overfit,
-            lambda h: (
-                f"accuracy is {_percent(h.late('rewards/accuracies'))} on training pairs and "
-                f"{_percent(h.accuracy.mean)} on held-out ones: the model has memorised the pairs"
-            ),
-            lambda h: "fewer epochs, " + (f"or beta={2 * h.beta:g}, " if in_nats else "") + "or more pairs",
-        ),
-        FindingRule(
-            "chance",
-            "yellow",
-            lambda h: (
-                h.evaluated and h.accuracy.low <= 0.5 <= h.accuracy.high and not _not_learning(h) and not overfit(h)
-            ),
-            lambda h: f"{plural(h.held_out_pairs, 'held-out pair')} cannot tell this accuracy from a coin's",
-            lambda h: "more held-out pairs (data.eval, data.eval_fraction), before anything is believed",
-        ),
-        FindingRule(
-            "separable",
-            "yellow",
-            _separable,
-            lambda h: (
-                f"held-out accuracy is {_percent(h.accuracy.mean)} and training was nearly there in its first half: "
-                "something easy, such as length or a stock phrase, gives the label away"
-            ),
-            lambda h: "look at the pairs for what always differs; a harder set says more about the model",
-        ),
-        FindingRule(
-            "length_driven",
-            "yellow",
-            lambda h: abs(h.last("drift/margin_length_correlation")) > 0.8 and h.last("drift/pairs") >= 64,
-            lambda h: (
-                f"the margin follows the length gap (correlation {h.last('drift/margin_length_correlation'):+.2f}): "
-                "the model may have learned a length, not a preference"
-            ),
-            lambda h: (
-                "loss=sigmoid_norm beta=2 on the same pairs, and compare the lengths of generated answers"
-                if in_nats
-                else "balance the lengths of the pairs"
-            ),
-        ),
-        FindingRule(
-            "saturated",
-            "yellow",
-            lambda h: loss == "sigmoid" and h.last("drift/saturated") > 0.5,
-            lambda h: (
-                f"{_percent(h.last('drift/saturated'))} of the last pairs had a gradient weight under 0.01: "
-                "the later steps taught nothing"
-            ),
-            lambda h: "fewer steps reach the same; harder pairs would teach more",
-        ),
+def _of_length(h: History) -> str | None:
+    return of_length(
+        h.last("drift/margin_length_correlation"), h.train[-1].get("drift/chosen_longer", 0.5), h.last("drift/pairs")
     )
+
+
+def _next_of_size(h: History) -> str:
+    return f"optimizer.lr={5 * h.lr:g}, or more steps"
+
+
+_RULES = (
+    FindingRule(
+        "skipped_updates",
+        "red",
+        lambda h: 10 * h.last("skipped_steps") > h.last("step"),
+        lambda h: f"{h.train[-1]['skipped_steps']} of {h.train[-1]['step']} updates were left out as not finite",
+        lambda h: f"optimizer.lr={significant(h.lr / 10)}, or model.dtype=float32",
+    ),
+    FindingRule(
+        "wrong_way",
+        "red",
+        _wrong_way,
+        lambda h: (
+            f"held-out accuracy is {_percent(h.at_end(ACCURACY).mean)}, below one half beyond chance: the policy "
+            "prefers the rejected responses"
+        ),
+        lambda h: (
+            "look whether the columns chosen and rejected are swapped (data.columns.chosen, data.columns.rejected)"
+        ),
+    ),
+    FindingRule(
+        "damaged",
+        "red",
+        lambda h: fallen(h.last("drift/chosen_per_token"), h.last("drift/chosen_per_response")),
+        lambda h: (
+            f"chosen responses lost {-h.last('drift/chosen_per_response'):.0f} nats each "
+            f"({-h.last('drift/chosen_per_token'):.2f} a token) since the start: the model's own answers are likely "
+            "damaged"
+        ),
+        lambda h: f"optimizer.lr={h.lr / 10:g}; read answers with dpo-eval samples=5 before trusting the accuracy",
+        not_for=LOWERS_CHOSEN,
+    ),
+    FindingRule(
+        "lr_too_high",
+        "red",
+        _exploded,
+        lambda h: (
+            f"the learning rate {h.lr:g} looks too high: the loss was {significant(h.start_loss)} at the start, "
+            f"{max(float(r['loss']) for r in h.train):.2f} at its worst"
+            + (f", and is {significant(float(h.held_out[-1]['loss']))} on held-out pairs" if h.evaluated else "")
+        ),
+        lambda h: f"optimizer.lr={h.lr / 10:g}",
+    ),
+    FindingRule(
+        "worse",
+        "yellow",
+        lambda h: h.worse and not _wrong_way(h) and not _exploded(h) and not _overfit(h),
+        lambda h: (
+            f"the held-out loss is higher than at the start by {significant(-h.at_end(IMPROVEMENT).mean)}: what was "
+            "learned of the training pairs does not hold for others"
+        ),
+        lambda h: "read twenty pairs and judge them yourself; fewer epochs, or more pairs",
+    ),
+    FindingRule(
+        "too_small",
+        "yellow",
+        lambda h: h.better and not h.matters and not _wrong_way(h),
+        lambda h: (
+            f"the direction is right, the step too small: margin {significant(h.margin)}"
+            + (
+                f", {significant(h.margin / h.beta)} nats a response; responses moved by {h.moved:.3f} nats a token"
+                if h.moved is not None
+                else ""
+            )
+        ),
+        _next_of_size,
+    ),
+    FindingRule(
+        "not_learning",
+        "yellow",
+        lambda h: _nothing_learned(h) and (h.still or not h.in_nats) and not _overfit(h),
+        lambda h: (
+            f"nothing was learned: the margin is {significant(h.margin)}"
+            + (f", and no response moved by more than {h.moved:.3f} nats a token" if h.moved is not None else "")
+        ),
+        _next_of_size,
+    ),
+    FindingRule(
+        "not_separating",
+        "yellow",
+        lambda h: _nothing_learned(h) and h.in_nats and not h.still and not _overfit(h),
+        lambda h: (
+            f"nothing was learned: responses moved by {h.moved:.2f} nats a token, yet chosen and rejected alike "
+            f"(margin {significant(h.margin)}, {significant(h.margin / h.beta)} nats a response); the labels look "
+            "random to this model"
+        ),
+        lambda h: "read twenty pairs and judge them yourself; then more pairs or a larger model",
+    ),
+    FindingRule(
+        "overfit",
+        "yellow",
+        _overfit,
+        lambda h: (
+            f"accuracy is {_percent(h.late(ACCURACY))} on training pairs and {_percent(h.at_end(ACCURACY).mean)} on "
+            "held-out ones: the model has memorised the pairs"
+        ),
+        lambda h: "fewer epochs, " + (f"or beta={2 * h.beta:g}, " if h.in_nats else "") + "or more pairs",
+    ),
+    FindingRule(
+        "chance",
+        "yellow",
+        lambda h: h.evaluated and not (h.better or h.worse or _wrong_way(h) or _nothing_learned(h) or _overfit(h)),
+        lambda h: (
+            f"{h.held_out_words} cannot tell this from no change: accuracy {_range(h.at_end(ACCURACY))}, loss lower by "
+            f"{_range(h.at_end(IMPROVEMENT))}"
+        ),
+        lambda h: "more held-out pairs (data.eval, data.eval_fraction), before anything is believed",
+    ),
+    FindingRule(
+        "separable",
+        "yellow",
+        _separable,
+        lambda h: (
+            f"held-out accuracy is {_percent(h.at_end(ACCURACY).mean)} and training was nearly there in its first "
+            "half: something easy, such as length or a stock phrase, gives the label away"
+        ),
+        lambda h: "look at the pairs for what always differs; a harder set says more about the model",
+    ),
+    FindingRule(
+        "length_driven",
+        "yellow",
+        lambda h: _of_length(h) is not None,
+        lambda h: f"{_of_length(h)}: the model may have learned a length, not a preference",
+        lambda h: (
+            "loss=sigmoid_norm beta=2 on the same pairs, and compare the lengths of generated answers"
+            if h.in_nats
+            else "balance the lengths of the pairs"
+        ),
+    ),
+    FindingRule(
+        "saturated",
+        "yellow",
+        lambda h: h.last("drift/saturated") > 0.5,
+        lambda h: (
+            f"{_percent(h.last('drift/saturated'))} of the last pairs pulled less than a fiftieth as hard as at the "
+            "start: the later steps taught nothing"
+        ),
+        lambda h: "fewer steps reach the same; harder pairs would teach more",
+    ),
+)
+
+
+def finding_rules(loss: str = "sigmoid") -> tuple[FindingRule, ...]:
+    """The rules that hold for a loss; a reward model's is the sigmoid loss."""
+    return tuple(rule for rule in _RULES if loss not in rule.not_for)
 
 
 def assess(history: History, rules: Sequence[FindingRule]) -> Verdict:
@@ -280,13 +358,15 @@ def assess(history: History, rules: Sequence[FindingRule]) -> Verdict:
     ]
     findings.sort(key=lambda finding: finding.color != "red")
     color = findings[0].color if findings else "green"
+    moved = f", {history.moved:.2g} nats a token moved" if history.moved is not None else ""
     if history.evaluated:
-        accuracy = history.accuracy
+        accuracy, margin, lower = (history.at_end(name) for name in WITH_INTERVALS)
         summary = (
-            f"held-out accuracy {accuracy.mean:.3g} (95% interval {accuracy.low:.2g} to {accuracy.high:.2g}, "
-            f"{plural(history.held_out_pairs, 'pair')}), margin {history.margin:.3g}"
+            f"accuracy {accuracy.mean:.3g} ({_range(accuracy)}), margin {margin.mean:.3g} ({_range(margin)}){moved}, "
+            f"loss {significant(history.start_loss)} at the start, lower by {significant(lower.mean, 2)} "
+            f"({_range(lower)}); {history.held_out_words}"
         )
     else:
-        summary = f"no held-out pairs, so nothing says that it generalises; train margin {history.margin:.3g}"
+        summary = f"no held-out pairs, so nothing says that it generalises; train margin {history.margin:.3g}{moved}"
         color = "yellow" if color == "green" else color  # green would claim that it generalises
     return Verdict(color, findings, summary)

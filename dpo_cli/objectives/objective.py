@@ -18,9 +18,9 @@ from torch import Tensor
 from dpo_cli.console.text import safe_text, shell_word
 from dpo_cli.models.logps import MicroBatch, response_logps
 from dpo_cli.objectives.alarms import AlarmRule
-from dpo_cli.objectives.drift import Drift, measure_drift
+from dpo_cli.objectives.drift import Drift
 from dpo_cli.objectives.findings import FindingRule
-from dpo_cli.theory.losses import LogRatios, ResponseScores
+from dpo_cli.theory.losses import ResponseScores
 
 if TYPE_CHECKING:  # the schema needs packages that a machine that only measures may lack
     from dpo_cli.config.schema import LoraConfig, RunConfig
@@ -90,9 +90,15 @@ class Objective(ABC):
     def __call__(self, policy: ResponseScores, reference: ResponseScores) -> Outcome:
         """Losses and metrics of each unit."""
 
+    @property
+    def start_loss(self) -> float:
+        """The loss before the first update, ln 2 for DPO: policy and reference score alike, so its scores are 0."""
+        nothing = ResponseScores(torch.zeros(2), torch.ones(2), torch.tensor([[0, 1]]))
+        return float(self(nothing, nothing).losses)
+
+    @abstractmethod
     def drift(self, watched: Tensor) -> Drift:
-        """Where the policy has moved, by what was watched of the last W pairs, (4, W); other units need their own."""
-        return measure_drift(LogRatios(*watched), self.beta)
+        """Where the policy has moved, by what was watched of the last W units, (K, W)."""
 
     def drift_metrics(self, drift: Drift) -> dict[str, float | str]:
         """The metrics that are logged of a drift."""

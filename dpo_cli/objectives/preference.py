@@ -13,9 +13,10 @@ from torch import Tensor
 from dpo_cli.console.text import safe_text, significant
 from dpo_cli.models.adapters import attach_lora
 from dpo_cli.objectives.alarms import preference_alarms
+from dpo_cli.objectives.drift import Drift, measure_drift
 from dpo_cli.objectives.findings import finding_rules
 from dpo_cli.objectives.objective import Card, Objective, Outcome, loading_code
-from dpo_cli.theory.losses import LogRatios, PreferenceLoss, ResponseScores, make_loss
+from dpo_cli.theory.losses import LogRatios, PreferenceLoss, ResponseScores, gradient_weight, make_loss
 from dpo_cli.theory.metrics import pair_metrics
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Preference(Objective):
         self.beta, self.loss, self.loss_name = beta, loss, loss_name
         self.is_calibrated = loss_name == "sigmoid"
         self.alarms = preference_alarms(loss_name)
-        self.findings = finding_rules(in_nats=True, loss=loss_name)
+        self.findings = finding_rules(loss_name)
 
     @classmethod
     def of(cls, config: "RunConfig") -> "Preference":
@@ -62,7 +63,12 @@ class Preference(Objective):
         policy_logps = policy.pairs()
         ratios = LogRatios.between(policy_logps, reference.pairs())
         losses = self.loss(policy_logps, ratios)
-        return Outcome(losses, pair_metrics(policy_logps, ratios, losses, self.beta), columns_of(ratios))
+        weights = gradient_weight(self.loss.loss, ratios)
+        return Outcome(losses, pair_metrics(policy_logps, ratios, losses, weights, self.beta), columns_of(ratios))
+
+    def drift(self, watched: Tensor) -> Drift:
+        """Where the policy has moved on the last W pairs."""
+        return measure_drift(LogRatios(*watched), self.beta, self.loss.loss)
 
     def describe(self) -> str:
         """The loss and beta."""

@@ -13,6 +13,7 @@ M responses, D hidden size, B pairs.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,11 @@ from dpo_cli.errors import CheckpointError
 from dpo_cli.models.adapters import attach_lora
 from dpo_cli.models.logps import MicroBatch, hidden_states
 from dpo_cli.objectives.alarms import REWARD_ALARMS
-from dpo_cli.objectives.drift import Drift
+from dpo_cli.objectives.drift import Drift, measure_drift
 from dpo_cli.objectives.findings import finding_rules
 from dpo_cli.objectives.objective import Card, Objective, Outcome, loading_code
 from dpo_cli.objectives.preference import columns_of
-from dpo_cli.theory.losses import LogRatios, ResponseScores, sigmoid
+from dpo_cli.theory.losses import LogRatios, ResponseScores, gradient_weight, sigmoid
 from dpo_cli.theory.metrics import reward_metrics
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 CENTERING = 256  # pairs whose rewards have mean 0
 HEAD_FILE = "reward_head.safetensors"
 HEAD_NAME = "reward_head"
+
+bradley_terry = partial(sigmoid, beta=1.0)
 
 
 class RewardHead(nn.Module):
@@ -130,7 +133,7 @@ class Reward(Objective):
     judges_by = "reward"
     checks = ("finite", "start", "gradients", "batch_invariance", "closing", "round_trip")
     alarms = REWARD_ALARMS
-    findings = finding_rules(in_nats=False)
+    findings = finding_rules()
     beta = 1.0
     is_calibrated = True
 
@@ -157,8 +160,12 @@ class Reward(Objective):
     def __call__(self, policy: ResponseScores, reference: ResponseScores) -> Outcome:
         """The loss of each pair; the reference is 0."""
         ratios = LogRatios.between(policy.pairs(), reference.pairs())
-        losses = sigmoid(ratios, self.beta)
-        return Outcome(losses, reward_metrics(ratios, losses), columns_of(ratios))
+        losses, weights = bradley_terry(ratios), gradient_weight(bradley_terry, ratios)
+        return Outcome(losses, reward_metrics(ratios, losses, weights), columns_of(ratios))
+
+    def drift(self, watched: Tensor) -> Drift:
+        """How the rewards of the last W pairs differ."""
+        return measure_drift(LogRatios(*watched), self.beta, bradley_terry)
 
     def drift_metrics(self, drift: Drift) -> dict[str, float | str]:
         """The metrics that are not in nats."""

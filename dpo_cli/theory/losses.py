@@ -258,10 +258,23 @@ def implicit_rewards(ratios: LogRatios, beta: float) -> tuple[Tensor, Tensor]:
     return beta * ratios.chosen, beta * ratios.rejected
 
 
-def gradient_weight(ratios: LogRatios, beta: float) -> Tensor:
-    """sigmoid(-b d), (B,): the weight of each pair in the gradient of DPO.
+def gradient_weight(loss: Callable[[LogRatios], Tensor], ratios: LogRatios) -> Tensor:
+    """(|dL/dc| + |dL/dr|) / (2 its value at c = r = 0), (B,): how hard each pair pulls under a loss L.
 
-    Near 1 where the implicit rewards have the wrong order, 1/2 before the policy has moved, near 0 where the pair
-    is learned. Section 4 of https://arxiv.org/abs/2305.18290.
+    1/2 before the policy has moved, near 0 where the pair is learned. For DPO it is sigmoid(-b d), the weight of a pair
+    in its gradient, near 1 where the implicit rewards have the wrong order: section 4 of
+    https://arxiv.org/abs/2305.18290.
     """
-    return torch.sigmoid(-beta * ratios.margin)
+    start = LogRatios(
+        torch.zeros_like(ratios.chosen), torch.zeros_like(ratios.rejected), ratios.chosen_tokens, ratios.rejected_tokens
+    )
+    return _pull(loss, ratios) / (2 * _pull(loss, start))
+
+
+def _pull(loss: Callable[[LogRatios], Tensor], ratios: LogRatios) -> Tensor:
+    """|dL/dc| + |dL/dr|, (B,)."""
+    chosen, rejected = (one.detach().requires_grad_(True) for one in (ratios.chosen, ratios.rejected))
+    with torch.enable_grad():
+        losses = loss(LogRatios(chosen, rejected, ratios.chosen_tokens, ratios.rejected_tokens))
+        slopes = torch.autograd.grad(losses.sum(), (chosen, rejected))
+    return slopes[0].abs() + slopes[1].abs()

@@ -3,13 +3,16 @@
 import torch
 from torch import Tensor
 
-from dpo_cli.theory.losses import LogRatios, PairLogps, gradient_weight, implicit_rewards
+from dpo_cli.theory.losses import LogRatios, PairLogps, implicit_rewards
 
 
-def pair_metrics(policy: PairLogps, ratios: LogRatios, losses: Tensor, beta: float) -> dict[str, Tensor]:
+def pair_metrics(
+    policy: PairLogps, ratios: LogRatios, losses: Tensor, weights: Tensor, beta: float
+) -> dict[str, Tensor]:
     """The metrics of each pair, every value (B,), under the names they are logged with.
 
-    A tie counts one half in `rewards/accuracies`, so it is 0.5 before the policy has moved.
+    `weights` are the gradient weights under the loss. A tie counts one half in `rewards/accuracies`, so it is 0.5
+    before the policy has moved.
     """
     chosen, rejected = implicit_rewards(ratios, beta)
     margins = chosen - rejected
@@ -21,14 +24,14 @@ def pair_metrics(policy: PairLogps, ratios: LogRatios, losses: Tensor, beta: flo
         "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
         "logps/chosen": policy.chosen,
         "logps/rejected": policy.rejected,
-        "gradient_weight": gradient_weight(ratios, beta),
+        "gradient_weight": weights,
     }
 
 
-def reward_metrics(ratios: LogRatios, losses: Tensor) -> dict[str, Tensor]:
+def reward_metrics(ratios: LogRatios, losses: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """The metrics of each pair for a reward model, every value (B,): rewards instead of log-ratios, beta 1."""
     nothing = PairLogps(ratios.chosen, ratios.rejected, ratios.chosen_tokens, ratios.rejected_tokens)
-    metrics = pair_metrics(nothing, ratios, losses, 1.0)
+    metrics = pair_metrics(nothing, ratios, losses, weights, 1.0)
     return {name: values for name, values in metrics.items() if not name.startswith("logps/")}
 
 

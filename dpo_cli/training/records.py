@@ -11,10 +11,10 @@ from torch import Tensor
 from dpo_cli.console.text import duration, plural, safe_text, significant
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import DivergedError, StorageError
-from dpo_cli.evaluation.scores import ScoredPairs, Scorer, score_pairs
+from dpo_cli.evaluation.scores import ScoredPairs, Scorer, prompts_of, score_pairs, summarize
 from dpo_cli.models.adapters import START_FILE
 from dpo_cli.models.memory import describe_peak_memory, peak_memory_gib
-from dpo_cli.objectives.findings import History, Verdict, assess
+from dpo_cli.objectives.findings import WITH_INTERVALS, History, Verdict, assess
 from dpo_cli.runs.checkpoint import (
     Checkpoint,
     TrainingState,
@@ -101,15 +101,16 @@ class Recorder:
             )
 
     def evaluate(self) -> dict[str, float] | None:
-        """Log the mean over all held-out pairs; None where none are held out."""
+        """Log the means over all held-out pairs, with the intervals of the verdict; None where none are held out."""
         held_out, step = self.material.data.held_out, self.progress.step
         if not held_out:
             return None
-        metrics = MeanOverPairs()
         scores = self._score("evaluating pair", held_out)
-        metrics.add(self.learner.objective(scores.policy, scores.reference).metrics)
-        means = metrics.means()
-        self._write("eval", means)
+        prompts = prompts_of(held_out)
+        estimates = summarize(scores, self.learner.objective, prompts)
+        means = {name: estimate.mean for name, estimate in estimates.items()}
+        intervals = {name: estimates[name].ends() for name in WITH_INTERVALS}
+        self._write("eval", means, prompts=prompts.prompts, intervals95=intervals)
         self.progress.evaluated[step] = means["loss"]
         if not math.isfinite(means["loss"]):
             self.reporter.warn(f"step {step}: the held-out loss is not finite")
@@ -232,8 +233,9 @@ class Recorder:
         """How the run went, by its metrics; kept in the manifest."""
         config, held_out = self.context.config, len(self.material.data.held_out)
         records = self.engine.same(self.directory.metrics.read)
-        history = History.of(records, held_out, config.optimizer.lr, self.learner.objective.beta)
-        verdict = assess(history, self.learner.objective.findings)
+        objective = self.learner.objective
+        history = History.of(records, held_out, config.optimizer.lr, objective.beta, objective.start_loss)
+        verdict = assess(history, objective.findings)
         ended = {
             "weights_sha256": weights, "skipped_steps": self.progress.skipped_steps, "verdict": verdict.as_dict(),
         }  # fmt: skip
