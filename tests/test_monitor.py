@@ -102,7 +102,7 @@ def test_the_kl_estimate_is_never_negative_and_zero_at_the_start(chosen: float, 
 
 ALARMS = {
     # a window that triggers the rule, and one close by that does not
-    "displacement": (ratios([-40.0] * 64, -90.0), ratios([-19.0] * 64, -60.0)),
+    "displacement": (ratios([-40.0] * 64, -90.0), ratios([-19.0] * 64, -60.0, 40, 40)),
     "crossed": (ratios([-5.0] * 64, 5.0), ratios([-0.9] * 64, 5.0)),
     "far": (ratios([50.0] * 64, -60.0, 50, 50), ratios([8.0] * 64, -10.0)),
     "length": (
@@ -176,6 +176,17 @@ def test_a_loss_that_lowers_chosen_responses_is_not_told_so() -> None:
         watch.add(falling)
         ruin = watch.ruin(watch.drift())
         assert (ruin is not None and ruin.name == "displacement") == (loss not in LOWERS_CHOSEN)
+
+
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+def test_short_answers_may_move_more_a_token_but_not_by_any_amount(loss: str) -> None:
+    eight_tokens = {"falls a nat a token": (-8.0, -13.0), "half a nat": (-4.0, -9.0)}
+    found = []
+    for chosen, rejected in eight_tokens.values():
+        watch = monitor("warn", 0.1, loss)
+        watch.add(columns_of(ratios([chosen] * 64, rejected, 8, 8)))
+        found.append("displacement" in [alarm.name for alarm in watch.alarms(watch.drift())])
+    assert found == [loss not in LOWERS_CHOSEN, False]
 
 
 @pytest.mark.parametrize("loss", sorted(LOSSES))
@@ -266,7 +277,7 @@ NOTHING = {"accuracy": 0.51, "margin": 0.001, "loss": math.log(2) - 0.001}
 VERDICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # what triggers a rule, and what comes close and does not
     "wrong_way": ({"accuracy": 0.3, "margin": -0.4}, {"accuracy": 0.47}),
-    "damaged": ({"chosen": -0.9}, {"chosen": -0.9, "tokens": 20}),
+    "damaged": ({"chosen": -0.4}, {"chosen": -0.4, "tokens": 40}),
     "lr_too_high": ({"loss": 1.2, "noise": 0.1}, {"loss": 1.2, "noise": 0.6}),
     "worse": ({"loss": 0.8}, {"loss": 0.72}),
     "too_small": (

@@ -244,7 +244,7 @@ def test_a_run_ends_with_a_verdict(command: Command, pairs_file: Path, tmp_path:
     import json
 
     ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "run"), "optimizer.lr=1e-9")
-    assert "verdict  yellow: held-out accuracy" in ended.out
+    assert "verdict  yellow: accuracy" in ended.out
     assert "not_learning: nothing was learned" in ended.out and "next: optimizer.lr=5e-09, or more steps" in ended.out
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["verdict"]["color"] == "yellow"

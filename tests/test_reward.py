@@ -477,10 +477,15 @@ def test_no_word_of_a_verdict_on_a_reward_model_is_of_nats() -> None:
              "rewards/margins": 0.01, "drift/margin_length_correlation": 0.9, "drift/pairs": 100}
             for step in range(12)
         ]  # fmt: skip
-        held_out = {"step": 11, "split": "eval", "loss": 2.0, "rewards/accuracies": 0.5, "rewards/margins": 0.01}
-        history = History.of([*train_records, held_out], 40, 1e-3, 1.0)
-        rules = [rule for rule in Reward.findings if rule.holds(history)]
-        said |= {rule.name: rule.reason(history) + rule.next_step(history) for rule in rules}
+        for lower in (0.0, -1.3):  # the held-out loss, than at the start
+            held_out = {
+                "step": 11, "split": "eval", "loss": 0.693 - lower, "rewards/accuracies": 0.5,
+                "rewards/margins": 0.01, "loss/improvement": lower,
+                "intervals95": {"loss/improvement": [lower - 0.1, lower + 0.1]},
+            }  # fmt: skip
+            history = History.of([*train_records, held_out], 40, 1e-3, 1.0, 0.693)
+            rules = [rule for rule in Reward.findings if rule.holds(history)]
+            said |= {rule.name: rule.reason(history) + rule.next_step(history) for rule in rules}
     assert {"lr_too_high", "not_learning", "overfit", "length_driven"} <= set(said)
     for name, words in said.items():
         assert not [word for word in ("nats", "beta", "answers", "sigmoid_norm") if word in words], (name, words)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from dpo_cli.objectives.drift import Drift
 
 ENOUGH = 32  # units before an alarm may sound: a single batch proves nothing
-FALLEN = (0.3, 20.0)  # nats a token and a response by which chosen responses fall in a model that is being ruined
-FAR = (0.25, 40.0)  # KL estimate a token, and nats a response, beyond which answers tend to break
+# Of long and of short responses: nats a token and a response by which chosen ones fall in a model that is being ruined.
+FALLEN = ((0.3, 20.0), (0.8, 5.0))
+FAR = ((0.25, 40.0), (1.0, 8.0))  # KL estimate a token, and nats a response, beyond which answers tend to break
 LOWERS_CHOSEN = ("apo_down",)  # the loss is there to lower chosen responses too
 LENGTH = (0.8, 0.9)  # correlation of margin and length gap, and share of pairs with the longer response chosen
 
@@ -38,7 +39,7 @@ class AlarmRule:
 
 def fallen(chosen_per_token: float, chosen_nats: float) -> bool:
     """Whether chosen responses have lost as much as in a model that is being ruined."""
-    return chosen_per_token < -FALLEN[0] and chosen_nats < -FALLEN[1]
+    return any(chosen_per_token < -token and chosen_nats < -response for token, response in FALLEN)
 
 
 def of_length(correlation: float, chosen_longer: float, pairs: float) -> str | None:
@@ -88,7 +89,7 @@ _PREFERENCE = (
     ),
     AlarmRule(
         "far",
-        lambda d: d.kl_per_token > FAR[0] and d.moved_nats > FAR[1],
+        lambda d: any(d.kl_per_token > token and d.moved_nats > response for token, response in FAR),
         lambda d: (
             f"the policy is {d.kl_per_token:.2f} nats a token from the reference (KL estimate), responses moved by "
             f"{d.moved_nats:.0f} nats: answers tend to break here; a larger beta or a smaller optimizer.lr keeps it "

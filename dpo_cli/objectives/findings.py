@@ -259,7 +259,7 @@ _RULES = (
         lambda h: (
             f"the direction is right, the step too small: margin {significant(h.margin)}"
             + (
-                f", {significant(h.margin / h.beta)} nats a response; responses moved by {h.moved:.3f} nats a token"
+                f", {significant(h.margin / h.beta)} nats a response; responses moved by {h.moved:.2g} nats a token"
                 if h.moved is not None
                 else ""
             )
@@ -272,7 +272,7 @@ _RULES = (
         lambda h: _nothing_learned(h) and (h.still or not h.in_nats) and not _overfit(h),
         lambda h: (
             f"nothing was learned: the margin is {significant(h.margin)}"
-            + (f", and no response moved by more than {h.moved:.3f} nats a token" if h.moved is not None else "")
+            + (f", and no response moved by more than {h.moved:.2g} nats a token" if h.moved is not None else "")
         ),
         _next_of_size,
     ),
