@@ -79,9 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=1000)
     options = parser.parse_args(arguments)
     print(f"{options.prompts} prompts, {options.runs:,} runs each\n")
-    print(
-        "| answers a prompt | pairs | intervals over | holds the accuracy | holds the margin | nothing known, called |"
-    )
+    print("| answers a prompt | pairs | intervals over | holds the accuracy | holds the margin | called by luck |")
     print("|---|---|---|---|---|---|")
     for responses in RESPONSES:
         answers = Answers(options.prompts, responses)

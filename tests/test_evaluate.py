@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from conftest import Ended, records, sample_rows, write_jsonl
 
+from dpo_cli.theory.statistics import Clusters
+
 Command = Callable[..., Ended]
 Trained = Callable[..., Path]
 
@@ -55,6 +57,42 @@ def test_the_report_equals_what_follows_from_the_line_of_each_pair(trained: Trai
     assert found["rewards/accuracies"] == pytest.approx(wins / len(margins))
     low, high = found["intervals95"]["rewards/accuracies"]
     assert 0 <= low <= found["rewards/accuracies"] <= high <= 1 and low < high
+
+
+def test_intervals_follow_from_the_lines_and_count_prompts(trained: Trained, command: Command, tmp_path: Path) -> None:
+    rows = [{**row, "prompt": sample_rows(4)[place % 4]["prompt"]} for place, row in enumerate(sample_rows(12))]
+    held = write_jsonl(tmp_path / "held.jsonl", rows)
+    run = trained()
+    ended = command("dpo-eval", f"checkpoint={run}", "data=jsonl", f"data.eval={held}")
+    assert "12 pairs of 4 prompts; the intervals take prompts as independent, not pairs (effective 4.0)" in ended.out
+    folder = next((run / "eval").iterdir())
+    found, pairs = report(folder), lines(folder)
+    assert (found["pairs"], found["prompts"], found["prompts_effective"]) == (12, 4, 4.0)
+    of_prompts = Clusters([int(pair["prompt"], 16) for pair in pairs])
+    margins = of_prompts.mean([pair["margin"] for pair in pairs])
+    assert found["intervals95"]["rewards/margins"] == pytest.approx([margins.low, margins.high], abs=1e-6)
+    lower = of_prompts.mean([math.log(2) - math.log1p(math.exp(-pair["margin"])) for pair in pairs])
+    assert found["loss/improvement"] == pytest.approx(lower.mean, abs=1e-6)
+    assert found["intervals95"]["loss/improvement"] == pytest.approx([lower.low, lower.high], abs=1e-6)
+    right = of_prompts.share([float(pair["margin"] > 0) for pair in pairs])
+    assert found["intervals95"]["rewards/accuracies"] == pytest.approx([right.low, right.high], abs=1e-6)
+
+
+def test_pairs_of_one_prompt_give_no_interval(trained: Trained, command: Command, tmp_path: Path) -> None:
+    rows = [{**row, "prompt": "The same question."} for row in sample_rows(5)]
+    run = trained()
+    ended = command(
+        "dpo-eval", f"checkpoint={run}", "data=jsonl", f"data.eval={write_jsonl(tmp_path / 'held.jsonl', rows)}"
+    )
+    assert "5 pairs of 1 prompt: too little for an interval" in ended.out
+    assert report(next((run / "eval").iterdir()))["intervals95"]["rewards/margins"] == [None, None]
+
+
+def test_with_the_sft_loss_the_improvement_is_of_the_whole_loss(trained: Trained, command: Command) -> None:
+    run = trained("run", "loss.sft_weight=0.5")
+    found, pairs = report(evaluated(command, run)), lines(next((run / "eval").iterdir()))
+    starts = [math.log(2) - 0.5 * pair["reference_logps_chosen"] / pair["chosen_tokens"] for pair in pairs]
+    assert found["loss"] + found["loss/improvement"] == pytest.approx(sum(starts) / len(starts), abs=1e-5)
 
 
 def test_batch_size_changes_nothing(trained: Trained, command: Command) -> None:

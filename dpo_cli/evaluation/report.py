@@ -52,7 +52,7 @@ def write_report(
     values = {name: column.tolist() for name, column in columns}
     lines = []
     for position, pair in enumerate(pairs):
-        line: dict[str, Any] = {"index": pair.index, "key": pair.key}
+        line: dict[str, Any] = {"index": pair.index, "key": pair.key, "prompt": f"{pair.group:016x}"}
         line |= {name: column[position] for name, column in values.items()}
         line["prompt_tokens"] = len(pair.prompt)
         line["chosen_tokens"], line["rejected_tokens"] = len(pair.chosen), len(pair.rejected)
