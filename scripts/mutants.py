@@ -27,7 +27,9 @@ DURABLE, CHECKPOINT = "dpo_cli/storage/durable.py", "dpo_cli/runs/checkpoint.py"
 DIRECTORY, LINE_LOG = "dpo_cli/runs/run_directory.py", "dpo_cli/storage/line_log.py"
 LOCKS = "dpo_cli/storage/locks.py"
 DECODING = "dpo_cli/generation/decoding.py"
+STATISTICS, FINDINGS = "dpo_cli/theory/statistics.py", "dpo_cli/objectives/findings.py"
 OF_REWARDS, OF_DECODING = "tests/test_reward.py", "tests/test_decoding.py"
+OF_STATISTICS, OF_VERDICTS = "tests/test_statistics.py", "tests/test_monitor.py"
 OF_FAULTS = "-m faults tests/faults/"
 OF_LOSSES = "tests/test_losses.py tests/test_theorem.py"
 OF_RUNS = "tests/test_training.py tests/test_evaluate.py tests/test_preflight.py"
@@ -57,8 +59,36 @@ MUTANTS = [
     Mutant("robust not rescaled", LOSSES, " / (1 - 2 * label_smoothing)", "", OF_LOSSES),
     Mutant("ipo on sums", LOSSES, "    chosen, rejected = _per_token(ratios)\n    return (chosen - rejected - 1",
            "    chosen, rejected = ratios.chosen, ratios.rejected\n    return (chosen - rejected - 1", OF_LOSSES),
-    Mutant("gradient weight upside down", LOSSES, "torch.sigmoid(-beta * ratios.margin)",
-           "torch.sigmoid(beta * ratios.margin)", OF_LOSSES),
+    Mutant("gradient weight of the chosen response alone", LOSSES, "slopes[0].abs() + slopes[1].abs()",
+           "slopes[0].abs()", OF_LOSSES),
+    Mutant("gradient weight not by the start", LOSSES, " / (2 * _pull(loss, start))", " / 2", OF_LOSSES),
+    Mutant("pairs taken as independent", STATISTICS, "np.asarray(prompts, dtype=np.uint64), return_inverse",
+           "np.arange(len(prompts)), return_inverse", OF_STATISTICS),
+    Mutant("jackknife not scaled", STATISTICS, " * (self.prompts - 1) / self.prompts", " / self.prompts", OF_STATISTICS),
+    Mutant("a share counts every pair", STATISTICS, "min(trials, self.pairs), self.pairs", "self.pairs, self.pairs",
+           OF_STATISTICS),
+    Mutant("few prompts as if many", STATISTICS, "student_quantile(max(1, int(self.effective + 1e-9) - 1))", "Z95",
+           OF_STATISTICS),
+    Mutant("all prompts count alike", STATISTICS, "self.pairs**2 / float((self._sizes**2).sum())",
+           "float(self.prompts)", OF_STATISTICS),
+    Mutant("calibration forgets the prompts", "dpo_cli/theory/calibration.py", "Clusters(of_prompts[members])",
+           "Clusters(range(int(members.sum())))", "tests/test_calibration.py"),
+    Mutant("an improvement with the wrong sign", SCORES,
+           "objective(scores.reference, scores.reference).losses - metrics[\"loss\"]",
+           "metrics[\"loss\"] - objective(scores.reference, scores.reference).losses",
+           "tests/test_evaluate.py -k interval"),
+    Mutant("green within the interval", FINDINGS, "self.at_end(IMPROVEMENT).low > 0", "self.at_end(IMPROVEMENT).mean > 0",
+           OF_VERDICTS),
+    Mutant("green whatever the size", FINDINGS, "self.margin >= MATTERS[0] or", "self.margin >= 0 or", OF_VERDICTS),
+    Mutant("worse within the interval", FINDINGS, "self.at_end(IMPROVEMENT).high < 0", "self.at_end(IMPROVEMENT).mean < 0",
+           OF_VERDICTS),
+    Mutant("the start taken from the end", FINDINGS, "float(held_out[0][\"loss\"]) + float(held_out[0][IMPROVEMENT])",
+           "float(held_out[0][\"loss\"])", OF_VERDICTS),
+    Mutant("apo_down read as damage", FINDINGS, "        not_for=LOWERS_CHOSEN,\n", "", OF_VERDICTS),
+    Mutant("ruin by the token alone", "dpo_cli/objectives/alarms.py",
+           "chosen_per_token < -token and chosen_nats < -response", "chosen_per_token < -token", OF_VERDICTS),
+    Mutant("equal lengths read as longer", "dpo_cli/objectives/drift.py", "(gap.sign() + 1).mean() / 2",
+           "(gap >= 0).double().mean()", OF_VERDICTS),
     Mutant("a tie counts nothing", METRICS, "0.5 * (margins == 0)", "0.0 * (margins == 0)", "tests/test_theory.py"),
     Mutant("mean of batch means", METRICS, "self.pairs += next(iter(metrics.values())).shape[0]", "self.pairs += 1",
            "tests/test_theory.py"),
