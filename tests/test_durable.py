@@ -11,8 +11,9 @@ import pytest
 from conftest import Ended
 
 from dpo_cli.data.formats import standard
-from dpo_cli.data.pairs import content_key, data_fingerprint, is_held_out
+from dpo_cli.data.pairs import content_key, data_fingerprint
 from dpo_cli.data.samples import sample_id
+from dpo_cli.data.splits import SPLITS, is_held_out
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import ConfigError, DataError, StorageError
 from dpo_cli.models.builtin import TINY, resolve_builtin
@@ -261,11 +262,13 @@ def test_what_cannot_be_added_whole_is_not_added(tmp_path: Path, monkeypatch: py
 def test_the_hashes_that_stored_files_depend_on_are_as_they_were(tmp_path: Path) -> None:
     pairs = [standard({"prompt": f"Grüße {n} \U0001f600", "chosen": f"a{n}", "rejected": "b"}) for n in range(40)]
     assert content_key(pairs[0]) == "fb806a78c2d100be5017d81bf4eb1683d605b87768cade21a9429b489f3c8fd3"
-    sides = "".join(str(int(is_held_out(pair, 0.3, 5))) for pair in pairs)
+    tokenized = TokenizedPair(token_ids([1, 2]), token_ids([3]), token_ids([4, 5]), 0, "k", 2**64 - 1)
+    shared = [SPLITS["prompt"].shared(tokenized, pair) for pair in pairs]
+    sides = "".join(str(int(is_held_out(text, 0.3, 5))) for text in shared)
     assert sides == "0010110000000100010110101010100000000010"
+    assert SPLITS["first_turn"].shared(tokenized, pairs[0]) == "ffffffffffffffff"
     assert sample_id("hé", ["a", "b"]) == "21dff2fd47642918828a261d76a4903b"
     assert sample_id([{"role": "user", "content": "x"}], ["y"]) == "f3f3917b2f2ae8fe5d9725502c0b4a95"
-    tokenized = TokenizedPair(token_ids([1, 2]), token_ids([3]), token_ids([4, 5]), 0, "k", 0)
     assert data_fingerprint([tokenized]) == "5d0b22d9201f9484bda39e25ba41f09a72d9f42c0c80a3b55a596b519639afb3"
     assert [key.hex() for key in tokenized.response_keys] == [
         "1828077f4e8ace0e994745da38c1e34e",

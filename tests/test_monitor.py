@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_cli.data.leaks import Leaks
 from dpo_cli.objectives.alarms import ENOUGH, LOWERS_CHOSEN, of_length, preference_alarms
 from dpo_cli.objectives.drift import correlation, kl_per_token, measure_drift
 from dpo_cli.objectives.findings import History, Verdict, assess, finding_rules
@@ -236,6 +237,7 @@ def history(
     saturated: float = 0.0,
     skipped: int = 0,
     worst: float = 0.7,
+    leaked: int = 0,
     start: float = math.log(2),
     beta: float = 0.1,
 ) -> History:
@@ -262,7 +264,8 @@ def history(
             "loss/improvement": [lower - noise, lower + noise],
         },
     }  # fmt: skip
-    return History.of([*train, end] if held_out else train, held_out, lr=5e-5, beta=beta, start_loss=start)
+    lines = [*train, end] if held_out else train
+    return History.of(lines, held_out, lr=5e-5, beta=beta, start_loss=start, leaks=Leaks(0, leaked))
 
 
 def judged(name: str = "sigmoid", **changes: Any) -> Verdict:
@@ -276,6 +279,7 @@ def names(verdict: Verdict) -> list[str]:
 NOTHING = {"accuracy": 0.51, "margin": 0.001, "loss": math.log(2) - 0.001}
 VERDICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # what triggers a rule, and what comes close and does not
+    "leak": ({"leaked": 1}, {"leaked": 0}),
     "wrong_way": ({"accuracy": 0.3, "margin": -0.4}, {"accuracy": 0.47}),
     "damaged": ({"chosen": -0.4}, {"chosen": -0.4, "tokens": 40}),
     "lr_too_high": ({"loss": 1.2, "noise": 0.1}, {"loss": 1.2, "noise": 0.6}),

@@ -72,7 +72,8 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         source = find_model(ref.base, reporter.say)
         encoder = PairEncoder(load_tokenizer(source), options.template, always_closes=objective.always_closes)
         seed = ref.run.seed if ref.run else 0
-        data = load_pairs(options, encoder, seed, held_out_only=True, poll=signals.poll)
+        trained_on = ref.directory.read_trained_on() if ref.directory else None
+        data = load_pairs(options, encoder, seed, held_out_only=True, trained_on=trained_on, poll=signals.poll)
         base = load_model(source, dtype.value, device.value)
         check_positions(base, data.held_out, options.max_length)
         fingerprint = model_fingerprint(base)
@@ -80,7 +81,14 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         policy, reference = _load(ref, base, dtype.value, device.value)
         layout = _layout(config, ref, policy, base, data.held_out, fingerprint)
         batcher = MicroBatcher(device.value, layout, _split(config, device.value, layout))
-        _show_header(reporter, ref, source, (device, dtype), data.held_out_report.sentences(options.max_length))
+        leaks, sentences = data.held_out_report.leaks, data.held_out_report.sentences(options.max_length)
+        if leaks is None:
+            sentences.append(
+                f"whether they were trained on is not known: {safe_text(ref.weights)} keeps no record of it"
+            )
+        _show_header(reporter, ref, source, (device, dtype), sentences)
+        if leaks:
+            reporter.warn(leaks.warning)
         started = time.monotonic()
         known = reference
         if objective.needs_reference and config.reference_cache == "auto":
@@ -123,9 +131,8 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         labelled = [(label, estimates[name]) for label, name in SHOWN if name in estimates]
         title = f"{Path(ref.weights).name} on {data.held_out_report.source}"
         shown = {name: facts[name] for name in ("checkpoint", "reference", "beta", "loss_name", "device", "dtype")}
-        said = [*data.held_out_report.sentences(options.max_length), describe_clusters(prompts)]
-        sentences = {"data": "\n".join(said)}
-        html = page(title, {**shown, **sentences}, labelled, margins, answers)
+        about = "\n".join([*sentences, describe_clusters(prompts)])
+        html = page(title, {**shown, "data": about}, labelled, margins, answers)
         write_report(folder, facts, estimates, data.held_out, scores, objective, html)
     reporter.facts([(name, str(folder / file)) for name, file in REPORTS])
     return folder

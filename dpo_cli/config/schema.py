@@ -106,6 +106,8 @@ class DataConfig:
     train_split: Text
     eval_split: Text | None
     eval_fraction: float = Field(ge=0, lt=1, description="0.1 is usual")
+    split_by: Literal["first_turn", "prompt"]
+    eval_leaks: Literal["warn", "drop", "error"]
     format: Literal["auto", "hh", "standard", "messages", "ranked"]
     columns: dict[str, Text]
     template: Template | None

@@ -102,6 +102,7 @@ MIGRATIONS: dict[int, tuple[Change, ...]] = {
             ),
         ),
     ),
+    3: (Added("data.split_by", "prompt"), Added("data.eval_leaks", "warn")),
 }  # fmt: skip
 VERSION = max(MIGRATIONS)
 

@@ -1,6 +1,7 @@
 """From a data config to tokenized pairs, for training and held out, with a count of everything that is dropped."""
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from dpo_cli.config.schema import DataConfig
 from dpo_cli.console.text import plural, safe_text
 from dpo_cli.data.files import SourceRow, local_path, open_source
 from dpo_cli.data.formats import BadRowError, PreferencePair, pairs_of
-from dpo_cli.data.groups import prompt_group
+from dpo_cli.data.groups import first_human_turn, prompt_group
+from dpo_cli.data.leaks import NO_LEAKS, REMEDY, Leaks, TrainedOn, pair_hash
+from dpo_cli.data.splits import SPLITS, is_held_out
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_ids, truncate
 from dpo_cli.errors import DataError
 from dpo_cli.storage.hashing import fingerprint_of_texts
@@ -25,6 +28,8 @@ REASONS = {
     "empty_response": "with an empty response",
     "prompt_too_long": "whose prompt leaves no room for a response",
     "identical_after_truncation": "whose responses are the same text after truncation",
+    "trained_on": "found in training",
+    "prompt_trained_on": "with a first human turn found in training",
 }
 
 
@@ -38,6 +43,7 @@ class Report:
     dropped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     truncation: Truncation = field(default_factory=Truncation)
+    leaks: Leaks | None = None  # of the held-out pairs that were kept; None: of training, or not known
 
     def sentences(self, max_length: int) -> list[str]:
         """The counts as sentences, one a line."""
@@ -48,6 +54,7 @@ class Report:
             for reason, number in self.dropped.items()
         ]
         lines += [f"{plural(number, 'pair')} {note}" for note, number in self.notes.items()]
+        lines += [f"also in training: {self.leaks}"] if self.leaks else []
         if self.truncation.prompts_cut:
             lines.append(
                 f"{plural(self.truncation.prompts_cut, 'prompt')} lost their oldest part (max_length={max_length})"
@@ -67,6 +74,7 @@ class Report:
             "notes": dict(self.notes),
             "prompts_cut": self.truncation.prompts_cut,
             "responses_cut": self.truncation.responses_cut,
+            **({"leaks": self.leaks.as_dict()} if self.leaks is not None else {}),
         }
 
 
@@ -89,6 +97,7 @@ class PairData:
     train_texts: list[TextPair]  # of the first pairs of `train`, to check and to show
     held_out_texts: list[TextPair]  # in the order of `held_out`
     fingerprint: str  # of every token of every training pair, in order
+    trained_on: TrainedOn | None  # what leaks were looked for in
 
     def reports(self) -> list[tuple[str, Report]]:
         """The reports of the sides that have rows."""
@@ -99,15 +108,6 @@ class PairData:
 def content_key(pair: PreferencePair) -> str:
     """A hash of the pair's texts: the same in every file, run and process."""
     return fingerprint_of_texts(pair.prompt_text, pair.chosen, pair.rejected)
-
-
-def is_held_out(pair: PreferencePair, fraction: float, seed: int) -> bool:
-    """Whether a pair is held out, by a seeded hash of its prompt.
-
-    A pair is on the same side in every run and on every rank. All pairs of a prompt are on one side.
-    """
-    value = int(fingerprint_of_texts(f"split {seed}", pair.prompt_text)[:16], 16)
-    return value < fraction * 2**64
 
 
 def _text_pairs(rows: Iterator[SourceRow], config: DataConfig, limit: int | None, report: Report) -> Iterator[TextPair]:
@@ -196,12 +196,14 @@ def load_pairs(
     seed: int,
     *,
     held_out_only: bool = False,
+    trained_on: TrainedOn | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> PairData:
     """Read, tokenize, truncate and split the pairs of a run.
 
-    `poll` is called between chunks and may raise. DataError where a row cannot be read (unless `on_bad_row=skip`) or no
-    pair is left.
+    Held-out pairs are looked for in the training pairs; with `held_out_only` in `trained_on`, where it is known. `poll`
+    is called between chunks and may raise. DataError where a row cannot be read (unless `on_bad_row=skip`), no pair is
+    left, or held-out pairs were trained on (with `eval_leaks=error`).
     """
     assert config.train is not None
     train, held_out = Report(safe_text(config.train)), Report("")
@@ -210,27 +212,40 @@ def load_pairs(
     held_source, held_split = config.eval, config.eval_split or config.train_split
     if held_source is None and config.eval_split is not None and local_path(config.train) is None:
         held_source = config.train
+    split = SPLITS[config.split_by]
+    train_hashes = array("Q")
 
     if not (held_out_only and held_source):
         source = open_source(config.train, config.subset, config.train_split)
         train.source = source.name
         texts = _text_pairs(source.rows(), config, config.limit, train)
         for item in _tokenize(texts, encoder, config, train, poll):
-            by_hash = held_source is None and is_held_out(item[1].pair, config.eval_fraction, seed)
+            tokenized, text = item
+            by_hash = held_source is None and is_held_out(
+                split.shared(tokenized, text.pair), config.eval_fraction, seed
+            )
             (held_rows if by_hash else train_rows).append(item)
+            if not by_hash and not held_out_only:
+                train_hashes.append(pair_hash(text.pair))
+        if not held_out_only:
+            trained_on = TrainedOn.of(train_hashes, (tokenized.group for tokenized, _ in train_rows))
         if held_source is None and config.eval_fraction > 0:
             train.kept -= len(held_rows)
             held_rows = held_rows[: config.eval_limit]
-            held_out = Report(f"{train.source} (held out by a hash of the prompt)", len(held_rows), len(held_rows))
+            held_out = Report(
+                f"{train.source} (held out by a hash of the {split.name})", len(held_rows), len(held_rows)
+            )
     if held_source is not None:
         source = open_source(held_source, config.subset, held_split)
         held_out.source = source.name
         texts = _text_pairs(source.rows(), config, config.eval_limit, held_out)
         held_rows = list(_tokenize(texts, encoder, config, held_out, poll))
+    if trained_on is not None:
+        held_rows = _look_for_leaks(held_rows, trained_on, config, held_out)
 
     if not held_out_only:
         _require_pairs(train_rows, train)
-    if held_source is not None or held_out_only:
+    if held_source is not None or held_out_only or held_out.dropped:
         _require_pairs(held_rows, held_out)
     return PairData(
         [tokenized for tokenized, _ in train_rows],
@@ -240,7 +255,29 @@ def load_pairs(
         [text for _, text in train_rows[:TEXTS_KEPT]],
         [text for _, text in held_rows],
         data_fingerprint([tokenized for tokenized, _ in train_rows]),
+        trained_on,
     )
+
+
+def _look_for_leaks(
+    rows: list[tuple[TokenizedPair, TextPair]], trained_on: TrainedOn, config: DataConfig, report: Report
+) -> list[tuple[TokenizedPair, TextPair]]:
+    """Count the held-out rows that are also in training; the rows that stay, as `eval_leaks` says."""
+    pairs, prompts = trained_on.find(
+        [pair_hash(text.pair) for _, text in rows], [tokenized.group for tokenized, _ in rows]
+    )
+    report.leaks = Leaks(int(pairs.sum()), int(prompts.sum()))
+    if not report.leaks or config.eval_leaks == "warn":
+        return rows
+    if config.eval_leaks == "error":
+        text = rows[int((pairs if report.leaks.pairs else prompts).argmax())][1]
+        example = f"row {text.index + 1}, {safe_text(repr(first_human_turn(text.pair.prompt).strip()), limit=80)}"
+        raise DataError(f"{report.source}: also in training: {report.leaks}; for instance {example} ({REMEDY})")
+    counts = {"trained_on": report.leaks.pairs, "prompt_trained_on": report.leaks.prompts}
+    report.dropped.update({reason: number for reason, number in counts.items() if number})
+    kept = [row for row, leaks in zip(rows, pairs | prompts, strict=True) if not leaks]
+    report.kept, report.leaks = len(kept), NO_LEAKS
+    return kept
 
 
 def _require_pairs(rows: list[tuple[TokenizedPair, TextPair]], report: Report) -> None:

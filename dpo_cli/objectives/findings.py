@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_cli.console.text import plural, significant
+from dpo_cli.data.leaks import CONSEQUENCE, NO_LEAKS, REMEDY, Leaks
 from dpo_cli.objectives.alarms import LOWERS_CHOSEN, fallen, of_length
 from dpo_cli.theory.statistics import Estimate, proportion_estimate
 
@@ -29,10 +30,17 @@ class History:
     lr: float
     beta: float
     start_loss: float  # before the first update: ln 2 for DPO, something else for most other losses
+    leaks: Leaks = NO_LEAKS  # held-out pairs that are also in training
 
     @classmethod
     def of(
-        cls, records: list[dict[str, Any]], held_out_pairs: int, lr: float, beta: float, start_loss: float
+        cls,
+        records: list[dict[str, Any]],
+        held_out_pairs: int,
+        lr: float,
+        beta: float,
+        start_loss: float,
+        leaks: Leaks = NO_LEAKS,
     ) -> "History":
         """From the lines of metrics.jsonl; `start_loss` is the formula's, for a run whose step 0 was not logged."""
         train = [record for record in records if record["split"] == "train"]
@@ -42,7 +50,7 @@ class History:
         elif train and train[0]["step"] == 0:
             start_loss = float(train[0]["loss"])
         after_start = [record for record in train if record["step"] > 0]
-        return cls(after_start, held_out, held_out_pairs, lr, beta, start_loss)
+        return cls(after_start, held_out, held_out_pairs, lr, beta, start_loss, leaks)
 
     def late(self, key: str) -> float:
         """The mean of a train metric over the last quarter of the logged steps."""
@@ -200,6 +208,13 @@ def _next_of_size(h: History) -> str:
 
 
 _RULES = (
+    FindingRule(
+        "leak",
+        "yellow",
+        lambda h: bool(h.leaks),
+        lambda h: f"held-out pairs are also in training ({h.leaks}): {CONSEQUENCE}",
+        lambda h: f"{REMEDY}; or hold out pairs of other prompts",
+    ),
     FindingRule(
         "skipped_updates",
         "red",

@@ -1,6 +1,7 @@
 """The run directory: where a run keeps its config, its manifest, its metrics and its checkpoints.
 
-config.yaml  manifest.json  metrics.jsonl  train.log  reference_logps.bin  checkpoints/step-*/  final/  eval/<name>/
+config.yaml  manifest.json  metrics.jsonl  train.log  trained_on.safetensors  reference_logps.bin
+checkpoints/step-*/  final/  eval/<name>/
 
 One idea to keep in mind: a directory has one owner at a time, who holds its lock, and the next owner removes what
 it did not finish.
@@ -13,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from dpo_cli.config.schema import (
     RunConfig,
     config_text,
     public_container,
+    read_config,
 )
 from dpo_cli.config.versions import flat
 from dpo_cli.console.text import safe_text, without_secrets
+from dpo_cli.data.leaks import TrainedOn
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
 from dpo_cli.paths import user_path
 from dpo_cli.runs.checkpoint import newest_valid, read_json, validate
@@ -75,6 +78,7 @@ class RunDirectory:
         self.manifest = path / "manifest.json"
         self.log = path / "train.log"
         self.reference = path / "reference_logps.bin"
+        self.trained_on = path / "trained_on.safetensors"
         self.lock = path / ".lock"
 
     @property
@@ -95,7 +99,7 @@ class RunDirectory:
     def _refuse_links(self) -> None:
         """CheckpointError for a symbolic link: in an untrusted directory it could make us write anywhere."""
         for file in (self.checkpoints, self.final, self.metrics.path, self.config, self.manifest, self.log,
-                     self.reference, self.lock):  # fmt: skip
+                     self.reference, self.trained_on, self.lock):  # fmt: skip
             if file.is_symlink():
                 raise CheckpointError(
                     f"{safe_text(file)}: is a symbolic link; to keep a run on another disk, name it with output_dir"
@@ -142,6 +146,13 @@ class RunDirectory:
         except CheckpointError:
             return {}
         return migrated_manifest(facts) if isinstance(facts, dict) else {}
+
+    def read_trained_on(self) -> TrainedOn | None:
+        """The record of the training pairs; None where there is none that can be read."""
+        try:
+            return TrainedOn.from_bytes(self.trained_on.read_bytes())
+        except (OSError, ValueError):
+            return None
 
     def write(self, path: Path, data: bytes) -> None:
         """Write one of the run's files, whole; StorageError where that is not possible."""
@@ -200,6 +211,13 @@ def find_checkpoint(config: RunConfig, directory: RunDirectory) -> tuple[Path | 
     ):  # a new start would overwrite what can perhaps be repaired
         raise CheckpointError("; ".join([f"resume={safe_text(config.resume)}: no valid checkpoint in it", *passed]))
     return checkpoint, passed
+
+
+def as_begun(config: RunConfig, directory: RunDirectory) -> RunConfig:
+    """The config with the split that the run in `directory` began with: no resumed run trains on what it held out."""
+    if not directory.config.is_file():
+        return config
+    return replace(config, data=replace(config.data, split_by=read_config(directory.config).data.split_by))
 
 
 @dataclass(frozen=True)

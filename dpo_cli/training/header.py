@@ -80,6 +80,8 @@ def show_header(context: Context, learner: Learner, material: Material, choices:
     if config.model.trust_remote_code:
         reporter.say("model.trust_remote_code=true: Python of the model's authors runs on this machine", style="red")
     reporter.facts(rows)
+    if data.held_out_report.leaks:
+        reporter.warn(data.held_out_report.leaks.warning)
     first = data.train[0]
     decode = encoder.tokenizer.decode
     ellipsis = "... " if len(first.prompt) > SHOWN_TOKENS else ""

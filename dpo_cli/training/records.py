@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dpo_cli.console.text import duration, plural, safe_text, significant
+from dpo_cli.data.leaks import NO_LEAKS
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import DivergedError, StorageError
 from dpo_cli.evaluation.scores import ScoredPairs, Scorer, prompts_of, score_pairs, summarize
@@ -231,10 +232,12 @@ class Recorder:
 
     def _assess(self, weights: str | None = None) -> Verdict:
         """How the run went, by its metrics; kept in the manifest."""
-        config, held_out = self.context.config, len(self.material.data.held_out)
+        config, data = self.context.config, self.material.data
         records = self.engine.same(self.directory.metrics.read)
-        objective = self.learner.objective
-        history = History.of(records, held_out, config.optimizer.lr, objective.beta, objective.start_loss)
+        objective, leaks = self.learner.objective, data.held_out_report.leaks or NO_LEAKS
+        history = History.of(
+            records, len(data.held_out), config.optimizer.lr, objective.beta, objective.start_loss, leaks
+        )
         verdict = assess(history, objective.findings)
         ended = {
             "weights_sha256": weights, "skipped_steps": self.progress.skipped_steps, "verdict": verdict.as_dict(),

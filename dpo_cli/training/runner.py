@@ -30,7 +30,7 @@ from dpo_cli.models.dtype import wait_for
 from dpo_cli.models.memory import one_forward_pass
 from dpo_cli.runs.checkpoint import rng_states
 from dpo_cli.runs.replay import determinism
-from dpo_cli.runs.run_directory import RunDirectory, config_changes, directory_of
+from dpo_cli.runs.run_directory import RunDirectory, as_begun, config_changes, directory_of
 from dpo_cli.signals import StopSignals
 from dpo_cli.trackers.trackers import check_installed
 from dpo_cli.training.build import build, complete_reference, describe_source
@@ -53,6 +53,7 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
     reporter = reporter if engine.rank == 0 else Reporter(io.StringIO())
     path, resumed = engine.same(lambda: directory_of(config, job, time.time()))
     directory = RunDirectory(path)
+    config = engine.same(lambda: as_begun(config, directory)) if resumed else config
     if directory.finished and resumed:
         reporter.say(f"already complete: {directory.final}")
         for change in chain(*config_changes(read_config(directory.config), config)):

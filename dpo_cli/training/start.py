@@ -168,6 +168,9 @@ def open_records(
         resumed_with = [*before.get("resumed_with", []), *start.changes]
         engine.same(lambda: directory.write_manifest({**before, "resumed_with": resumed_with}))
         engine.same(lambda: directory.write_config(context.config))
+    trained_on = material.data.trained_on
+    assert trained_on is not None
+    engine.same(lambda: directory.write(directory.trained_on, trained_on.to_bytes()))
 
 
 @contextmanager

@@ -1,0 +1,93 @@
+"""Leaks: held-out pairs that were trained on, or whose prompt was.
+
+Both sides are known by 64-bit hashes alone, so a run can keep what it was trained on in a few bytes a pair: two pairs
+of ten million that have nothing in common share a hash by chance in one run of a hundred thousand.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from dpo_cli.console.text import plural
+from dpo_cli.data.formats import PreferencePair
+from dpo_cli.data.groups import normalised
+from dpo_cli.storage.hashing import fingerprint_of_texts
+
+Hashes = NDArray[np.uint64]
+CONSEQUENCE = "their accuracy says nothing about new prompts"
+REMEDY = "data.eval_leaks=drop takes them out"
+
+
+def pair_hash(pair: PreferencePair) -> int:
+    """64 bits for the normalised prompt and both responses, whichever is the chosen one."""
+    prompt = [part for message in pair.messages for part in (message.role, normalised(message.content))]
+    responses = sorted((normalised(pair.chosen), normalised(pair.rejected)))
+    return int(fingerprint_of_texts(*prompt, *responses)[:16], 16)
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """What a run was trained on."""
+
+    pairs: Hashes  # (pairs,): `pair_hash` of each, sorted, each once
+    groups: Hashes  # (groups,): `prompt_group` of each, sorted, each once
+
+    @classmethod
+    def of(cls, pairs: Iterable[int], groups: Iterable[int]) -> "TrainedOn":
+        """From the hashes of the training pairs, in any order."""
+        return cls(*(np.unique(np.fromiter(hashes, dtype=np.uint64)) for hashes in (pairs, groups)))
+
+    def to_bytes(self) -> bytes:
+        """As the content of a safetensors file: 8 bytes a pair and 8 a group."""
+        return save({"pairs": self.pairs, "groups": self.groups})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "TrainedOn":
+        """From the content of such a file; ValueError where it is something else."""
+        try:
+            found = load(data)
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(str(error)) from None
+        if found.keys() != {"pairs", "groups"} or any(
+            one.dtype != np.uint64 or one.ndim != 1 for one in found.values()
+        ):
+            raise ValueError("not a record of training pairs")
+        return cls(found["pairs"], found["groups"])
+
+    def find(self, pairs: Sequence[int], groups: Sequence[int]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which held-out pairs were trained on, and of which only the first human turn was: (B,) each."""
+        same = np.isin(np.fromiter(pairs, dtype=np.uint64), self.pairs)
+        return same, np.isin(np.fromiter(groups, dtype=np.uint64), self.groups) & ~same
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """How many held-out pairs are also in training."""
+
+    pairs: int = 0  # the pair itself, its responses in either order
+    prompts: int = 0  # its first human turn alone
+
+    def __bool__(self) -> bool:
+        return self.pairs + self.prompts > 0
+
+    def __str__(self) -> str:
+        if not self.prompts:
+            return plural(self.pairs, "pair")
+        more = plural(self.prompts, "other" if self.pairs else "pair")
+        return (f"{plural(self.pairs, 'pair')}, and " if self.pairs else "") + f"the first human turn of {more}"
+
+    @property
+    def warning(self) -> str:
+        """What follows from them, and what to do."""
+        return f"held-out pairs are also in training ({self}): {CONSEQUENCE}; {REMEDY}"
+
+    def as_dict(self) -> dict[str, int]:
+        """The counts, for the manifest and report.json."""
+        return asdict(self)
+
+
+NO_LEAKS = Leaks()
