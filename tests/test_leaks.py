@@ -99,6 +99,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_split_it_began_with(traine
     words = json.loads((old / "manifest.json").read_text())["argv"]
     ended = command("dpo-train", *(word for word in words if word != "data.split_by=prompt"), "resume=auto")
     assert ended.code == 0, ended.err
+    assert ended.out.startswith("data.split_by=prompt, as when the run began\n")
     assert (old / "final" / "adapter_model.safetensors").read_bytes() == weights
     ended = command("dpo-eval", f"checkpoint={old}")
     assert ended.code == 0 and f"kept {held_out} pairs of" in ended.out

@@ -1,7 +1,7 @@
 """Leaks: held-out pairs that were trained on, or whose prompt was.
 
-Both sides are known by 64-bit hashes alone, so a run can keep what it was trained on in a few bytes a pair: two pairs
-of ten million that have nothing in common share a hash by chance in one run of a hundred thousand.
+Both sides are known by 64-bit hashes alone, so a run can keep what it was trained on in 16 bytes a pair. That one
+of ten thousand held-out pairs is taken for one of ten million others has a chance of 1 in 100 million.
 """
 
 from collections.abc import Iterable, Sequence

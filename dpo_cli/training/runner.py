@@ -53,7 +53,10 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
     reporter = reporter if engine.rank == 0 else Reporter(io.StringIO())
     path, resumed = engine.same(lambda: directory_of(config, job, time.time()))
     directory = RunDirectory(path)
-    config = engine.same(lambda: as_begun(config, directory)) if resumed else config
+    begun = engine.same(lambda: as_begun(config, directory)) if resumed else config
+    if begun != config:
+        reporter.say(f"data.split_by={begun.data.split_by}, as when the run began")
+    config = begun
     if directory.finished and resumed:
         reporter.say(f"already complete: {directory.final}")
         for change in chain(*config_changes(read_config(directory.config), config)):

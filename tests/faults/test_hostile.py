@@ -533,7 +533,7 @@ def test_a_manifest_names_files_of_its_folder_only(
 
 
 @pytest.mark.parametrize("link", ["metrics.jsonl", "config.yaml", "manifest.json", "train.log", "reference_logps.bin",
-                                  "checkpoints", "final", ".lock"])  # fmt: skip
+                                  "trained_on.safetensors", "checkpoints", "final", ".lock"])  # fmt: skip
 def test_a_link_in_a_run_directory_is_not_written_through(
     command: Command, pairs_file: Path, tmp_path: Path, stranger: Path, link: str
 ) -> None:
