@@ -207,7 +207,7 @@ def test_a_run_held_out_on_its_training_file_says_so_and_is_not_green(
     log = (run / "train.log").read_text()
     assert "also in training: 20 pairs\n" in log
     assert (
-        "warning: held-out pairs are also in training (20 pairs): their accuracy says nothing about new prompts; "
+        "warning: held-out pairs are also in training (20 pairs): on them accuracy says nothing about new prompts; "
         "data.eval_leaks=drop takes them out\n"
     ) in log
     manifest = json.loads((run / "manifest.json").read_text())

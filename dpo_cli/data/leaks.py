@@ -18,7 +18,7 @@ from dpo_cli.data.groups import normalised
 from dpo_cli.storage.hashing import fingerprint_of_texts
 
 Hashes = NDArray[np.uint64]
-CONSEQUENCE = "their accuracy says nothing about new prompts"
+CONSEQUENCE = "on them accuracy says nothing about new prompts"
 REMEDY = "data.eval_leaks=drop takes them out"
 
 
