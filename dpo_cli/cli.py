@@ -173,13 +173,17 @@ def _train(words: Words) -> int:
     if words.print_config:
         return _print(config)
     _check_files_early(config.data.train, config.data.eval)
-    quiet_libraries()
-    from dpo_cli.commands.verify_resume import verify_resume
-    from dpo_cli.training.runner import train as run_training
 
-    if config.verify_resume:
-        return _reporting(lambda reporter: verify_resume(config, reporter))
-    return _reporting(lambda reporter: run_training(config, reporter, name))
+    def work(reporter: "Reporter") -> None:
+        from dpo_cli.commands.verify_resume import verify_resume
+        from dpo_cli.training.runner import train as run_training
+
+        if config.verify_resume:
+            verify_resume(config, reporter)
+        else:
+            run_training(config, reporter, name)
+
+    return _reporting(work)
 
 
 def _sweep(words: Words, line: "CommandLine") -> int:
@@ -225,10 +229,13 @@ def _evaluate(words: Words) -> int:
         if of_run:
             raise ConfigError("--print-config: data.* keys change what the run was trained with, which is read later")
         return _print(config)
-    quiet_libraries()
-    from dpo_cli.commands.evaluate import evaluate as run_evaluation
 
-    return _reporting(lambda reporter: run_evaluation(config, [(o.key_or_group, o.value()) for o in of_run], reporter))
+    def work(reporter: "Reporter") -> object:
+        from dpo_cli.commands.evaluate import evaluate as run_evaluation
+
+        return run_evaluation(config, [(one.key_or_group, one.value()) for one in of_run], reporter)
+
+    return _reporting(work)
 
 
 def _sample(words: Words) -> int:
@@ -245,10 +252,13 @@ def _sample(words: Words) -> int:
     elif config.trust_remote_code:
         raise ConfigError("trust_remote_code=true: of a checkpoint; for a model write model.trust_remote_code=true")
     _check_files_early(config.prompts)
-    quiet_libraries()
-    from dpo_cli.commands.sample import sample as run_sampling
 
-    return _reporting(lambda reporter: run_sampling(config, reporter))
+    def work(reporter: "Reporter") -> object:
+        from dpo_cli.commands.sample import sample as run_sampling
+
+        return run_sampling(config, reporter)
+
+    return _reporting(work)
 
 
 def _label(words: Words) -> int:
@@ -266,12 +276,14 @@ def _label(words: Words) -> int:
         if config.labels == "best":
             refuse_unused(line, ("seed",), "of labels=sampled; nothing is sampled with labels=best")
     _check_files_early(config.samples)
-    quiet_libraries()
-    from dpo_cli.commands.label import label as run_labelling
-    from dpo_cli.commands.label import label_by_hand
 
-    work = label_by_hand if config.by == "human" else run_labelling
-    return _reporting(lambda reporter: work(config, reporter))
+    def work(reporter: "Reporter") -> object:
+        from dpo_cli.commands.label import label as run_labelling
+        from dpo_cli.commands.label import label_by_hand
+
+        return (label_by_hand if config.by == "human" else run_labelling)(config, reporter)
+
+    return _reporting(work)
 
 
 def _rank(words: Words) -> int:
@@ -286,17 +298,23 @@ def _rank(words: Words) -> int:
         unused = set(schema_keys(RankConfig)) - {"games", "prior", "output"}
         refuse_unused(line, unused, "games=FILE holds the results already")
     _check_files_early(config.games, config.prompts)
-    quiet_libraries()
-    from dpo_cli.commands.rank import rank as run_ranking
 
-    return _reporting(lambda reporter: run_ranking(config, reporter))
+    def work(reporter: "Reporter") -> object:
+        from dpo_cli.commands.rank import rank as run_ranking
+
+        return run_ranking(config, reporter)
+
+    return _reporting(work)
 
 
 def _reporting(work: Callable[["Reporter"], object]) -> int:
+    """Do the work of a command, which imports torch; what is being done is on the screen before that."""
     from dpo_cli.console.reporter import Reporter
 
     reporter = Reporter()
     try:
+        reporter.doing("loading PyTorch and transformers")
+        quiet_libraries()
         with _memory_errors():
             work(reporter)
     finally:
@@ -334,9 +352,11 @@ class _memory_errors:  # noqa: N801 - reads as a statement
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, Exception):
+            return
         from dpo_cli.models.memory import ran_out
 
-        if error is not None and ran_out(error):
+        if ran_out(error):
             raise OutOfMemoryError(
                 "out of memory. What helps, in this order: micro_batch_size=1, engine.gradient_checkpointing=true, "
                 "reference=adapter_off, a smaller data.max_length"

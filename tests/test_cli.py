@@ -202,6 +202,48 @@ def test_help_typos_and_missing_files_are_answered_without_torch(word: str, code
     assert ended.stderr.splitlines()[-1] == "False"
 
 
+FIRST_LINE = """
+import sys
+from dpo_cli import cli
+from dpo_cli.console.reporter import Reporter
+
+class Import(Exception):
+    pass
+
+class Refuse:  # the import of torch or transformers ends the command
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "transformers"):
+            raise Import(name)
+
+sys.meta_path.insert(0, Refuse())
+sys.argv = sys.argv[1:]
+entry = {"dpo-train": cli.train, "dpo-eval": cli.evaluate, "dpo-sample": cli.sample, "dpo-label": cli.label,
+         "dpo-rank": cli.rank}[sys.argv[0]]
+try:
+    entry()
+except Import:
+    print("import")
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "dpo-train model=tiny",
+        "dpo-eval checkpoint=run",
+        "dpo-sample prompts=some.jsonl",
+        "dpo-label samples=some.jsonl by=rule rule=shorter",
+        "dpo-rank games=some.jsonl",
+    ],
+)
+def test_the_first_line_is_on_the_screen_before_torch_is_imported(tmp_path: Path, words: str) -> None:
+    (tmp_path / "some.jsonl").write_text("{}\n")
+    ended = subprocess.run(
+        [sys.executable, "-c", FIRST_LINE, *words.split()], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (ended.stdout, ended.stderr) == ("loading PyTorch and transformers ...\nimport\n", "")
+
+
 COMMANDS = {"train": "dpo-train", "eval": "dpo-eval", "sample": "dpo-sample", "label": "dpo-label", "rank": "dpo-rank"}
 
 

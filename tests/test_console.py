@@ -1,6 +1,7 @@
 """The console: untrusted text cannot act, no stream can stop a run, numbers are short."""
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,45 @@ def test_on_a_terminal_a_table_a_sparkline_and_a_bar_are_shown(monkeypatch: pyte
     assert "5e-07" in shown and "3/10" in shown and "ETA" in shown and "margin ▁▅█ 0.3" in shown
     assert "grad weight 0.46; over 0.9 for 5% of pairs, under 0.1 for 12%" in shown
     assert "log-ratio to the reference: chosen -0.021, rejected -0.100 nats a token" in shown
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+@pytest.mark.parametrize(
+    ("steps", "left"),
+    [
+        ([90], None),  # the first compiles, and says nothing about the others
+        ([90, 4], "ETA 32 s"),  # 8 steps of 4 s
+        ([90, 4, 6], "ETA 35 s"),  # 7 steps of 5 s
+    ],
+)
+def test_the_time_left_is_shown_from_the_second_step_on(
+    monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO], steps: list[int], left: str | None
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("dpo_cli.console.reporter.time.monotonic", lambda: now[0])
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = stream()
+    reporter = Reporter(shown)
+    reporter.start("step", 10)
+    for number, seconds in enumerate(steps, start=1):
+        now[0] += seconds
+        reporter.advance()
+        reporter.record({**RECORD, "step": number})
+    reporter.stop()
+    assert re.findall(r"ETA \d+ \w+", shown.getvalue())[-1:] == ([left] if left else [])
+
+
+def test_work_between_two_steps_has_a_bar_of_its_own_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    reporter = Reporter(stream)
+    reporter.start("step", 10)
+    advance = reporter.working("evaluating pair", 20)
+    advance(5)
+    reporter.stop()
+    assert "evaluating pair" in stream.getvalue() and "5/20" in stream.getvalue()
 
 
 @pytest.mark.parametrize("columns", ["20", "80"])

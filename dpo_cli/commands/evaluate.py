@@ -70,10 +70,13 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         device = choose_device(config.device)
         dtype = ref_dtype(ref, device.value)
         source = find_model(ref.base, reporter.say)
+        reporter.doing(f"loading the tokenizer of {safe_text(source.name)}")
         encoder = PairEncoder(load_tokenizer(source), options.template, always_closes=objective.always_closes)
         seed = ref.run.seed if ref.run else 0
+        reporter.doing("reading pairs")
         trained_on = ref.directory.read_trained_on() if ref.directory else None
         data = load_pairs(options, encoder, seed, held_out_only=True, trained_on=trained_on, poll=signals.poll)
+        reporter.doing("loading the model")
         base = load_model(source, dtype.value, device.value)
         check_positions(base, data.held_out, options.max_length)
         fingerprint = model_fingerprint(base)

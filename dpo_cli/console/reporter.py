@@ -16,17 +16,11 @@ from typing import Any, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from dpo_cli.console.pace import Pace
 from dpo_cli.console.text import duration, redacted, safe_text, significant
 
 ROWS_SHOWN = 10
@@ -116,6 +110,14 @@ def drift_lines(record: dict[str, Any]) -> list[str]:
     ]
 
 
+class _EtaColumn(ProgressColumn):
+    """The time left by the task's `Pace`: rich's own estimate needs several steps within 30 seconds."""
+
+    def render(self, task: Task) -> Text:
+        left = task.fields["pace"].left
+        return Text("ETA -" if left is None else f"ETA {duration(left)}")
+
+
 class Reporter:
     """Everything a command shows, also written as plain text to train.log once `open_log` was called."""
 
@@ -137,7 +139,7 @@ class Reporter:
         self._progress: Progress | None = None
         self._rows: deque[dict[str, Any]] = deque(maxlen=ROWS_SHOWN)
         self._margins: list[float] = []
-        self._total = 0
+        self._pace = Pace(0)
         self._unit = "step"
         self._last_plain = 0.0
 
@@ -160,6 +162,10 @@ class Reporter:
         text = safe_text(text)
         self._write_log(text)
         self.console.print(Text(text, style=style or ""))
+
+    def doing(self, what: str) -> None:
+        """Say what is being done before the first result can be shown."""
+        self.say(f"{what} ...", style="dim")
 
     def warn(self, text: str) -> None:
         """Show a warning: yellow, on standard output and in the log."""
@@ -231,18 +237,17 @@ class Reporter:
     def start(self, what: str, total: int, done: int = 0) -> None:
         """Start a progress view of `total` units (`step`, `pair`), `done` of which are done."""
         self.stop()
-        self._unit, self._total = what, total
+        self._unit, self._pace = what, Pace(total, done)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            _EtaColumn(),
             console=self.console,
             expand=True,
         )
-        self._progress.add_task(what, total=total, completed=done)
+        self._progress.add_task(what, total=total, completed=done, pace=self._pace)
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             self._live = Live(self._frame(), console=self.console, refresh_per_second=4, transient=False)
             self._live.start()
@@ -250,25 +255,29 @@ class Reporter:
     def advance(self, units: int = 1) -> None:
         """Count `units` more as done."""
         if self._progress is not None:
+            self._pace.advance(units)
             self._progress.advance(self._progress.task_ids[0], units)
             self._refresh()
             # Evaluations log no record: off a terminal a line every half minute shows their progress.
             if self._live is None and self._unit != "step" and time.monotonic() - self._last_plain > 30:
                 self._last_plain = time.monotonic()
-                task = self._progress.tasks[0]
-                left = f", about {duration(task.time_remaining)} left" if task.time_remaining else ""
-                self.say(f"{self._unit} {task.completed:.0f}/{self._total}{left}")
+                left = f", about {duration(self._pace.left)} left" if self._pace.left else ""
+                self.say(f"{self._unit} {self._pace.done}/{self._pace.total}{left}")
 
     def working(self, what: str, total: int) -> Callable[[int], None]:
-        """A function that counts units of work between two steps; off a terminal it shows a line every half minute."""
-        done, last = 0, time.monotonic()
+        """A function that counts work between two steps: a second bar, or off a terminal a line every half minute."""
+        pace, last, bars = Pace(total), time.monotonic(), self._progress
+        bar = bars.add_task(what, total=total, pace=pace) if bars is not None else None
 
         def advance(units: int) -> None:
-            nonlocal done, last
-            done += units
-            if self._live is None and done < total and time.monotonic() - last > 30:
+            nonlocal last
+            pace.advance(units)
+            if bars is not None and bar is not None:
+                bars.update(bar, completed=pace.done, visible=pace.done < total)
+                self._refresh()
+            if self._live is None and pace.done < total and time.monotonic() - last > 30:
                 last = time.monotonic()
-                self.say(f"{what} {done}/{total}")
+                self.say(f"{what} {pace.done}/{total}")
 
         return advance
 
@@ -302,7 +311,9 @@ class Reporter:
         ]
         if "gradient_weight" in record:
             cells.append(f"grad weight {significant(record['gradient_weight'])}")
-        return f"{split}step {record['step']}/{self._total}  " + "  ".join(cells)
+        if not split and self._pace.left:
+            cells.append(f"ETA {duration(self._pace.left)}")
+        return f"{split}step {record['step']}/{self._pace.total}  " + "  ".join(cells)
 
     def _frame(self) -> RenderableType:
         parts: list[RenderableType] = []

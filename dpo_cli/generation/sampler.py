@@ -75,6 +75,7 @@ def load_generation_model(config: SampleConfig, reporter: Reporter) -> Generatio
     """Load the model that the config names, or the checkpoint's policy."""
     device = choose_device(config.device)
     if config.checkpoint is None:
+        reporter.doing(f"loading the model {safe_text(config.model.name_or_path)}")
         source = find_model(config.model, reporter.say)
         encoder = PairEncoder(load_tokenizer(source), config.template)
         dtype = choose_dtype(config.model.dtype, device.value, lora=True)
@@ -90,6 +91,7 @@ def load_checkpoint_model(
     """Load the policy of a run, checkpoint or adapter, or a model; ConfigError for a reward model."""
     if not ref.objective.generates:
         raise ConfigError(f"{safe_text(ref.weights)}: is a reward model, which generates no text; name a policy")
+    reporter.doing(f"loading {safe_text(ref.weights)}")
     dtype = ref_dtype(ref, device)
     source = find_model(ref.base, reporter.say)
     encoder = ref_encoder(ref, template)

@@ -245,6 +245,7 @@ def load_judge(
     ref = find_judge(name, kind, trust_remote_code)
     if ref is None:
         return RuleJudge(name)
+    reporter.doing(f"loading the judge {safe_text(ref.weights)}")
     where = choose_device(device).value
     dtype = ref_dtype(ref, where).value
     source = find_model(ref.base, reporter.say)

@@ -1,6 +1,7 @@
 """What a run is put together from: the model, the data, the objective, the reference, and how batches are split."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ def build(
     measured = settings if settings is not None and settings.device == device.value.type else None
     dtype = engine.same(lambda: _dtype(config, device.value, settings if state is not None else measured))
     source = find_model(config.model, reporter.say)
+    reporter.doing(f"loading the tokenizer of {safe_text(source.name)}")
     objective = make_objective(config)
     material = _material(context, source, objective.always_closes)
     if state is not None and state.data_fingerprint != material.data.fingerprint:
@@ -65,6 +67,8 @@ def build(
         )
     memory = plan_memory(source.path, dtype.value, device.value, _loads_second_model(config, objective))
     torch.manual_seed(config.seed)
+    download = "" if Path(source.path).is_dir() else ", which is downloaded if it is not in the hub's cache"
+    reporter.doing(f"loading the model in {str(dtype.value).removeprefix('torch.')}{download}")
     model = load_model(source, dtype.value, device.value)
     _check_fit(config, model, material)
     fingerprint = model_fingerprint(model)
@@ -73,6 +77,7 @@ def build(
             f"resume={safe_text(config.resume)}: was trained on other weights than "
             f"model.name_or_path={safe_text(source.name)} holds now"
         )
+    reporter.doing("trying how batches are laid out and how many tokens fit in memory")
     layout = engine.same(lambda: _layout(config, model, material, device.value, fingerprint, measured))
     policy = objective.prepare(model, config.lora, source.name)
     if config.engine.gradient_checkpointing:
@@ -112,6 +117,7 @@ def _dtype(config: RunConfig, device: torch.device, settings: ResolvedSettings |
 def _material(context: Context, source: ModelSource, always_closes: bool) -> Material:
     config = context.config
     encoder = PairEncoder(load_tokenizer(source), config.data.template, always_closes=always_closes)
+    context.reporter.doing(f"reading pairs from {safe_text(config.data.train)}")
     data = load_pairs(config.data, encoder, config.seed, poll=context.poll)
     schedule = Schedule.of(data.train, config.batch_size, config.seed, config.data.shuffle)
     return Material(source, encoder, data, schedule, schedule.total_steps(config.epochs, config.max_steps))

@@ -550,7 +550,7 @@ def test_a_link_in_a_run_directory_is_not_written_through(
         shutil.rmtree(stranger / "final")
     with fault(21):
         ended = command("dpo-train", *tiny_words(pairs_file, stranger), "resume=auto")
-        assert ended.code == 4 or (link == "final" and ended.out.startswith("already complete")), ended
+        assert ended.code == 4 or (link == "final" and "already complete" in ended.out), ended
         assert "is a symbolic link" in ended.err or link == "final"
         assert before == sorted((path, path.stat().st_mtime_ns) for path in [victim, *victim.rglob("*")])
 

@@ -1,0 +1,30 @@
+"""How long the rest of a job takes, from the units it has done so far."""
+
+import time
+
+
+class Pace:
+    """Units done of a total, and the time that the rest takes.
+
+    The first advance is left out of the mean: it also compiles, allocates and warms up.
+    """
+
+    def __init__(self, total: int, done: int = 0) -> None:
+        self.total, self.done = total, done
+        self._first: tuple[float, int] | None = None  # when the first advance ended, and what was done by then
+        self._last = 0.0
+
+    def advance(self, units: int) -> None:
+        """Count `units` more as done."""
+        self.done += units
+        self._last = time.monotonic()
+        if self._first is None:
+            self._first = self._last, self.done
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until the total is done, at the mean pace since the first advance; None before the second."""
+        if self._first is None or self.done == self._first[1]:
+            return None
+        seconds = (self._last - self._first[0]) / (self.done - self._first[1])
+        return max(0.0, seconds * (self.total - self.done) - (time.monotonic() - self._last))
