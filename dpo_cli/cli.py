@@ -48,7 +48,7 @@ def _run(name: str, command: Callable[["Words"], int]) -> NoReturn:
         words = read_words(name, sys.argv[1:])
         code = _help(words) if words.help else command(words)
     except DpoError as error:
-        _print_error(str(error))
+        _print_error(str(error), *error.details)
         code = error.exit_code
     except KeyboardInterrupt:
         _print_error("stopped by Ctrl-C")
@@ -78,11 +78,11 @@ def _open_standard_streams() -> None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
-def _print_error(text: str) -> None:
+def _print_error(text: str, *details: str) -> None:
     from dpo_cli.console.text import safe_text
 
     try:
-        sys.stderr.write(f"error: {safe_text(text)}\n")
+        sys.stderr.write("".join(f"{line}\n" for line in (f"error: {safe_text(text)}", *map(safe_text, details))))
         sys.stderr.flush()
     except (OSError, ValueError):
         pass
@@ -133,15 +133,27 @@ def read_words(command: str, words: list[str]) -> Words:
             given: dict[str, Any] = {key: value}
             read = replace(read, **given)
         elif word.startswith("-"):
-            from dpo_cli.config.schema import did_you_mean
-
-            hint = (
-                did_you_mean(flag, [*switches, *needs]) or f"; values are given as key=value, see dpo-{command} --help"
-            )
-            raise ConfigError(f"'{word}': no such flag{hint}")
+            raise ConfigError(_no_such_flag(command, word, next(rest, ""), [*switches, *needs]))
         else:
             read = replace(read, overrides=(*read.overrides, word))
     return read
+
+
+def _no_such_flag(command: str, word: str, following: str, flags: list[str]) -> str:
+    """What to write instead of a flag that does not exist: other trainers take keys as flags."""
+    from dpo_cli.config.foreign_words import answer
+    from dpo_cli.config.schema import SCHEMAS, did_you_mean, schema_keys
+
+    flag, equals, value = word.partition("=")
+    key, keys = flag.lstrip("-").replace("-", "_"), schema_keys(SCHEMAS[command])
+    if not equals:
+        value = "true" if not following or following.startswith("-") or "=" in following else following
+    if key in keys:
+        return f"'{word}': values are given as key=value: {key}={value}"
+    if found := answer(key, value, keys):
+        return f"'{word}': no such flag; {found}"
+    hint = did_you_mean(flag, flags) or f"; values are given as key=value, see dpo-{command} --help"
+    return f"'{word}': no such flag{hint}"
 
 
 def _help(words: Words) -> int:

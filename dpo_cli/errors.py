@@ -1,7 +1,8 @@
 """What can go wrong for a user, each with the exit code a script can rely on.
 
-Such an error is one line: the thing, its value, what to do. The command prints it on standard error without
-a traceback. A broken promise of the program itself is an `assert`, never one of these.
+Such an error is one line: the thing, its value, what to do. Where several keys of a file do not exist, a line a key
+follows. The command prints it on standard error without a traceback. A broken promise of the program itself is an
+`assert`, never one of these.
 """
 
 
@@ -9,12 +10,17 @@ class DpoError(Exception):
     """A mistake or mishap that the user can act on; `exit_code` is what the command ends with."""
 
     exit_code = 1
+    details: tuple[str, ...] = ()  # further lines
 
 
 class ConfigError(DpoError):
     """The command line or a YAML file asks for something that does not exist or cannot work."""
 
     exit_code = 2
+
+
+class UnknownKeyError(ConfigError):
+    """A key that does not exist."""
 
 
 class DataError(DpoError):

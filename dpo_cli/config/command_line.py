@@ -31,7 +31,7 @@ from dpo_cli.config.schema import (
     walk,
 )
 from dpo_cli.console.text import safe_text
-from dpo_cli.errors import CheckpointError, ConfigError
+from dpo_cli.errors import CheckpointError, ConfigError, UnknownKeyError
 from dpo_cli.paths import user_path
 
 Config = TypeVar("Config")
@@ -52,13 +52,20 @@ class CommandLine:
         return {override.key_or_group: override.input_line or "" for override in self.overrides}
 
     def check(self) -> None:
-        """ConfigError for the first key or choice that does not exist."""
+        """ConfigError for the first key or choice that does not exist; for all such keys of the file of --config."""
+        unknown = []
         for override in self.overrides:
             try:
                 check_overrides([override], SCHEMAS[self.command], self.own)
             except ConfigError as error:
                 place = self.places.get(override.key_or_group)
-                raise (ConfigError(f"{place}: {error}") if place else error) from None
+                if not place or not isinstance(error, UnknownKeyError):
+                    raise (ConfigError(f"{place}: {error}") if place else error) from None
+                unknown.append(f"{place}: {error}")
+        if unknown:
+            several = ConfigError(unknown[0] if len(unknown) == 1 else f"{len(unknown)} keys do not exist")
+            several.details = tuple(unknown) if len(unknown) > 1 else ()
+            raise several
 
     def config(self, schema: type[Config]) -> Config:
         """The checked config."""
@@ -90,10 +97,11 @@ def read_command_line(
     given = {override.key_or_group for override in overrides}
     places: dict[str, str] = {}
     before: list[Override] = []
-    for key, (value, place) in (overrides_in(file, set(schema_keys(schema))) if file is not None else {}).items():
+    keys = set(schema_keys(schema))
+    for key, (value, place) in (overrides_in(file, keys) if file is not None else {}).items():
         if key in given:
             continue
-        if key.endswith("trust_remote_code") and value is True:  # the file may be somebody else's
+        if key in keys and key.endswith("trust_remote_code") and value is True:  # the file may be somebody else's
             raise ConfigError(f"{place}: {key}: true runs Python of others; say so on the command line: {key}=true")
         word = f"{key}={override_value(value)}"
         if isinstance(value, list) and not _takes_a_list(key, value, schema):

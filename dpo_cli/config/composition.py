@@ -37,9 +37,10 @@ from dpo_cli.config.schema import (
     unknown_keys,
 )
 from dpo_cli.console.text import first_line, hydra_quoted, safe_text
-from dpo_cli.errors import ConfigError
+from dpo_cli.errors import ConfigError, UnknownKeyError
 from dpo_cli.paths import user_path
 
+HELP_LISTS = "--help lists keys and groups"
 SEVERAL = ("tracker",)  # groups of which a run can have several choices at once
 
 
@@ -112,7 +113,8 @@ def parse_overrides(words: list[str]) -> list[Override]:
         if word.startswith("~"):
             raise ConfigError(f"'{word}': a key cannot be removed; set it to null or to another choice")
         if not equals:
-            raise ConfigError(f"'{word}': not of the form key=value; --help lists keys and groups")
+            remedy = f"to read a file write --config {word}" if word.endswith((".yaml", ".yml")) else HELP_LISTS
+            raise ConfigError(f"'{word}': not of the form key=value; {remedy}")
         try:
             parsed.append(OverridesParser.create().parse_override(word))
         except HydraException:
@@ -140,7 +142,8 @@ def check_overrides(overrides: list[Override], schema: type, own: Path | None = 
         # A free-form mapping, such as data.columns, takes keys that the schema does not list.
         in_mapping = key.startswith("data.columns.")
         if key not in keys and not in_mapping:
-            raise ConfigError(f"unknown key '{key}' in '{written}'{suggest_key(key, schema)}")
+            hint = suggest_key(key, schema, (written or "").partition("=")[2])
+            raise UnknownKeyError(f"unknown key '{key}' in '{written}'{hint}")
         if override.is_add() and not in_mapping:
             raise ConfigError(f"'{written}': '{key}' exists already; write it without the plus sign")
         if key in known_groups and not override.is_sweep_override():

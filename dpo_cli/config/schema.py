@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass, is_pydantic_dataclass
 from pydantic.fields import FieldInfo
 
+from dpo_cli.config.foreign_words import WORDS, answer
 from dpo_cli.config.objectives import OBJECTIVES
 from dpo_cli.config.versions import VERSION, read_stored
 from dpo_cli.console.text import safe_text, without_secrets
@@ -443,28 +444,6 @@ def schema_keys(schema: type) -> list[str]:
 FREE_KEYS = tuple(key for key, _, marks in walk(RunConfig) if marks == FREE)
 LOUD_KEYS = tuple(key for key, _, marks in walk(RunConfig) if marks == LOUD)
 
-# The names of these keys in other trainers.
-OTHER_NAMES = {
-    "learning_rate": "optimizer.lr",
-    "num_train_epochs": "epochs",
-    "num_epochs": "epochs",
-    "train_batch_size": "batch_size",
-    "per_device_train_batch_size": "micro_batch_size",
-    "lora_r": "lora.r",
-    "lora_rank": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "loss_type": "loss.name",
-    "model_name_or_path": "model.name_or_path",
-    "dataset_name": "data.train",
-    "gradient_checkpointing": "engine.gradient_checkpointing",
-    "lr_scheduler_type": "optimizer.schedule",
-    "logging_steps": "log_every",
-    "eval_steps": "eval_every",
-    "save_steps": "save_every",
-    "report_to": "tracker",
-}
-
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the choice closest to a word, or nothing."""
@@ -472,19 +451,30 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def suggest_key(key: str, schema: type) -> str:
-    """`; did you mean 'optimizer.lr'?` for a key that the schema lacks: by its last word, then by likeness."""
+def suggest_key(key: str, schema: type, value: str | None = None) -> str:
+    """What to write instead of a key that the schema lacks.
+
+    `; here it is optimizer.lr=1e-5` for a key of another trainer with that value, else `; did you mean 'optimizer.lr'?`
+    by the key's last word, then by likeness.
+    """
     keys = schema_keys(schema)
     group, _, leaf = key.rpartition(".")
+    if found := answer(key, value, keys) or (answer(leaf, value, keys) if leaf not in _leaves(keys) else None):
+        return f"; {found}"
     # Candidates in order: the same word elsewhere, a like word in the same group, a like word anywhere.
-    by_leaf = {known.rpartition(".")[2]: known for known in reversed(keys)}
+    by_leaf = _leaves(keys)
     beside = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == group}
-    anywhere = {**by_leaf, **{name: known for name, known in OTHER_NAMES.items() if known in keys}}
+    anywhere = {**by_leaf, **{word: known for word, known in WORDS.items() if isinstance(known, str) and known in keys}}
     for candidates, cutoff in ((by_leaf, 1.0), (beside, 0.6), (anywhere, 0.6)):
         close = difflib.get_close_matches(leaf, [*candidates], n=1, cutoff=cutoff)
         if close:
             return f"; did you mean '{candidates[close[0]]}'?"
     return ""
+
+
+def _leaves(keys: list[str]) -> dict[str, str]:
+    """The first key with each last word."""
+    return {known.rpartition(".")[2]: known for known in reversed(keys)}
 
 
 def unknown_keys(container: Mapping[str, Any], schema: type, prefix: str = "") -> list[str]:

@@ -155,7 +155,7 @@ command_line('beta NaN', 0, 2, 'beta=nan: must be a finite number', ['beta=nan']
 command_line('negative rate', 0, 2, 'optimizer.lr=-1: must be above 0; 5e-5 is usual with LoRA', ['optimizer.lr=-1'])
 command_line('batch of zero', 0, 2, 'batch_size=0: must be at least 1', ['batch_size=0'])
 command_line('batch of half', 0, 2, 'batch_size=1.5: must be a whole number', ['batch_size=1.5'])
-command_line("other trainer's name", 0, 2, "unknown key 'learning_rate' in 'learning_rate=1e-4'; did you mean 'optimizer.lr'?", ['learning_rate=1e-4'])
+command_line("other trainer's name", 0, 2, "unknown key 'learning_rate' in 'learning_rate=1e-4'; here it is optimizer.lr=1e-4", ['learning_rate=1e-4'])
 command_line('two values', 0, 2, "'beta=0.1,0.2': several values need -m: dpo-train -m beta=0.1,0.2", ['beta=0.1,0.2'])
 command_line("Hydra's own", 0, 2, "'hydra.run.dir=x': Hydra's own settings are fixed here; output_dir= sets where a run goes", ['hydra.run.dir=x'])
 command_line('target', 0, 2, "unknown key 'loss._target_' in '+loss._target_=os.system'; did you mean 'lora.target_modules'?", ['+loss._target_=os.system'])
