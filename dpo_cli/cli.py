@@ -325,7 +325,8 @@ def _reporting(work: Callable[["Reporter"], object]) -> int:
 
     reporter = Reporter()
     try:
-        reporter.doing("loading PyTorch and transformers")
+        if os.environ.get("RANK", "0") == "0":  # the engine, which knows its rank, imports torch
+            reporter.doing("loading PyTorch and transformers")
         quiet_libraries()
         with _memory_errors():
             work(reporter)

@@ -68,6 +68,7 @@ class TwoRanks(SingleEngine):
 def main() -> None:
     """Train as the words say; with STOP=RANK:STEP in the environment SIGTERM comes to one rank after a step."""
     rank, meeting, words = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    os.environ["RANK"] = str(rank)  # as torchrun does
     from dpo_cli import cli
     from dpo_cli.training import runner
 
