@@ -122,7 +122,7 @@ def test_a_key_in_the_wrong_yaml_file_is_named_with_its_file_and_line(
         (b"", "pairs.jsonl: the file is empty"),
         (b"oops\n", "pairs.jsonl line 1: not JSON (Expecting value at column 1): oops (data.on_bad_row=skip counts"),
         (b'{"prompt": "p", "chosen": "c"}\n', "pairs.jsonl line 1: no 'rejected' key. A row needs prompt, chosen and"),
-        (b'{"prompt": "p", "chosen": "", "rejected": "r"}\n', "all pairs were dropped: 1 pair with an empty response"),
+        (b'{"prompt": "p", "chosen": "", "rejected": "r"}\n', "no pair can be used: 1 pair with an empty response"),
     ],
 )
 def test_bad_data_is_one_line_and_exit_code_3(command: Command, tmp_path: Path, content: bytes, says: str) -> None:

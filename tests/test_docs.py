@@ -103,6 +103,18 @@ OLD_WORDS = (
 )
 
 
+# Phrases that people did not understand.
+UNCLEAR = (
+    r"\bgo(es)? on with|(?<!has )come to its end|you can believe|rate is never reached|whole when|when all is drawn"
+    r"|no usable pair|without reference, reference|\bstill: "
+)
+
+
+def test_phrases_that_people_did_not_understand_are_gone() -> None:
+    for path in [*PAGES, *sorted((ROOT / "dpo_cli").rglob("*.py")), *sorted((ROOT / "conf").rglob("*.yaml"))]:
+        assert re.findall(UNCLEAR, path.read_text(encoding="utf-8")) == [], path
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_words_are_those_of_the_field(page: Path) -> None:
     assert re.findall(OLD_WORDS, page.read_text(encoding="utf-8"), re.I) == []

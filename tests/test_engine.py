@@ -79,7 +79,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_one_process_resumes
     words = [*tiny_words(pairs_file, two), *WORDS]
     first, second = on_two_ranks(two, words, STOP="1:3")
     assert (first.returncode, second.returncode) == (75, 75), first.stderr + second.stderr
-    assert "error: stopped by SIGTERM at step 3; resume with: dpo-train ... output_dir=" in first.stderr
+    assert "error: stopped by SIGTERM at step 3; to resume, run the same command with output_dir=" in first.stderr
     assert command("dpo-train", *words, "resume=auto").code == 0
     same_run(two, alone)
 

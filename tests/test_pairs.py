@@ -108,7 +108,7 @@ def test_eval_limit_is_counted_where_a_hash_holds_out(load: Load) -> None:
 def test_a_file_without_pairs_to_train_on_says_why(load: Load) -> None:
     with pytest.raises(DataError) as error:
         load([row(chosen="a", rejected="a")])
-    assert str(error.value).endswith("rows.jsonl: all pairs were dropped: 1 pair whose two responses are the same text")
+    assert str(error.value).endswith("rows.jsonl: no pair can be used: 1 pair whose two responses are the same text")
     with pytest.raises(DataError) as error:
         load([])
     assert str(error.value).endswith("rows.jsonl: has no pairs; name another file, or change data.eval_fraction")

@@ -277,8 +277,8 @@ SHOWN = (
     ("reward of rejected", "rewards/rejected"),
     ("log-prob change a token, chosen", "logps_change_per_token/chosen"),
     ("log-prob change a token, rejected", "logps_change_per_token/rejected"),
-    ("raw log-prob of chosen is higher, policy", "accuracy_without_reference/policy"),
-    ("raw log-prob of chosen is higher, reference", "accuracy_without_reference/reference"),
+    ("chosen more likely than rejected, by the policy", "accuracy_without_reference/policy"),
+    ("chosen more likely than rejected, by the reference", "accuracy_without_reference/reference"),
 )
 
 

@@ -287,7 +287,8 @@ def _require_pairs(rows: list[tuple[TokenizedPair, TextPair]], report: Report) -
     if not report.dropped:
         raise DataError(f"{source}: has no pairs; name another file, or change data.eval_fraction")
     reasons = ", ".join(f"{plural(number, 'pair')} {REASONS[reason]}" for reason, number in report.dropped.items())
-    raise DataError(f"{source}: all pairs were dropped: {reasons}")
+    lengthy = report.dropped.keys() & {"prompt_too_long", "identical_after_truncation"}
+    raise DataError(f"{source}: no pair can be used: {reasons}{'; raise data.max_length' if lengthy else ''}")
 
 
 def data_fingerprint(pairs: list[TokenizedPair]) -> str:

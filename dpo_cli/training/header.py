@@ -34,7 +34,7 @@ def _describe_optimizer(config: RunConfig, steps: int) -> str:
     options = config.optimizer
     warmup = plural(options.warmup_steps, "warm-up step")
     if options.warmup_steps >= steps:
-        warmup += f" (the run has {plural(steps, 'step')}: it ends before the full rate)"
+        warmup += f" (the run has only {plural(steps, 'step')}, all below the full lr)"
     clip = f"max_grad_norm {significant(config.max_grad_norm)}"
     return f"{options.name}, lr {significant(options.lr)} {options.schedule}, {warmup}, {clip}"
 

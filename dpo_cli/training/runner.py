@@ -76,8 +76,8 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
         except StoppedError as stop:
             if config.dry_run:
                 raise
-            again = f"dpo-train ... {shell_word('output_dir', path)} resume=auto"
-            raise type(stop)(f"{stop} at step {progress.step}; resume with: {again}") from None
+            again = f"to resume, run the same command with {shell_word('output_dir', path)} resume=auto"
+            raise type(stop)(f"{stop} at step {progress.step}; {again}") from None
     return path
 
 

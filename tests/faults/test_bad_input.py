@@ -126,12 +126,12 @@ row('ranked with a NaN score', 12, b'{"prompt": "q", "responses": ["a", "b"], "s
 row('empty object', 12, b'{}\n', "line 1: no 'chosen' key. A row needs prompt, chosen and rejected; it has nothing")
 
 # Fault 13: pairs that teach nothing
-data('all identical', 13, J(prompt='q', chosen='a', rejected='a') * 3, 'all pairs were dropped: 3 pairs whose two responses are the same text')
-data('all empty', 13, J(prompt='q', chosen='', rejected='a') * 3, 'all pairs were dropped: 3 pairs with an empty response')
-data('all blank', 13, J(prompt='q', chosen=' \n ', rejected='a') * 3, 'all pairs were dropped: 3 pairs with an empty response')
-data('identical after truncation', 13, J(prompt='q' * 10, chosen='a' * 300 + 'b', rejected='a' * 300 + 'c') * 3, 'all pairs were dropped: 3 pairs whose responses are the same text after truncation', 'data.max_length=64')
-data('prompt too long', 13, J(prompt='q' * 3000, chosen='a', rejected='b') * 3, 'all pairs were dropped: 3 pairs whose prompt leaves no room for a response')
-data('everything skipped', 13, b'oops\n' * 3, 'all pairs were dropped: 3 pairs that could not be read', 'data.on_bad_row=skip')
+data('all identical', 13, J(prompt='q', chosen='a', rejected='a') * 3, 'no pair can be used: 3 pairs whose two responses are the same text')
+data('all empty', 13, J(prompt='q', chosen='', rejected='a') * 3, 'no pair can be used: 3 pairs with an empty response')
+data('all blank', 13, J(prompt='q', chosen=' \n ', rejected='a') * 3, 'no pair can be used: 3 pairs with an empty response')
+data('identical after truncation', 13, J(prompt='q' * 10, chosen='a' * 300 + 'b', rejected='a' * 300 + 'c') * 3, 'no pair can be used: 3 pairs whose responses are the same text after truncation; raise data.max_length', 'data.max_length=64')
+data('prompt too long', 13, J(prompt='q' * 3000, chosen='a', rejected='b') * 3, 'no pair can be used: 3 pairs whose prompt leaves no room for a response; raise data.max_length')
+data('everything skipped', 13, b'oops\n' * 3, 'no pair can be used: 3 pairs that could not be read', 'data.on_bad_row=skip')
 
 # Fault 15: models and adapters that are not there
 command_line('model that is not there', 15, 4, 'model.name_or_path={dir}/model: no such folder', ['model.name_or_path={dir}/model', 'data=jsonl', 'data.train={dir}/a.jsonl'], files={'a.jsonl': OK})
@@ -148,7 +148,7 @@ command_line('typo of a group', 0, 2, "model=qwn: no such choice; did you mean '
 command_line('path as a group', 0, 2, 'data=my.jsonl: no such choice; for a file write data=jsonl data.train=my.jsonl (choices: hh, jsonl, sample, ultrafeedback)', ['data=my.jsonl'])
 command_line('no equals sign', 0, 2, "'beta': not of the form key=value; --help lists keys and groups", ['beta'])
 command_line('removed key', 0, 2, "'~beta': a key cannot be removed; set it to null or to another choice", ['~beta'])
-command_line('flag', 0, 2, "'--beta': no such flag; values are given as key=value, see dpo-train --help", ['--beta', '0.1'])
+command_line('flag', 0, 2, "'--beta': values are given as key=value: beta=0.1", ['--beta', '0.1'])
 command_line('beta of text', 0, 2, 'beta=high: must be a number', ['beta=high'])
 command_line('beta zero', 0, 2, 'beta=0: must be above 0; 0.1 is usual, higher stays closer to the reference', ['beta=0'])
 command_line('beta NaN', 0, 2, 'beta=nan: must be a finite number', ['beta=nan'])
@@ -169,7 +169,7 @@ command_line('verify and resume', 0, 2, 'verify_resume=true: trains some steps o
 command_line('eval typo', 0, 2, "unknown key 'checkpont' in 'checkpont=x'; did you mean 'checkpoint'?", ['checkpont=x'], command='dpo-eval')
 command_line('eval name with a slash', 0, 2, 'name=../x: must be a plain folder name', ['checkpoint={dir}', 'name=../x'], command='dpo-eval')
 
-# Fault 17: nothing to go on with
+# Fault 17: nothing to resume from
 command_line('resume without a place', 17, 2, 'resume=auto: name the run directory with output_dir, for instance output_dir=outputs/my-run', ['resume=auto'])
 command_line('resume from nowhere', 17, 4, 'resume={dir}/nowhere: no such checkpoint or run directory', ['resume={dir}/nowhere'])
 command_line('resume from a folder', 17, 4, 'resume={dir}/x: neither a run directory nor one of its checkpoints/step-*', ['resume={dir}/x'], files={'x/a': b''})
