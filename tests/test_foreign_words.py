@@ -63,6 +63,8 @@ def test_every_key_and_value_that_the_table_names_composes() -> None:
          "of a forward pass"),
         ("per_device_train_batch_size=2", "unknown key 'per_device_train_batch_size' in "
          "'per_device_train_batch_size=2'; here it is micro_batch_size=2"),
+        ("dataset_name=org/pairs", "unknown key 'dataset_name' in 'dataset_name=org/pairs'; here it is data=jsonl "
+         "data.train=org/pairs"),
         ("adapter=lora", "unknown key 'adapter' in 'adapter=lora'; here it is lora=all_linear"),
         ("learnin_rate=1e-5", "unknown key 'learnin_rate' in 'learnin_rate=1e-5'; did you mean 'optimizer.lr'?"),
     ],
@@ -111,7 +113,7 @@ def test_every_foreign_key_of_a_file_is_answered_at_once(command: Command, tmp_p
     file.write_text(AXOLOTL)
     ended = command("dpo-train", "--config", file)
     first, *rest = ended.err.splitlines()
-    assert (ended.code, first) == (2, "error: 10 keys do not exist")
+    assert (ended.code, first) == (2, "error: 10 keys of the --config file do not exist")
     said = [re.fullmatch(rf"{file} line (\d+): unknown key '(\w+)' in '.*'; (.*)", line) for line in rest]
     assert [one.groups() for one in said if one] == [
         ("1", "base_model", "here it is model.name_or_path=NousResearch/Llama-3.2-1B"),
@@ -119,7 +121,7 @@ def test_every_foreign_key_of_a_file_is_answered_at_once(command: Command, tmp_p
         ("3", "load_in_4bit", "leave it out"),
         ("4", "rl", "leave it out: DPO is the default (objective=dpo)"),
         ("5", "rl_beta", "here it is beta=0.2"),
-        ("6", "datasets", "here it is data.train"),
+        ("6", "datasets", "here it is data=jsonl data.train"),
         ("9", "adapter", "here it is lora=all_linear"),
         ("10", "lora_target_linear", "here it is lora.target_modules=all-linear"),
         ("11", "sequence_len", "here it is data.max_length=2048"),

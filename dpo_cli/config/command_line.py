@@ -63,7 +63,9 @@ class CommandLine:
                     raise (ConfigError(f"{place}: {error}") if place else error) from None
                 unknown.append(f"{place}: {error}")
         if unknown:
-            several = ConfigError(unknown[0] if len(unknown) == 1 else f"{len(unknown)} keys do not exist")
+            several = ConfigError(
+                unknown[0] if len(unknown) == 1 else f"{len(unknown)} keys of the --config file do not exist"
+            )
             several.details = tuple(unknown) if len(unknown) > 1 else ()
             raise several
 

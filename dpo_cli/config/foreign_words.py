@@ -27,6 +27,7 @@ PER_EPOCH = "not supported yet: give the steps between two, for instance {}=100"
 EVALUATION = Note("not needed: evaluation has micro-batches of its own size")
 ACCUMULATION = Note("not needed: batch_size counts the pairs of a step, micro_batch_size those of a forward pass")
 ADAPTER_ONLY = Note("not needed: final/ holds the adapter alone")
+OWN_DATA = "data=jsonl data.train"  # the default group would keep its own held-out pairs
 UPLOAD = Note("not supported yet: final/ has PEFT's layout; upload it with the hub's own command")
 DEFAULT_OBJECTIVE = Note("leave it out: DPO is the default (objective=dpo)")
 OBJECTIVE: dict[str, str] = {"dpo": DEFAULT_OBJECTIVE, "rm": "objective=reward", "": "objective"}
@@ -119,9 +120,9 @@ WORDS: dict[str, str | dict[str, str]] = {
     "loraplus_lr_ratio": Note("not supported yet: one rate for all weights"),
     "lora_task_type": Note("not needed: it follows from objective"),
     # Data
-    "dataset": "data.train", "datasets": {"": "data.train"}, "dataset_name": "data.train", "train_file": "data.train",
-    "dataset_name_or_path": "data.train", "dataset.source": "data.train", "dataset_path": "data.train",
-    "data_files": "data.train", "dataset.data_files": "data.train",
+    "dataset": OWN_DATA, "datasets": {"": OWN_DATA}, "dataset_name": OWN_DATA, "train_file": OWN_DATA,
+    "dataset_name_or_path": OWN_DATA, "dataset.source": OWN_DATA, "dataset_path": OWN_DATA,
+    "data_files": OWN_DATA, "dataset.data_files": OWN_DATA,
     "dataset_dir": Note("not needed: data.train is a path"),
     "eval_dataset": "data.eval", "val_dataset": "data.eval", "test_datasets": {"": "data.eval"},
     "eval_file": "data.eval", "n_examples": "data.limit",
