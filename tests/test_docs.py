@@ -96,13 +96,6 @@ def test_make_targets_that_are_named_exist() -> None:
             assert re.search(rf"^{target}:", makefile, re.M), (page.name, target)
 
 
-# Keys of an earlier version, and phrases that the field does not use.
-OLD_WORDS = (
-    r"radar|batching=|\bdials?\b|chosen_finished|rejected_finished|labels=drawn|\bjournal\b|rehears|as asked|at hand\b"
-    r"|gone on with|goes on\b|by heart|\blest\b|numbers you can believe|rambling to direct|in company"
-)
-
-
 # Phrases that people did not understand.
 UNCLEAR = (
     r"\bgo(es)? on with|(?<!has )come to its end|you can believe|rate is never reached|whole when|when all is drawn"
@@ -113,6 +106,13 @@ UNCLEAR = (
 def test_phrases_that_people_did_not_understand_are_gone() -> None:
     for path in [*PAGES, *sorted((ROOT / "dpo_cli").rglob("*.py")), *sorted((ROOT / "conf").rglob("*.yaml"))]:
         assert re.findall(UNCLEAR, path.read_text(encoding="utf-8")) == [], path
+
+
+# Keys of an earlier version, and phrases that the field does not use.
+OLD_WORDS = (
+    r"radar|batching=|\bdials?\b|chosen_finished|rejected_finished|labels=drawn|\bjournal\b|rehears|as asked|at hand\b"
+    r"|gone on with|goes on\b|by heart|\blest\b|numbers you can believe|rambling to direct|in company"
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
