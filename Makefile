@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 NEWEST := .venv-newest
+PEER := .venv-peer
 DEMO := outputs/demo
 
 .PHONY: help setup demo test check format wheel clean train eval bench bench-sampling mutants bench-gpu theorem picture paper test-peer test-faults test-newest
@@ -78,8 +79,14 @@ picture: $(STAMP) ## Draw docs/console.svg from a real run of the demo (minutes)
 theorem: $(STAMP) ## Print the numbers of docs/theorem.md and draw its figure
 	$(BIN)/python scripts/theorem.py
 
-test-peer: $(STAMP) ## Compare with TRL: make test-peer DPO_TRL_PYTHON=/path/to/python/that/has/trl
-	DPO_TRL_PYTHON=$(DPO_TRL_PYTHON) $(BIN)/python -m pytest -m peer -rs
+$(PEER)/.installed: constraints.txt
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt torch
+	$(PEER)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt trl peft
+	@touch $@
+
+test-peer: $(STAMP) $(if $(DPO_TRL_PYTHON),,$(PEER)/.installed) ## Compare with TRL, in .venv-peer/ or in another environment: DPO_TRL_PYTHON=/path/to/python
+	DPO_TRL_PYTHON=$(or $(DPO_TRL_PYTHON),$(CURDIR)/$(PEER)/bin/python) $(BIN)/python -m pytest -m peer tests/peer
 
 format: $(STAMP) ## Format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
@@ -89,4 +96,4 @@ wheel: ## Build a wheel in dist/; needs no environment
 	$(PYTHON) -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 
 clean: ## Remove the environment and build leftovers; outputs/ stays
-	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(PEER) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -221,6 +221,30 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def must_not_skip(report: Any) -> bool:
+    """Whether a report is a skip that counts as a failure: with $DPO_CI set, any but for a missing GPU."""
+    if not (report.skipped and os.environ.get("DPO_CI")) or hasattr(report, "wasxfail"):
+        return False
+    return not any(word in str(report.longrepr[2]) for word in ("GPU", "CUDA"))
+
+
+def fail_if_skipped(report: Any) -> Any:
+    """A test that continuous integration skips is no test."""
+    if must_not_skip(report):
+        report.outcome, report.longrepr = "failed", f"{report.longrepr[2]}; with DPO_CI set a skip is a failure"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Any:
+    return fail_if_skipped((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Any:
+    return fail_if_skipped((yield))
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The fault tests end with a table: what was tried, what was survived."""
     harness = sys.modules.get("harness")

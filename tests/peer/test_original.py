@@ -22,8 +22,6 @@ from dpo_cli.models.logps import make_micro_batch, pair_logps, plain_attention
 from dpo_cli.models.reference import AdapterOffReference
 from dpo_cli.theory.losses import LOSSES, LogRatios, implicit_rewards
 
-pytestmark = pytest.mark.peer
-
 BETA = 0.1
 IGNORED = -100
 

@@ -1,11 +1,8 @@
 """Against TRL's DPOTrainer: the same pairs, the same weights, and every number on the way to the gradient.
 
-TRL is a yardstick, never a dependency. It runs in a process of its own, under the Python that $DPO_TRL_PYTHON names,
-else under this one if that has it; without either these tests are skipped. With $DPO_HH, a .jsonl.gz file of HH
-dialogues, the pairs are 64 real ones of at most 800 characters.
-
-    python -m venv ~/trl && ~/trl/bin/pip install torch 'trl==1.16.*' peft
-    DPO_TRL_PYTHON=~/trl/bin/python python -m pytest -m peer
+TRL is a yardstick, never a dependency. It runs in a process of its own, under the Python that $DPO_TRL_PYTHON names.
+`make test-peer` builds one in .venv-peer/ where none is named. With $DPO_HH, a .jsonl.gz file of HH dialogues, the
+pairs are 64 real ones of at most 800 characters.
 
 Where TRL computes something else by design, and what is compared here:
 - `sft` is a mean over the tokens of a batch in TRL and over each pair's own in ours: compared pair by pair.
@@ -14,11 +11,9 @@ Where TRL computes something else by design, and what is compared here:
   no such tokens.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,11 +84,10 @@ def our_loss(name: str, policy: PairLogps, reference: PairLogps) -> Tensor:
 
 @pytest.fixture(scope="module")
 def trl_python() -> str:
-    """A Python that has trl; the tests are skipped where there is none."""
+    """A Python that has trl."""
     named = os.environ.get("DPO_TRL_PYTHON")
-    if not named and importlib.util.find_spec("trl") is None:
-        pytest.skip("no trl in this environment, and DPO_TRL_PYTHON names no Python that has it")
-    return named or sys.executable
+    assert named, "DPO_TRL_PYTHON names no Python that has trl: run make test-peer"
+    return named
 
 
 @pytest.fixture(scope="module")
@@ -157,12 +151,8 @@ def theirs(
     )
 
 
-def ours_is_missing(name: str) -> bool:
-    return name not in LOSSES and name != "sft"
-
-
 @pytest.fixture(scope="module")
-def ours(trl_python: str, policy: Any, pairs: list[PreferencePair], tiny_tokenizer: Any) -> Numbers:
+def ours(policy: Any, pairs: list[PreferencePair], tiny_tokenizer: Any) -> Numbers:
     """Our numbers, in packed micro-batches."""
     encoded = PairEncoder(tiny_tokenizer, "plain").encode(pairs)
     tokenized = [
@@ -170,9 +160,8 @@ def ours(trl_python: str, policy: Any, pairs: list[PreferencePair], tiny_tokeniz
         for row, one in enumerate(encoded)
     ]
     weights = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
-    names = [name for name in TRL_LOSSES if not ours_is_missing(name)]
-    gradients = {name: {key: torch.zeros_like(weight) for key, weight in weights.items()} for name in names}
-    losses: dict[str, list[Tensor]] = {name: [] for name in names}
+    gradients = {name: {key: torch.zeros_like(weight) for key, weight in weights.items()} for name in TRL_LOSSES}
+    losses: dict[str, list[Tensor]] = {name: [] for name in TRL_LOSSES}
     logps: tuple[list[PairLogps], list[PairLogps]] = ([], [])
     for start in range(0, len(tokenized), BATCH):
         micro_batch = make_micro_batch(tokenized[start : start + BATCH], torch.device("cpu"), Layout.PACKED_SEGMENTS)
@@ -180,7 +169,7 @@ def ours(trl_python: str, policy: Any, pairs: list[PreferencePair], tiny_tokeniz
         reference = micro_batch.scores(AdapterOffReference(policy).logps(micro_batch)).pairs()
         logps[0].append(mine.detach())
         logps[1].append(reference)
-        for name in names:
+        for name in TRL_LOSSES:
             loss = our_loss(name, mine, reference)
             losses[name].append(loss.detach())
             if name != "sigmoid" and start > 0:
@@ -222,14 +211,8 @@ def test_the_policy_has_moved(theirs: Numbers) -> None:
     assert (margin > 1.0).any() and (margin < -1.0).any()
 
 
-def skip_if_missing(name: str) -> None:
-    if ours_is_missing(name):
-        pytest.skip(f"there is no loss={name} here")
-
-
 @pytest.mark.parametrize("name", TRL_LOSSES)
 def test_losses_of_the_same_logps_are_trls(theirs: Numbers, name: str) -> None:
-    skip_if_missing(name)
     mine, other = our_loss(name, theirs.policy, theirs.reference), theirs.losses[name]
     assert (difference(mine, other) <= 1e-5 * other.abs().clamp(min=1.0)).all()
 
@@ -247,14 +230,12 @@ def passed_on(name: str, numbers: Numbers) -> Tensor:
 
 @pytest.mark.parametrize("name", TRL_LOSSES)
 def test_losses_are_trls_from_text_to_number(ours: Numbers, theirs: Numbers, name: str) -> None:
-    skip_if_missing(name)
     mine, other = ours.losses[name], theirs.losses[name]
     assert (difference(mine, other) <= 1e-5 * other.abs().clamp(min=1.0) + passed_on(name, theirs)).all()
 
 
 @pytest.mark.parametrize("name", [name for name in TRL_LOSSES if name != "sft"])
 def test_adapter_gradients_are_trls(ours: Numbers, theirs: Numbers, name: str) -> None:
-    skip_if_missing(name)
     assert ours.gradients[name].keys() == theirs.gradients[name].keys()
     mine, other = (torch.cat([part.flatten() for _, part in sorted(numbers.gradients[name].items())]).double()
                    for numbers in (ours, theirs))  # fmt: skip
