@@ -94,30 +94,6 @@ def test_a_completion_is_the_same_in_any_batch(family: str) -> None:
     assert alone[0] != alone[1]
 
 
-def kernels_ignore_other_rows() -> bool:
-    """Whether this machine multiplies a row of bfloat16 the same among two rows as among sixty-four."""
-    random = torch.Generator().manual_seed(0)
-    weight, rows = (torch.randn(64, 64, generator=random).bfloat16() * 8 for _ in range(2))
-    together = torch.nn.functional.linear(rows, weight)
-    return all(torch.equal(torch.nn.functional.linear(rows[:n], weight), together[:n]) for n in range(2, 64))
-
-
-def test_in_bfloat16_a_row_is_the_same_in_any_batch_where_kernels_do_not_depend_on_it() -> None:
-    """Prompts whose lengths differ by hundreds of tokens: every row has its own width."""
-    if not kernels_ignore_other_rows():
-        pytest.skip("this CPU's bfloat16 products depend on the number of rows")
-    model = tiny("llama", max_position_embeddings=1024, hidden_size=64, head_dim=16).bfloat16()
-    random = np.random.default_rng(1)
-    requests = [
-        CompletionRequest(random.integers(2, VOCABULARY, length).tolist(), 3, number)
-        for length in (400, 300, 290, 100, 40, 31, 4)
-        for number in range(2)
-    ]
-    together = completed(model, requests)
-    assert [completed(model, [request])[0] for request in requests] == together
-    assert completed(model, requests[4:9]) == together[4:9]
-
-
 def test_out_of_memory_halves_the_batch_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     requests = [CompletionRequest(prompt, 5, number) for prompt in PROMPTS for number in range(2)]

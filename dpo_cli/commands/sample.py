@@ -23,6 +23,7 @@ from dpo_cli.generation.sampler import (
     generate_all,
     generation_options,
     load_generation_model,
+    probe_batches,
 )
 from dpo_cli.runs.manifest import environment
 from dpo_cli.signals import StopSignals
@@ -54,6 +55,9 @@ def sample(config: SampleConfig, reporter: Reporter) -> Path:
         with open_job_log(output, job, LOG_KEYS, reporter.warn) as log:
             try:
                 options = generation_options(config, config.n)
+                invariant = probe_batches(model, ids, options, signals.poll)
+                reporter.facts([("batch_size", invariant.reason)])
+                reporter.say()
                 completions = generate_all(model, ids, options, log, reporter, signals.poll)
             except StoppedError as stop:
                 raise type(stop)(f"{stop}; to resume, run the same command with output={output}") from None
@@ -67,7 +71,8 @@ def sample(config: SampleConfig, reporter: Reporter) -> Path:
                 raise DataError(f"{report.source}: no prompt has two different completions; raise temperature or top_p")
             seconds = sum(float(part["seconds"]) for part in log.done)
             counts = _counts(rows, config.n, {**report.dropped, "identical": len(prompts) - len(rows)})
-            finish_job(output, rows, {**environment(model.device), "job": job, **counts, "seconds": seconds})
+            facts = {"job": job, "batch_invariant": invariant.value, **counts, "seconds": seconds}
+            finish_job(output, rows, {**environment(model.device), **facts})
         reporter.say()
         reporter.facts([*_result(config, completions, rows, seconds), *_next_steps(config, output)])
     return output

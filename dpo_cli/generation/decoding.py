@@ -3,8 +3,8 @@
 One idea to keep in mind: a token is where a uniform number falls in the model's distribution, and the numbers of a
 completion are a function of its seed, its prompt and its index. So the other sequences of the batch change a completion
 only through rounding. To keep that small, the keys and values of every row begin at slot 0 and widths are multiples of
-32, at which kernels work: in bfloat16 on a CPU (AMD EPYC, torch 2.13) a row came out the same to the last bit in any
-batch. Where a kernel depends on the number of rows (float32, GPUs), single tokens may differ. R rows, V vocabulary.
+32, at which kernels work. Where a kernel depends on the number of rows all the same (float32, GPUs), single tokens may
+differ; batch_probe.py finds out. R rows, V vocabulary.
 """
 
 import hashlib
@@ -246,7 +246,7 @@ class _Batch:
         self.uniforms = torch.from_numpy(np.stack(numbers)).to(device, wide) if numbers is not None else None
         prompts, repeats = _distinct_prompts(requests)
         self.repeats = torch.tensor(repeats, device=device)
-        self.rows = _rows_of(causal, prompts, device)
+        self.rows = rows_of(causal, prompts, device)
 
     def run(self, poll: Callable[[], None]) -> list[Completion]:
         """Generate until every completion has stopped or has `max_new_tokens` tokens."""
@@ -292,9 +292,10 @@ class _Batch:
         return self.completions[row].finish_reason is FinishReason.STOP
 
 
-def _rows_of(
+def rows_of(
     causal: Any, prompts: list[list[int]], device: torch.device
 ) -> "_RaggedRows | _LeftPaddedRows | _UncachedRows":
+    """A row of each prompt, in the layout that the family's cache allows."""
     known = CACHES & set(inspect.signature(causal.forward).parameters)
     if not known or causal.config.model_type in OWN_CACHE:
         return _UncachedRows(causal, prompts, device)
@@ -345,8 +346,9 @@ class _RaggedRows:
             lengths = self.slots.lengths[first:end]
             self.slots.width, self.slots.prefilling = _padded_width(int(lengths.max())), (first, end)
             padded = [ids + [PADDING] * (self.slots.width - len(ids)) for ids in self.prompts[first:end]]
-            positions = torch.arange(self.slots.width, device=self.device).expand(end - first, -1)
-            hidden = self._hidden(torch.tensor(padded, device=self.device), positions, lengths)
+            # The mask hides what is after a prompt; its position only has to be one that the model has.
+            positions = torch.arange(self.slots.width, device=self.device).clamp(max=int(lengths.max()) - 1)
+            hidden = self._hidden(torch.tensor(padded, device=self.device), positions.expand(end - first, -1), lengths)
             last.append(hidden[torch.arange(end - first, device=self.device), lengths - 1])
         self.slots.prefilling = None
         return head_logits(self.causal, torch.cat(last)).float()

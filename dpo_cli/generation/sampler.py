@@ -13,7 +13,8 @@ from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.formats import FinishReason
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import ConfigError
-from dpo_cli.generation.decoding import SamplingParams
+from dpo_cli.generation.batch_probe import batch_invariant
+from dpo_cli.generation.decoding import SamplingParams, max_batch_size
 from dpo_cli.generation.generate import CompletionText, distinct_completions, prompt_batches
 from dpo_cli.models.dtype import Decision, choose_device, choose_dtype
 from dpo_cli.models.loading import (
@@ -98,6 +99,21 @@ def load_checkpoint_model(
     base = load_model(source, dtype.value, device) if ref.is_adapter else None
     model = load_policy(ref, base, dtype.value, device)
     return GenerationModel(ref.weights, model, encoder, model_fingerprint(model), device, dtype, source)
+
+
+def probe_batches(
+    model: GenerationModel, prompts: Sequence[list[int]], options: GenerationOptions, poll: Callable[[], None]
+) -> Decision:
+    """Whether completions of these prompts depend on the batch size here, by a probe of the largest batch."""
+    largest = max_batch_size(model.model, max(map(len, prompts)), options.params, model.device)
+    rows = min(len(prompts) * options.n, max(largest, options.batch_size or 1))
+    dtype = str(model.dtype.value).removeprefix("torch.")
+    if batch_invariant(model.model, prompts, rows, model.device, poll):
+        return Decision(True, f"changes no completion here: logits are the same alone and among {plural(rows, 'row')}")
+    return Decision(
+        False,
+        f"may change single tokens here: in {dtype} on {model.device} logits depend on the other rows of a batch",
+    )
 
 
 def generate_all(
