@@ -4,19 +4,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.data.formats import Message
 from dpo_cli.errors import CheckpointError
-from dpo_cli.models.loading import ModelSource, disable_dropout
+from dpo_cli.models.loading import ModelSource, disable_dropout, model_config
 
 BATCH_SIZE = 16  # sequences in a forward pass
 
 
 def is_classifier(source: ModelSource) -> bool:
     """Whether a model's config is of a sequence-classification model; CheckpointError unless it has one label."""
-    config = _read(AutoConfig, source)
+    config = _read(source, lambda: model_config(source))
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         return False
     if config.num_labels != 1:
@@ -26,16 +26,25 @@ def is_classifier(source: ModelSource) -> bool:
 
 def load_classifier(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Any:
     """The model in eval mode."""
-    model = _read(AutoModelForSequenceClassification, source, dtype=dtype, use_safetensors=True)
+    given = source.config
+    model = _read(
+        source,
+        lambda: AutoModelForSequenceClassification.from_pretrained(
+            source.path,
+            config=model_config(source),
+            revision=given.revision,
+            trust_remote_code=given.trust_remote_code,
+            dtype=dtype,
+            use_safetensors=True,
+        ),
+    )
     disable_dropout(model)
     return model.to(device).eval()
 
 
-def _read(kind: Any, source: ModelSource, **more: Any) -> Any:
+def _read(source: ModelSource, read: Callable[[], Any]) -> Any:
     try:
-        return kind.from_pretrained(
-            source.path, revision=source.config.revision, trust_remote_code=source.config.trust_remote_code, **more
-        )
+        return read()
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             raise

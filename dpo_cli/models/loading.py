@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.data.batches import longest_side
@@ -75,6 +75,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.path,
+            config=model_config(source),
             revision=source.config.revision,
             trust_remote_code=source.config.trust_remote_code,
             dtype=dtype,
@@ -88,6 +89,25 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
         model = fold_adapter(model, source.config.adapter)
     disable_dropout(model)
     return model.to(device).eval()
+
+
+def model_config(source: ModelSource) -> Any:
+    """The model's config, with PyTorch's attention; raises what transformers raises where it cannot be read."""
+    config = AutoConfig.from_pretrained(
+        source.path, revision=source.config.revision, trust_remote_code=source.config.trust_remote_code
+    )
+    use_stock_attention(config)
+    return config
+
+
+def use_stock_attention(config: Any) -> None:
+    """Forget every other attention that a config.json names: transformers would fetch its kernel from the hub."""
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        config._attn_implementation = None  # then transformers takes sdpa, or eager where the family has no other
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None:
+            use_stock_attention(part)
 
 
 def _not_loaded(part: str, source: ModelSource, error: Exception) -> CheckpointError:
