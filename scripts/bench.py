@@ -47,10 +47,11 @@ from dpo_cli.data.tokens import PairEncoder, TokenizedPair, token_ids
 from dpo_cli.engine.engine import SINGLE
 from dpo_cli.models.builtin import SMOLLM2, resolve_builtin
 from dpo_cli.models.dtype import best_seconds
+from dpo_cli.models.generators import rng_states
 from dpo_cli.models.loading import find_model, load_tokenizer
 from dpo_cli.models.logps import MicroBatcher
 from dpo_cli.models.reference_cache import CachedReference, ReferenceCache
-from dpo_cli.runs.checkpoint import checkpoints, rng_states, save_policy, trained_weights
+from dpo_cli.runs.checkpoint import checkpoints, save_policy, trained_weights
 from dpo_cli.runs.run_directory import RunDirectory
 from dpo_cli.trackers.trackers import Trackers
 from dpo_cli.training.build import build, complete_reference

@@ -22,6 +22,7 @@ from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.models.adapters import fold_adapter
 from dpo_cli.models.builtin import resolve_builtin
+from dpo_cli.models.generators import rng_states, set_rng_states
 from dpo_cli.paths import user_path
 
 if TYPE_CHECKING:  # the schema needs Hydra's OmegaConf, which a machine that only measures has not
@@ -168,17 +169,14 @@ def compile_layers(model: Any, backend: str = "inductor") -> int:
 def undisturbed(policy: Any) -> Iterator[None]:
     """Eval mode within; mode, gradients and random generators as before after it."""
     training = policy.training
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    state = torch.get_rng_state()
+    states = rng_states()
     policy.eval()
     try:
         yield
     finally:
         policy.train(training)
         policy.zero_grad(set_to_none=True)
-        torch.set_rng_state(state)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        set_rng_states(states)
 
 
 def position_limit(model: Any) -> int | None:

@@ -405,22 +405,3 @@ def _same_names(file: Path, stored: set[str], expected: set[str]) -> None:
     for problem, names in (("lacks", expected - stored), ("has, beyond this run,", stored - expected)):
         if names:
             raise CheckpointError(f"{file}: {problem} {len(names)} tensors, {safe_text(min(names))} first")
-
-
-def rng_states() -> dict[str, Tensor]:
-    """The state of every random generator that training draws from."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda:{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def set_rng_states(states: dict[str, Tensor]) -> None:
-    """Put the generators back to where `rng_states` found them."""
-    try:
-        torch.set_rng_state(states["cpu"])
-        for name, state in states.items():
-            if name.startswith("cuda:") and int(name.split(":")[1]) < torch.cuda.device_count():
-                torch.cuda.set_rng_state(state, name)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{RNG}: holds no state of a random generator ({safe_text(error, limit=100)})") from None

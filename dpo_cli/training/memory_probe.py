@@ -12,8 +12,8 @@ from dpo_cli.console.text import duration, plural, significant
 from dpo_cli.data.batches import longest_side
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.models.dtype import wait_for
+from dpo_cli.models.generators import rng_states, set_rng_states
 from dpo_cli.models.memory import DoesNotFitError, alone_too_large, describe_peak_memory, make_room
-from dpo_cli.runs.checkpoint import rng_states, set_rng_states
 from dpo_cli.training.build import trained_batches
 from dpo_cli.training.optimizers import STATE_VALUES
 from dpo_cli.training.parts import Context, Learner, Material

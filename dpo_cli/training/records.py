@@ -14,6 +14,7 @@ from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import DivergedError, StorageError
 from dpo_cli.evaluation.scores import ScoredPairs, Scorer, prompts_of, score_pairs, summarize
 from dpo_cli.models.adapters import START_FILE
+from dpo_cli.models.generators import rng_states
 from dpo_cli.models.memory import describe_peak_memory, peak_memory_gib
 from dpo_cli.objectives.findings import WITH_INTERVALS, History, Verdict, assess
 from dpo_cli.runs.checkpoint import (
@@ -21,7 +22,6 @@ from dpo_cli.runs.checkpoint import (
     TrainingState,
     best_checkpoint,
     optimizer_tensors,
-    rng_states,
     save_checkpoint,
     save_policy,
     trainable,

@@ -27,8 +27,8 @@ from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.engine.engine import ENGINES
 from dpo_cli.errors import ConfigError, StoppedError
 from dpo_cli.models.dtype import wait_for
+from dpo_cli.models.generators import rng_states
 from dpo_cli.models.memory import one_forward_pass
-from dpo_cli.runs.checkpoint import rng_states
 from dpo_cli.runs.replay import determinism
 from dpo_cli.runs.run_directory import RunDirectory, as_begun, config_changes, directory_of
 from dpo_cli.signals import StopSignals

@@ -10,6 +10,7 @@ from typing import Any
 from dpo_cli.config.schema import RunConfig, public_container, read_config, tracker_options
 from dpo_cli.console.text import safe_text
 from dpo_cli.errors import CheckpointError, StoppedError
+from dpo_cli.models.generators import set_rng_states
 from dpo_cli.paths import user_path
 from dpo_cli.runs.checkpoint import (
     ResolvedSettings,
@@ -17,7 +18,6 @@ from dpo_cli.runs.checkpoint import (
     read_state,
     restore,
     set_aside_newer,
-    set_rng_states,
 )
 from dpo_cli.runs.manifest import environment, settings_in
 from dpo_cli.runs.replay import differences
