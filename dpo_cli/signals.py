@@ -1,4 +1,4 @@
-"""Signals: the first stops the run at the next safe point, a second Ctrl-C exits at once."""
+"""Signals: the first stops the run at the next safe point, a second one exits at once."""
 
 import os
 import signal
@@ -15,7 +15,11 @@ def known_signals(*names: str) -> tuple[signal.Signals, ...]:
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGUSR1 and Ctrl-C are noted; `poll` raises where it is safe to stop."""
+    """While entered, SIGTERM, SIGUSR1 and Ctrl-C are noted; `poll` raises where it is safe to stop.
+
+    A safe point may never come: a chat template of others can loop for ever. A SIGTERM or Ctrl-C after the first signal
+    exits at once, with the code that the first one asked for. After `protect_saving` only a second Ctrl-C does.
+    """
 
     WATCHED = known_signals("SIGTERM", "SIGINT", "SIGUSR1")
 
@@ -25,6 +29,7 @@ class StopSignals:
         self._received: int | None = None
         self._told = False
         self._interrupts = 0
+        self._saves = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -41,10 +46,17 @@ class StopSignals:
             decided = self._received is not None and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if decided else handler)  # type: ignore[arg-type]
 
+    def protect_saving(self) -> None:
+        """From here on there is work to save: schedulers repeat SIGTERM, and must not cut the save short."""
+        self._saves = True
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
+        asked_again = self._received is not None and number in (signal.SIGTERM, signal.SIGINT) and not self._saves
         if self._interrupts == 2:
-            _leave()
+            _leave(InterruptedByUserError.exit_code)
+        if asked_again:
+            _leave((InterruptedByUserError if self._received == signal.SIGINT else StoppedError).exit_code)
         self._received = self._received or number
         # Not through the console: it may be in the middle of a line.
         _write(2, f"{signal.Signals(number).name} received: stopping at the next safe point\n")
@@ -61,11 +73,11 @@ class StopSignals:
             raise StoppedError(f"stopped by {signal.Signals(self._received).name}")
 
 
-def _leave() -> None:
+def _leave(code: int) -> None:
     """Exit at once: the last checkpoint is intact, because it was renamed when it was whole. Show the cursor."""
     if os.isatty(1):
         _write(1, "\x1b[?25h\n")
-    os._exit(130)
+    os._exit(code)
 
 
 def _write(descriptor: int, text: str) -> None:

@@ -136,6 +136,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         shown = {name: facts[name] for name in ("checkpoint", "reference", "beta", "loss_name", "device", "dtype")}
         about = "\n".join([*sentences, describe_clusters(prompts)])
         html = page(title, {**shown, "data": about}, labelled, margins, answers)
+        signals.protect_saving()
         write_report(folder, facts, estimates, data.held_out, scores, objective, html)
     reporter.facts([(name, str(folder / file)) for name, file in REPORTS])
     return folder

@@ -35,6 +35,7 @@ class Context:
     reporter: Reporter
     engine: Engine
     poll: Callable[[], None]  # StoppedError if a signal has come to any rank
+    protect_saving: Callable[[], None] = lambda: None  # from here on a second SIGTERM does not cut a save short
 
 
 @dataclass(frozen=True)

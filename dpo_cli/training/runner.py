@@ -69,7 +69,7 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
     ):
         if not resumed and directory.metrics.path.exists():
             raise ConfigError(f"output_dir={path}: holds a run already; resume=auto continues it")
-        context = Context(config, directory, reporter, engine, signals.poll)
+        context = Context(config, directory, reporter, engine, signals.poll, signals.protect_saving)
         progress = Progress()
         try:
             _run(context, find_start(context, resumed), progress)
@@ -96,6 +96,7 @@ def _run(context: Context, start: Start, progress: Progress) -> None:
         dry_run(context, learner, material, forward_backward)
         return
     probe_memory(context, learner, material, forward_backward)
+    context.protect_saving()
     open_records(context, learner, material, choices, start, progress)
     with tracked(context, progress) as trackers:
         recorder = Recorder(context, learner, material, progress, trackers)

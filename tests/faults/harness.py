@@ -213,6 +213,7 @@ def start(
     """Begin a command in a forked child that works in `folder`; `prepare` runs in it first."""
     folder.mkdir(parents=True, exist_ok=True)
     place = mmap.mmap(-1, 1)
+    (folder / "stderr").write_bytes(b"")  # `heard` may look before the child has opened it
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()

@@ -1,6 +1,7 @@
 """Faults 2 and 3: a signal in any phase ends in a saved run and the promised code; a second one corrupts nothing."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -67,6 +68,32 @@ def test_a_second_signal_while_saving_corrupts_nothing(tmp_path: Path, straight:
         child.send(signal.SIGUSR1)
         assert child.wait().code == 75
         resumes(tmp_path, straight(), 2)
+
+
+def test_a_second_signal_ends_a_chat_template_that_loops_for_ever(tmp_path: Path, tiny_path: str) -> None:
+    shutil.copytree(tiny_path, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{% for n in range(99999) %}" * 4 + "{% endfor %}" * 4)
+
+    def telling() -> None:
+        from dpo_cli.training import build
+
+        original = build.load_tokenizer
+
+        def load_tokenizer(source: Any) -> Any:
+            os.write(2, b"loading the tokenizer\n")
+            return original(source)
+
+        build.load_tokenizer = load_tokenizer
+
+    for kind, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+        folder = tmp_path / kind.name
+        with fault(2, tries=2):
+            child = start(folder, run_words(folder, f"model.name_or_path={tmp_path / 'model'}"), telling)
+            child.heard("loading the tokenizer")
+            child.send(kind)
+            child.heard(f"{kind.name} received")
+            child.send(kind)
+            assert child.wait(10).code == code
 
 
 def test_a_signal_while_answers_are_generated_is_answered(tmp_path: Path, straight: Straight) -> None:
