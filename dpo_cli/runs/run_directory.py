@@ -29,7 +29,7 @@ from dpo_cli.config.schema import (
 from dpo_cli.config.versions import flat
 from dpo_cli.console.text import safe_text, without_secrets
 from dpo_cli.data.leaks import TrainedOn
-from dpo_cli.errors import CheckpointError, ConfigError, StorageError
+from dpo_cli.errors import CheckpointError, ConfigError, DpoError, StoppedError, StorageError
 from dpo_cli.paths import user_path
 from dpo_cli.runs.checkpoint import newest_valid, read_json, validate
 from dpo_cli.runs.versions import migrated_manifest
@@ -59,7 +59,7 @@ def claim_directory(job: str, now: float) -> Path:
             raise StorageError(f"{safe_text(folder.parent)}: cannot be made ({error.strerror})") from None
         try:
             folder.mkdir()
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # another run took it, or removed the folder around it
             continue
         except OSError as error:
             raise StorageError(f"{safe_text(folder)}: cannot be made ({error.strerror})") from None
@@ -106,8 +106,16 @@ class RunDirectory:
                 )
 
     @contextmanager
-    def owned(self, warn: Callable[[str], None] = lambda _: None) -> Iterator[None]:
-        """Within, no other run can use the directory; ConfigError says who does. What was left unfinished is swept."""
+    def owned(self, warn: Callable[[str], None] = lambda _: None, claimed: bool = False) -> Iterator[None]:
+        """Within, no other run can use the directory; ConfigError says who does. What was left unfinished is swept.
+
+        An attempt that fails before its config is written leaves no directory behind, unless there was something in it.
+        `claimed`: the directory was made for this attempt.
+        """
+        new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        if claimed:
+            new = [self.path, self.path.parent, self.path.parent.parent]  # outputs/<job>/<date_time>
+        empty = not self.path.exists() or not any(self.path.iterdir())
         self.create()
         alone = True
 
@@ -129,7 +137,23 @@ class RunDirectory:
                 os.write(descriptor, f"process {os.getpid()} on {platform.node()} since {since}\n".encode())
             for folder in (self.path, self.checkpoints) if alone else ():
                 sweep(folder)
-            yield
+            try:
+                yield
+            except StoppedError:  # is resumed here
+                raise
+            except DpoError:
+                if empty and not self.config.exists():
+                    self._remove(new)
+                raise
+
+    def _remove(self, folders: list[Path]) -> None:
+        """Remove what a run writes before its config, then the folders as far as they are empty."""
+        for file in (self.log, self.reference, self.lock):
+            with suppress(OSError):
+                file.unlink()
+        with suppress(OSError):
+            for folder in (self.checkpoints, *folders):
+                folder.rmdir()
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.yaml."""

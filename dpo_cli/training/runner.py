@@ -64,7 +64,9 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
         return path
     with (
         determinism(config.deterministic),
-        nullcontext() if config.dry_run or engine.rank else directory.owned(reporter.warn),
+        nullcontext()
+        if config.dry_run or engine.rank
+        else directory.owned(reporter.warn, claimed=config.output_dir is None and not resumed),
         StopSignals(reporter.warn, engine.agree) as signals,
     ):
         if not resumed and directory.metrics.path.exists():
