@@ -13,6 +13,7 @@ import torch
 from conftest import Ended, run_of, sample_rows, tiny_words, write_jsonl
 from safetensors.torch import load_file, save_file
 
+from dpo_cli.console.text import cut_apart
 from dpo_cli.data.formats import FinishReason
 from dpo_cli.generation import sampler as module
 from dpo_cli.generation.generate import CompletionText
@@ -94,6 +95,19 @@ def test_every_pair_of_players_plays_one_game_a_prompt() -> None:
 def test_names_are_short_where_that_tells_them_apart() -> None:
     assert short_names(["runs/a", "runs/b/"]) == ["a", "b"]
     assert short_names(["one/a", "two/a"]) == ["one/a", "two/a"]
+    assert short_names(["outputs/one/final", "outputs/two/final/"]) == ["one/final", "two/final"]
+    assert short_names(["a", "x/a", "y/a"]) == ["a", "x/a", "y/a"]
+    assert short_names(["a", "a"]) == ["a", "a"]
+
+
+def test_default_run_directories_are_told_apart_in_a_table() -> None:
+    runs = [f"outputs/smollm2-sample/2026-01-31_{time}" for time in ("10-05-12", "10-31-07", "11-00-00")]
+    assert cut_apart(short_names(runs), 14) == ["...10-05-12", "...10-31-07", "...11-00-00"]
+    assert cut_apart(["sft", *short_names(runs)], 14)[:2] == ["sft", "...10-05-12"]
+    assert cut_apart(["2026-01-31_10-05-12", "2026-02-01_10-05-12"], 14) == ["2026-01-31_...", "2026-02-01_..."]
+    sweep = [f"runs/beta-{beta}_optimizer.lr-0.001" for beta in (0.05, 0.1)]
+    assert cut_apart(short_names(sweep), 14) == ["beta-0.05_o...", "beta-0.1_op..."]
+    assert cut_apart(["one and the same name"] * 2, 14) == ["one and the..."] * 2
 
 
 # Games

@@ -300,7 +300,9 @@ def test_eight_players_with_long_names_fit_80_columns() -> None:
     assert max(map(len, lines)) <= 80
     assert lines[0] == "1  family/model-8b-instruct-dpo-\\u202e"  # in full once, shortened in the tables
     head = next(place for place, line in enumerate(lines) if "log strength" in line)
-    assert [line[:17] for line in lines[head + 1 : head + 9]] == [f"{rank}  family/mode..." for rank in range(1, 9)]
+    assert [line[:17] for line in lines[head + 1 : head + 9]] == [
+        f"{rank}  ...model-{9 - rank}b..." for rank in range(1, 9)
+    ]
     # a line a player, and numbers head the matrix
     assert lines[head + 10] == "   % row beats column   1   2   3   4   5   6   7   8"
     assert len(lines) == 8 + 1 + 9 + 1 + 9 + 1 + 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpo_cli.config.schema import RankConfig
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.console.text import plural, safe_text, significant
+from dpo_cli.console.text import cut_apart, plural, safe_text, significant
 from dpo_cli.data.files import local_path
 from dpo_cli.data.formats import FinishReason
 from dpo_cli.data.games import GREATEST_COUNT, LEAST_COUNT, Games, read_games
@@ -180,6 +180,7 @@ def _show_players(order: list[int], names: Sequence[str], wins: Tensor, fit: Fit
     low, high = fit.interval()
     least, most = fit.win_probability_interval()
     rows, all_apart = [], True
+    shown = cut_apart(names, LONGEST_NAME)
     for rank, player in enumerate(order, start=1):
         against_next, apart = "", True
         if rank < len(order):
@@ -191,7 +192,7 @@ def _show_players(order: list[int], names: Sequence[str], wins: Tensor, fit: Fit
         rows.append(
             [
                 str(rank),
-                safe_text(names[player], limit=LONGEST_NAME),
+                shown[player],
                 f"{_nats(fit.log_strengths[player])} ({_nats(low[player])}, {_nats(high[player])})",
                 _nats(fit.standard_errors[player]),
                 _number(float(games[player])),
@@ -209,7 +210,8 @@ def _show_matrix(order: list[int], names: Sequence[str], fit: Fit, reporter: Rep
     if len(order) > MATRIX_PLAYERS:
         reporter.say(f"win probabilities are not shown for more than {MATRIX_PLAYERS} players")
         return
-    shown = [safe_text(names[player], limit=LONGEST_NAME) for player in order]
+    cut = cut_apart(names, LONGEST_NAME)
+    shown = [cut[player] for player in order]
     short = all(len(name) <= LONGEST_HEADING for name in shown)
     headings = shown if short else [str(rank) for rank in range(1, len(order) + 1)]
     rows = []

@@ -7,6 +7,8 @@ import os
 import re
 import shlex
 import unicodedata
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 # Cc: C0 and C1 controls. Cf: bidi marks, zero-width characters. Cs: lone surrogates. Co, Cn: unassigned glyphs.
@@ -60,6 +62,19 @@ def safe_text(text: object, limit: int | None = None) -> str:
     return "".join(
         _escape(character) if unicodedata.category(character) in _UNSAFE_CATEGORIES else character for character in raw
     )
+
+
+def cut_apart(names: Sequence[str], limit: int) -> list[str]:
+    """Names as `safe_text` of at most `limit` characters, cut where they differ: `...10-05-12`, `...10-31-07`."""
+    columns = zip(*(name for name in names if len(name) > limit), strict=False)
+    same = "".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
+    word = max(same.rfind("/"), same.rfind("_")) + 1  # a date begins behind its job, a time behind its date
+    for start in (0, word, len(same)):
+        cut = [name if len(name) <= limit else f"{'...' if start else ''}{name[start:]}" for name in names]
+        shown = [safe_text(name, limit) for name in cut]
+        if len(set(shown)) == len(shown):
+            return shown
+    return [safe_text(name, limit) for name in names]
 
 
 def first_line(error: BaseException) -> str:

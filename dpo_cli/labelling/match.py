@@ -209,9 +209,13 @@ def _sample(prompt: PromptRow, completions: Sequence[CompletionText]) -> Sample:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The last part of each path where these differ, else the whole paths."""
-    last = [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
-    return last if len(set(last)) == len(last) else list(names)
+    """The shortest ends of the paths, in whole parts, that tell them all apart; else the paths as they are."""
+    parts = [name.rstrip("/").split("/") for name in names]
+    for number in range(1, max(map(len, parts)) + 1):
+        ends = ["/".join(one[-number:]) for one in parts]
+        if len(set(ends)) == len(ends):
+            return ends
+    return list(names)
 
 
 def match_rows(match: Match) -> list[dict[str, Any]]:
