@@ -96,6 +96,7 @@ _PREFERENCE = (
             "closer"
         ),
         ruins=True,
+        not_for=LOWERS_CHOSEN,
     ),
     AlarmRule(
         "length",
