@@ -360,14 +360,26 @@ def test_a_writer_waits_for_another_and_neither_loses_a_record(tmp_path: Path) -
         "import sys; from pathlib import Path; from dpo_cli.data.tokens import TokenizedPair, token_ids\n"
         "from dpo_cli.models.reference_cache import ReferenceCache\n"
         "who = int(sys.argv[2]); cache = ReferenceCache(Path(sys.argv[1]))\n"
-        "for n in range(200):\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "for n in range(50):\n"
         "    pair = TokenizedPair(token_ids([who]), token_ids([n]), token_ids([n, 1]), n, '', n)\n"
         "    cache.add(pair.response_keys, [float(-n), float(-who)])\n"
     )
-    writers = [subprocess.Popen([sys.executable, "-c", write, str(path), str(who)]) for who in (1, 2)]
-    assert [writer.wait(120) for writer in writers] == [0, 0]
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", write, str(path), str(who)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for who in (1, 2)
+    ]  # fmt: skip
+    assert [writer.stdout.readline() for writer in writers if writer.stdout] == ["ready\n", "ready\n"]
+    for writer in writers:  # from here on both write at once
+        assert writer.stdin is not None
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    assert [writer.communicate(timeout=120) and writer.returncode for writer in writers] == [0, 0]
     cache = ReferenceCache(path)
-    assert (len(cache), cache.damaged) == (800, 0)
+    assert (len(cache), cache.damaged) == (200, 0)
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody holds it any more
 

@@ -1,4 +1,4 @@
-"""In continuous integration a test that is skipped counts as failed, unless what it lacks is a GPU."""
+"""Continuous integration: every part runs and counts, and so does a test that is skipped."""
 
 import os
 import shutil
@@ -42,3 +42,19 @@ def test_in_ci_a_skip_is_a_failure_unless_a_gpu_is_missing(tmp_path: Path, in_ci
     )  # fmt: skip
     assert f" {summary} in " in ended.stdout, ended.stdout
     assert ("not today; with DPO_CI set a skip is a failure" in ended.stdout) == bool(in_ci)
+
+
+PARTS = ["check", "test-faults", "test", "test-peer"]
+
+
+@pytest.mark.parametrize("failing", [None, *PARTS])
+def test_ci_fails_where_any_part_fails(tmp_path: Path, failing: str | None) -> None:
+    make = tmp_path / "make"
+    make.write_text(f'#!/bin/sh\necho "$1 DPO_CI=$DPO_CI"\n[ "$1" != "{failing}" ]\n')
+    make.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ci = Path(__file__).parent.parent / ".ci" / "run"
+    ended = subprocess.run([ci], env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0 if failing is None else ended.returncode != 0
+    ran = PARTS[:1] if failing == "check" else PARTS
+    assert sorted(ended.stdout.splitlines()) == sorted(f"{part} DPO_CI=1" for part in ran)
