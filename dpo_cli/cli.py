@@ -199,19 +199,25 @@ def _train(words: Words) -> int:
 
 
 def _sweep(words: Words, line: "CommandLine") -> int:
-    from dpo_cli.commands.sweep import Job, run_sweep
+    from dpo_cli.commands.sweep import Job, check_sweep, run_sweep
     from dpo_cli.config.command_line import run_of
     from dpo_cli.config.composition import parse_overrides, sweep
     from dpo_cli.console.reporter import Reporter
 
     swept = [override.key_or_group for override in line.overrides if override.is_sweep_override()]
+    folders = [override for override in line.overrides if override.key_or_group == "output_dir"]
+    if "output_dir" in swept:
+        raise ConfigError(
+            f"{line.given['output_dir']}: a sweep has one folder, in which each run gets its own; name one"
+        )
     jobs = []
-    for job in sweep(line.overrides):  # a mistake in the last of them is said before the first has trained
-        config, name = run_of(replace(line, overrides=parse_overrides(job)))
-        values = {key: value for key, _, value in (word.partition("=") for word in job) if key in swept}
-        jobs.append(Job(tuple(job), values, config, name))
-    if "output_dir" in line.given:
-        raise ConfigError("output_dir: the runs of a sweep cannot share one; leave it out")
+    # A mistake in the last of them is said before the first has trained.
+    for job in sweep([override for override in line.overrides if override not in folders]):
+        config, _ = run_of(replace(line, overrides=parse_overrides(job)))
+        values = {key: value for key, _, value in (word.lstrip("+").partition("=") for word in job) if key in swept}
+        jobs.append(Job(tuple(job), values, config))
+    folder = str(folders[-1].value()) if folders and folders[-1].value() is not None else None
+    check_sweep(jobs, folder)
     if words.print_config:
         for number, one in enumerate(jobs, start=1):
             print(f"# run {number}/{len(jobs)}: {', '.join(f'{key}={value}' for key, value in one.swept.items())}")
@@ -219,7 +225,7 @@ def _sweep(words: Words, line: "CommandLine") -> int:
         return 0
     reporter = Reporter()
     try:
-        return run_sweep(jobs, ["--config-dir", str(line.own)] if line.own is not None else [], reporter)
+        return run_sweep(jobs, folder, ["--config-dir", str(line.own)] if line.own is not None else [], reporter)
     finally:
         reporter.close()
 

@@ -103,6 +103,21 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
+def runs_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of a sweep begin in this process, which has imported everything, rather than in one of their own."""
+    from dpo_cli import cli
+    from dpo_cli.commands import sweep
+
+    def run(words: list[str]) -> int:
+        with monkeypatch.context() as within, pytest.raises(SystemExit) as ended:
+            within.setattr(sys, "argv", ["dpo-train", *words])
+            cli.train()
+        return int(ended.value.code or 0)
+
+    monkeypatch.setattr(sweep, "run_alone", run)
+
+
+@pytest.fixture
 def trained(command: Callable[..., Ended], pairs_file: Path, tmp_path: Path) -> Callable[..., Path]:
     """Trains the tiny model for a few steps and returns the run directory."""
 

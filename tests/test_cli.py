@@ -520,44 +520,52 @@ def test_a_sweep_is_checked_whole_before_its_first_run(command: Command, tmp_pat
     words = tiny_words(pairs_file, tmp_path / "run")
     ended = command("dpo-train", "-m", "beta=0.1,-1", *words[:-1])
     assert ended.code == 2 and ended.err.startswith("error: beta=-1: must be above 0") and ended.out == ""
-    ended = command("dpo-train", "-m", "beta=0.1,0.2", *words)
-    assert ended.err == "error: output_dir: the runs of a sweep cannot share one; leave it out\n"
+    for more, says in (
+        (["beta=0.1,0.2", "output_dir=a,b"],
+         "output_dir=a,b: a sweep has one folder, in which each run gets its own; name one"),
+        (["beta=0.1,0.1"], "beta=0.1: is twice in the sweep; give every value once"),
+        (["beta=0.1,0.2", "resume=auto"], "resume=auto: a sweep resumes with resume=auto and output_dir=FOLDER, its "
+         "own folder, for instance output_dir=outputs/multirun/2026-01-31_12-00-00"),
+    ):  # fmt: skip
+        assert command("dpo-train", "-m", *words[:-1], *more).err == f"error: {says}\n"
 
 
-def test_a_sweep_runs_each_in_a_directory_of_its_own_and_ends_in_a_table(tmp_path: Path, pairs_file: Path) -> None:
+@pytest.mark.usefixtures("runs_in_this_process")
+def test_a_sweep_runs_each_in_a_directory_of_its_own_and_ends_in_a_table(
+    command: Command, tmp_path: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     words = [word for word in tiny_words(pairs_file, tmp_path) if not word.startswith(("output_dir", "optimizer"))]
-    code = "import sys; from dpo_cli.cli import train; train()"
-    ended = subprocess.run(
-        [sys.executable, "-c", code, "-m", "beta=0.1,0.5", "optimizer.lr=1e-3,1e30", *words], cwd=tmp_path,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 5, ended.stderr
-    runs = sorted((tmp_path / "outputs" / "tiny-jsonl").iterdir())
+    ended = command("dpo-train", "-m", "beta=0.1,0.5", "optimizer.lr=1e-3,1e30", *words)
+    assert ended.code == 5, ended.err
+    (folder,) = (tmp_path / "outputs" / "multirun").iterdir()
+    runs = [folder / f"beta-{beta}_optimizer.lr-{rate}" for beta in ("0.1", "0.5") for rate in ("0.001", "1e+30")]
+    assert sorted(folder.iterdir()) == runs
     manifests = [json.loads((run / "manifest.json").read_text()) for run in runs]
     assert len({tuple(one["argv"]) for one in manifests}) == 4
-    *_, heading, first, second, third, fourth, best, loss, margin = ended.stdout.splitlines()
-    assert heading.split() == ["beta", "optimizer.lr", "loss", "accuracy", "margin", "margin/beta", "verdict", "run"]
+    *_, heading, first, second, third, fourth, best, loss, margin = ended.out.splitlines()
+    assert heading.split() == ["beta", "optimizer.lr", "loss", "accuracy", "margin/beta", "verdict", "run"]
     lines = [line.split() for line in (first, second, third, fourth)]
     assert [line[:2] for line in lines] == [["0.1", "0.001"], ["0.1", "1e+30"], ["0.5", "0.001"], ["0.5", "1e+30"]]
     assert lines[1][2:] == ["exit", "5", str(runs[1].relative_to(tmp_path))]
     for place, beta in ((0, 0.1), (2, 0.5)):
         last = records(runs[place])[-1]
         shown = [word for word in lines[place] if word != "*"]
-        assert shown[2:5] == [significant(last[key]) for key in ("loss", "rewards/accuracies", "rewards/margins")]
-        assert shown[5] == significant(last["rewards/margins"] / beta)
-        assert shown[6:] == [manifests[place]["verdict"]["color"], str(runs[place].relative_to(tmp_path))]
+        assert shown[2:4] == [significant(last[key]) for key in ("loss", "rewards/accuracies")]
+        assert shown[4] == significant(last["rewards/margins"] / beta)
+        assert shown[5:] == [manifests[place]["verdict"]["color"], str(runs[place].relative_to(tmp_path))]
     accuracies = [records(runs[place])[-1]["rewards/accuracies"] for place in (0, 2)]
     assert ["*" in line for line in (lines[0], lines[2])] == [one == max(accuracies) for one in accuracies]
     assert best.startswith("* has the highest held-out accuracy") and "its 95% interval is" in best
     assert loss == "loss is comparable only between runs of the same loss and beta"
-    assert margin.startswith("margin is beta times how far the policy moved the pair apart")
+    assert margin == "margin/beta is how far the policy moved the pair apart, in nats, whatever the beta"
 
 
 def test_of_equal_accuracies_the_lower_loss_is_best_where_losses_compare(tmp_path: Path) -> None:
     def result(loss: float, accuracy: float, *words: str) -> Result:
         config = run_config(composed("train", parse_overrides([*words]), RunConfig).container)
         evaluation = {"loss": loss, "rewards/accuracies": accuracy, "rewards/margins": 0.2}
-        return Result(Job((), {"seed": "1"}, config, "job"), 0, tmp_path, evaluation, {})
+        return Result(Job((), {"seed": "1"}, config), 0, tmp_path, evaluation, {})
 
     def starred(*results: Result) -> list[bool]:
         stream = io.StringIO()

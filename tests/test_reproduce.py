@@ -368,7 +368,7 @@ def test_a_sweep_goes_on_when_its_reader_goes_away(pairs_file: Path, tmp_path: P
         assert child.stdout.readline().startswith("run 1/2: ")
         child.stdout.close()
         assert child.wait() == 0
-    assert len(list((tmp_path / "outputs").glob("*/*/final"))) == 2
+    assert len(list((tmp_path / "outputs").glob("multirun/*/*/final"))) == 2
 
 
 def test_a_sweep_shows_its_configs_and_stops(command: Command, pairs_file: Path, tmp_path: Path) -> None:

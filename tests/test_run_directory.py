@@ -1,11 +1,14 @@
 """What an attempt leaves in its run directory, and what a sweep makes of several."""
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Ended, sample_rows, tiny_words, write_jsonl
+from conftest import Ended, run_of, sample_rows, tiny_words, write_jsonl
 
+from dpo_cli.commands.sweep import run_name
 from dpo_cli.errors import DataError, DivergedError, DpoError, StoppedError
 from dpo_cli.runs.run_directory import RunDirectory
 
@@ -61,3 +64,31 @@ def test_what_a_failed_run_leaves_depends_on_how_far_it_came(
         raise error("why")
     assert (tmp_path / "a").exists() == bool(left)
     assert (found(directory.path) if left else []) == left
+
+
+def test_the_folder_of_a_sweeps_run_says_what_differs() -> None:
+    assert run_name({"beta": "0.1", "loss": "ipo"}) == "beta-0.1_loss-ipo"
+    assert run_name({"optimizer.lr": "1e-05"}) == "optimizer.lr-1e-05" and run_name({}) == "run"
+    paths = [run_name({"data.train": name}) for name in ("a b.jsonl", "a=b.jsonl", "../a,b.jsonl", "x" * 500)]
+    assert paths[0].startswith("data.train-a-b.jsonl-") and len({*paths}) == 4
+    assert all(re.fullmatch(r"[A-Za-z0-9.+_-]{1,109}", path) for path in paths)
+
+
+@pytest.mark.usefixtures("runs_in_this_process")
+def test_a_sweep_resumes_each_of_its_runs(command: Command, tmp_path: Path) -> None:
+    """Of three runs one is finished, one was stopped, one has not begun."""
+    good = write_jsonl(tmp_path / "good.jsonl", sample_rows(20))
+    words, folder = tiny_words(good, tmp_path)[:-1], tmp_path / "sweep"
+    run_of(*words, "seed=1", f"output_dir={folder / 'seed-1'}")
+    run_of(*words, "seed=2", "max_steps=2", f"output_dir={folder / 'seed-2'}")
+    shutil.rmtree(folder / "seed-2" / "final")
+    sweep = ["-m", *words, "seed=1,2,3", f"output_dir={folder}"]
+    assert command("dpo-train", *sweep).err == (
+        f"error: output_dir={folder}: holds seed-1 already; resume=auto continues it\n"
+    )
+    ended = command("dpo-train", *sweep, "resume=auto")
+    assert (ended.code, ended.err) == (0, "")
+    assert f"already complete: {folder / 'seed-1' / 'final'}" in ended.out
+    assert f"resuming from {folder / 'seed-2' / 'checkpoints' / 'step-00000002'} at step 2" in ended.out
+    assert f"no checkpoint in {folder / 'seed-3'} yet: starting from the beginning" in ended.out
+    assert [line.split()[0] for line in ended.out.splitlines()[-4:-1]] == ["1", "2", "3"]

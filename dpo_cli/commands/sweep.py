@@ -1,9 +1,12 @@
 """A sweep of dpo-train: one run after the other, and a table of how they ended."""
 
+import hashlib
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +14,13 @@ from typing import Any
 
 from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.console.text import plural, safe_text, significant
+from dpo_cli.console.text import hydra_quoted, plural, safe_text, shell_word, significant
+from dpo_cli.errors import ConfigError, StorageError
+from dpo_cli.paths import user_path
+from dpo_cli.runs.run_directory import RunDirectory, claim_directory
 
 STOPPED = (75, 130)  # exit codes of a user who wants no further run
+LONGEST_NAME = 100  # characters of a run's folder, before a hash
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,6 @@ class Job:
     words: tuple[str, ...]
     swept: dict[str, str]
     config: RunConfig
-    name: str
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Result:
 
     @property
     def margin(self) -> float | None:
-        """Held-out reward margin; it grows with beta."""
+        """Held-out reward margin, beta times how far the policy moved the pair apart."""
         return self.evaluation.get("rewards/margins")
 
     @property
@@ -54,21 +60,62 @@ class Result:
         return f"exit {self.code}" if self.code else str(color or "")
 
 
-def run_sweep(jobs: Sequence[Job], flags: Sequence[str], reporter: Reporter) -> int:
+def run_name(swept: Mapping[str, str]) -> str:
+    """The folder of a run by what differs: `beta-0.1_loss-ipo`; letters that a path or Hydra reads in its own way are
+    replaced, and a name that lost something by it ends in a hash.
+    """
+    exact = "_".join(f"{key}-{value}" for key, value in swept.items()) or "run"
+    safe = re.sub(r"[^A-Za-z0-9.+_-]+", "-", exact)[:LONGEST_NAME].rstrip(".-")
+    return safe if safe == exact else f"{safe}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+
+
+def check_sweep(jobs: Sequence[Job], folder: str | None) -> None:
+    """ConfigError before the first run for what each of them would be refused for."""
+    names = [run_name(job.swept) for job in jobs]
+    for job, name in zip(jobs, names, strict=True):
+        config = job.config
+        if config.resume is not None and (config.resume != "auto" or folder is None):
+            raise ConfigError(
+                f"resume={safe_text(config.resume)}: a sweep resumes with resume=auto and output_dir=FOLDER, its own "
+                "folder, for instance output_dir=outputs/multirun/2026-01-31_12-00-00"
+            )
+        if names.count(name) > 1:
+            raise ConfigError(f"{_words(job.swept)}: is twice in the sweep; give every value once")
+        if folder is None or config.resume is not None:
+            continue
+        if RunDirectory(user_path(folder, StorageError, "output_dir") / name).metrics.path.exists():
+            raise ConfigError(f"output_dir={safe_text(folder)}: holds {name} already; resume=auto continues it")
+
+
+def _words(swept: Mapping[str, str]) -> str:
+    return safe_text(" ".join(f"{key}={value}" for key, value in swept.items()))
+
+
+def run_sweep(jobs: Sequence[Job], folder: str | None, flags: Sequence[str], reporter: Reporter) -> int:
     """Run every job in a process of its own, then show the table; returns the first exit code that is not 0.
 
-    Its own process gives a run's memory back, and keeps its failure to itself.
+    Its own process gives a run's memory back, and keeps its failure to itself. Runs lie in `folder`, or in a new one
+    under outputs/multirun.
     """
+    place = (
+        user_path(folder, StorageError, "output_dir")
+        if folder is not None
+        else claim_directory("multirun", time.time())
+    )
     results: list[Result] = []
     for number, job in enumerate(jobs, start=1):
         with suppress(OSError, ValueError):  # a reader that closes the pipe does not stop the runs
             print(f"run {number}/{len(jobs)}: dpo-train {safe_text(' '.join(job.words))}", flush=True)
-        before = _directories(job)
-        command = [sys.executable, "-c", "from dpo_cli.cli import train; train()", *flags, *job.words]
-        code = subprocess.run(command, check=False).returncode
-        results.append(_result(job, code, _directories(job) - before, [*flags, *job.words]))
+        run = place / run_name(job.swept)
+        words = [*flags, *job.words, f"output_dir={hydra_quoted(str(run))}"]
+        code = run_alone(words)
+        results.append(_result(job, code, run))
         if code in STOPPED:
+            reporter.say(f"the sweep goes on with the same words and {shell_word('output_dir', place)} resume=auto")
             break
+    for empty in (place, place.parent, place.parent.parent) if folder is None else ():
+        with suppress(OSError):
+            empty.rmdir()
     if any(result.directory is not None for result in results):
         show_table(results, reporter)
     return next((result.code for result in results if result.code in STOPPED), 0) or next(
@@ -76,23 +123,22 @@ def run_sweep(jobs: Sequence[Job], flags: Sequence[str], reporter: Reporter) -> 
     )
 
 
-def _directories(job: Job) -> set[Path]:
-    return set((Path("outputs") / job.name).glob("*"))
+def run_alone(words: list[str]) -> int:
+    """The exit code of a dpo-train with these words, in a process of its own."""
+    command = [sys.executable, "-c", "from dpo_cli.cli import train; train()", *words]
+    return subprocess.run(command, check=False).returncode
 
 
-def _result(job: Job, code: int, new: set[Path], words: list[str]) -> Result:
-    """What a run left behind: of the new directories the one with its words, or the only one where it failed early."""
-    manifests = {path: _json(path / "manifest.json") for path in sorted(new)}
-    own = [path for path, manifest in manifests.items() if manifest.get("argv") == words]
-    directory = own[0] if own else next(iter(new)) if len(new) == 1 else None
+def _result(job: Job, code: int, run: Path) -> Result:
+    """What a run left behind."""
+    if not run.is_dir():
+        return Result(job, code, None, {}, {})
     evaluations: list[dict[str, Any]] = []
-    if directory is not None:
-        with suppress(OSError, ValueError):
-            lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            evaluations = [line for line in map(json.loads, lines) if line.get("split") == "eval"]
-    return Result(
-        job, code, directory, evaluations[-1] if evaluations else {}, manifests.get(directory, {}) if directory else {}
-    )
+    with suppress(OSError, ValueError):
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        evaluations = [line for line in map(json.loads, lines) if line.get("split") == "eval"]
+    manifest = _json(run / "manifest.json")
+    return Result(job, code, run, evaluations[-1] if evaluations else {}, manifest)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -112,19 +158,19 @@ def show_table(results: Sequence[Result], reporter: Reporter) -> None:
     rows = []
     for result in results:
         margin = result.margin
-        per_beta = None if margin is None else margin / result.job.config.beta
+        if margin is not None and not one_beta:
+            margin /= result.job.config.beta
         rows.append(
             [
                 *(result.job.swept[key] for key in swept),
                 _number(result.evaluation.get("loss")),
                 f"{_number(result.accuracy)}{' *' if result in best else '  '}",
                 _number(margin),
-                *([] if one_beta else [_number(per_beta)]),
                 result.verdict,
                 str(result.directory or ""),
             ]
         )
-    middle = ["loss", "accuracy  ", "margin", *([] if one_beta else ["margin/beta"])]
+    middle = ["loss", "accuracy  ", "margin" if one_beta else "margin/beta"]  # margins of two betas do not compare
     rows.insert(0, [*swept, *middle, "verdict", "run"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     reporter.say()
@@ -171,5 +217,5 @@ def notes(whole: Sequence[Result], best: Sequence[Result]) -> list[str]:
     if not _comparable_loss(whole):
         said.append("loss is comparable only between runs of the same loss and beta")
     if len({result.job.config.beta for result in whole}) > 1:
-        said.append("margin is beta times how far the policy moved the pair apart; margin/beta compares runs, in nats")
+        said.append("margin/beta is how far the policy moved the pair apart, in nats, whatever the beta")
     return said
