@@ -353,14 +353,15 @@ def test_final_loads_with_peft_as_it_is(run: Path, tiny_path: str) -> None:
     assert set(load_file(run / "final" / HEAD_FILE)) == {"weight", "center"}
 
 
-def code_of_card(final: Path) -> str:
+def code_of_card(final: Path, base: str) -> str:
     card = (final / "README.md").read_text()
     assert "- reward-model" in card and "the Bradley-Terry loss -log sigmoid(r+ - r-)" in card and "beta" not in card
-    return card.split("```python\n")[1].split("```")[0]
+    assert card.count("```python\n") == 1 and "generate" not in card
+    return card.split("```python\n")[1].split("```")[0].replace("path/to/tiny-random", base)
 
 
 def test_the_code_of_the_model_card_gives_the_reward_that_the_report_says(
-    run: Path, held_file: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, held_file: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_path: str
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -373,7 +374,7 @@ def test_the_code_of_the_model_card_gives_the_reward_that_the_report_says(
     assert input_ids.shape[1] == first["prompt_tokens"] + first["chosen_tokens"]
     monkeypatch.chdir(run)
     names: dict[str, Any] = {"input_ids": input_ids}
-    exec(code_of_card(run / "final"), names)
+    exec(code_of_card(run / "final", tiny_path), names)
     assert float(names["reward"]) == pytest.approx(first["reward_chosen"], abs=1e-4)
     assert abs(first["reward_chosen"]) > 1e-2
 

@@ -207,6 +207,7 @@ def test_final_loads_with_peft_as_it_is(trained: Trained, tiny_path: str) -> Non
     card = (run / "final" / "README.md").read_text()
     named = json.loads((run / "final" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == "dpo-cli/tiny-random"  # the name, not a path in somebody's cache
+    assert tiny_path not in card
     assert "library_name: peft" in card and 'PeftModel.from_pretrained(model, "final")' in card
 
 

@@ -1,22 +1,44 @@
-"""The model card of a finished run: final/README.md, with how to load what was trained."""
+"""The model card of a finished run: final/README.md, with how to load what was trained and ask it.
+
+It goes wherever the weights go, so that it names no path of the machine: what lay there stands as `path/to/NAME`.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
 
 from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.text import safe_text, significant
+from dpo_cli.data.tokens import PairEncoder
+from dpo_cli.models.builtin import SMOLLM2
 from dpo_cli.models.loading import ModelSource
 from dpo_cli.objectives.objective import Objective
 
 
 def model_card(
-    config: RunConfig, source: ModelSource, objective: Objective, metrics: dict[str, float] | None, pairs: int
+    config: RunConfig,
+    source: ModelSource,
+    fingerprint: str,
+    encoder: PairEncoder,
+    objective: Objective,
+    metrics: dict[str, float] | None,
+    pairs: int,
 ) -> str:
-    """Markdown with PEFT's front matter, the options of the run, its held-out metrics, and loading code."""
-    card = objective.card(config, source.path)
-    name = safe_text(source.name)
+    """Markdown with PEFT's front matter, the options of the run, its held-out metrics, and code.
+
+    `fingerprint` is that of the base model's weights, `encoder` how its texts became tokens.
+    """
+    base = source.name if source.name == SMOLLM2 else portable(source.path, source.name)
+    sft_adapter = config.model.adapter and portable(config.model.adapter, config.model.adapter)
+    card = objective.card(replace(config, model=replace(config.model, adapter=sft_adapter)), base)
+    on_hub = not base.startswith("path/to/")
+    name = base if on_hub else base.removeprefix("path/to/")
     library = "peft" if config.lora.enabled else "transformers"
     lines = [
         "---",
         f"library_name: {library}",
         f"base_model: {name}",
+        *(["license: apache-2.0"] if base == SMOLLM2 else []),
         "tags:",
         f"- {card.tag}",
         "- preference-tuning",
@@ -24,14 +46,50 @@ def model_card(
         "",
         f"# {name}, {card.title}",
         "",
-        f"Trained by dpo-cli on {pairs:,} preference pairs (`{safe_text(config.data.train)}`) with "
+        f"Trained by dpo-cli on {pairs:,} preference pairs (`{portable(str(config.data.train))}`) with "
         f"{card.loss}, learning rate {significant(config.optimizer.lr)}, "
         f"seed {config.seed}. The full config is `config.yaml` in the run directory.",
+        "",
+        f"Base model: {name}{f', revision {safe_text(config.model.revision)}' if config.model.revision else ''} "
+        f"({safe_text(source.origin)}), fingerprint of its weights `{fingerprint}`. License: see the base model.",
         "",
     ]
     if metrics:
         lines += ["| held-out metric | mean |", "|---|---|"]
         lines += [f"| {key} | {value:.4g} |" for key, value in sorted(metrics.items())]
         lines.append("")
-    lines += ["```python", *card.code, "```", ""]
+    lines += ["Load it, in the run directory; elsewhere `final` is the folder of this file"]
+    lines[-1] += ", and `path/to/` is where you keep what it names:" if "path/to/" in "".join(card.code) else ":"
+    lines += ["", "```python", *card.code, "```", ""]
+    if objective.generates:
+        lines += ["Ask it:", "", "```python", *_asking_code(encoder), "```", ""]
     return "\n".join(lines)
+
+
+def portable(place: str, name: str | None = None) -> str:
+    """A name of the hub as it is; of what lies on this machine the last part: `path/to/my-sft`."""
+    name = name or place
+    if not place.startswith(("/", ".", "~")) and not Path(place).exists():
+        return safe_text(name)
+    return f"path/to/{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(name).name)}"
+
+
+def _asking_code(encoder: PairEncoder) -> list[str]:
+    """Python that asks `model` as it was trained: by the same template, up to the token that closed its responses."""
+    question = "What is a rainbow?"
+    ask = [f'inputs = tokenizer("{question}", return_tensors="pt")']
+    if encoder.kind == "chat":
+        ask = [
+            f'messages = [{{"role": "user", "content": "{question}"}}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ")",
+        ]
+    return [
+        "from transformers import AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("final")',
+        *ask,
+        f"answer = model.generate(**inputs, max_new_tokens=100, do_sample=False, eos_token_id={encoder.closing})",
+        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]

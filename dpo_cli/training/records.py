@@ -264,7 +264,10 @@ class Recorder:
                 material.encoder.tokenizer.save_pretrained(str(beside))
             except Exception as error:  # the tokenizers library has no kind of its own for a full disk
                 raise OSError(str(error)) from None
-            card = model_card(config, material.source, learner.objective, means, len(material.data.train))
+            card = model_card(
+                config, material.source, learner.fingerprint, material.encoder, learner.objective, means,
+                len(material.data.train),
+            )  # fmt: skip
             (beside / "README.md").write_text(card, encoding="utf-8")
 
         try:
