@@ -2,13 +2,14 @@
 
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import Ended, run_of, sample_rows, tiny_words, write_jsonl
 
-from dpo_cli.commands.sweep import run_name
+from dpo_cli.commands.sweep import run_name, wait_for
 from dpo_cli.errors import DataError, DivergedError, DpoError, StoppedError
 from dpo_cli.runs.run_directory import RunDirectory
 
@@ -92,3 +93,21 @@ def test_a_sweep_resumes_each_of_its_runs(command: Command, tmp_path: Path) -> N
     assert f"resuming from {folder / 'seed-2' / 'checkpoints' / 'step-00000002'} at step 2" in ended.out
     assert f"no checkpoint in {folder / 'seed-3'} yet: starting from the beginning" in ended.out
     assert [line.split()[0] for line in ended.out.splitlines()[-4:-1]] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(("kind", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+def test_a_signal_to_a_sweep_lets_its_run_save(kind: str, code: int) -> None:
+    # The run tells the sweep to stop; a terminal would have sent Ctrl-C to the run as well.
+    program = f"""
+import os, signal, sys, time
+signal.signal(signal.{kind}, lambda *_: (time.sleep(0.5), os._exit({code})))
+os.kill(os.getppid(), signal.{kind})
+if signal.{kind} == signal.SIGINT:
+    os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+    assert wait_for([sys.executable, "-c", program]) == code
+
+
+def test_a_run_that_a_signal_kills_as_it_starts_ends_the_sweep() -> None:
+    assert wait_for([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"]) == 75

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,9 +16,10 @@ from typing import Any
 from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import hydra_quoted, plural, safe_text, shell_word, significant
-from dpo_cli.errors import ConfigError, StorageError
+from dpo_cli.errors import ConfigError, StoppedError, StorageError
 from dpo_cli.paths import user_path
 from dpo_cli.runs.run_directory import RunDirectory, claim_directory
+from dpo_cli.signals import known_signals
 
 STOPPED = (75, 130)  # exit codes of a user who wants no further run
 LONGEST_NAME = 100  # characters of a run's folder, before a hash
@@ -125,8 +127,27 @@ def run_sweep(jobs: Sequence[Job], folder: str | None, flags: Sequence[str], rep
 
 def run_alone(words: list[str]) -> int:
     """The exit code of a dpo-train with these words, in a process of its own."""
-    command = [sys.executable, "-c", "from dpo_cli.cli import train; train()", *words]
-    return subprocess.run(command, check=False).returncode
+    return wait_for([sys.executable, "-c", "from dpo_cli.cli import train; train()", *words])
+
+
+def wait_for(command: list[str]) -> int:
+    """The exit code of a command. A signal to stop is the command's to answer: it saves before it ends."""
+    children: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _: object) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in known_signals("SIGTERM", "SIGUSR1")}
+    # A terminal sends Ctrl-C to both, and this process would kill the other one before it has saved.
+    previous[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        children.append(subprocess.Popen(command))
+        code = children[0].wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return StoppedError.exit_code if code == -signal.SIGTERM else code
 
 
 def _result(job: Job, code: int, run: Path) -> Result:
