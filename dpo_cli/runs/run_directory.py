@@ -112,10 +112,12 @@ class RunDirectory:
         An attempt that fails before its config is written leaves no directory behind, unless there was something in it.
         `claimed`: the directory was made for this attempt.
         """
-        new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        new = [folder for folder in (self.path, *self.path.parents) if not os.path.lexists(folder)]
         if claimed:
             new = [self.path, self.path.parent, self.path.parent.parent]  # outputs/<job>/<date_time>
-        empty = not self.path.exists() or not any(self.path.iterdir())
+        empty = not os.path.lexists(self.path)
+        with suppress(OSError):  # why it cannot be read, `create` says
+            empty = not any(self.path.iterdir())
         self.create()
         alone = True
 
