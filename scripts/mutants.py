@@ -84,7 +84,7 @@ MUTANTS = [
            OF_VERDICTS),
     Mutant("the start taken from the end", FINDINGS, "float(held_out[0][\"loss\"]) + float(held_out[0][IMPROVEMENT])",
            "float(held_out[0][\"loss\"])", OF_VERDICTS),
-    Mutant("apo_down read as damage", FINDINGS, "        not_for=LOWERS_CHOSEN,\n", "", OF_VERDICTS),
+    Mutant("apo_down read as damage", FINDINGS, "limits = LIMITS.get(loss, USUAL)", "limits = USUAL", OF_VERDICTS),
     Mutant("ruin by the token alone", "dpo_cli/objectives/alarms.py",
            "chosen_per_token < -token and chosen_nats < -response", "chosen_per_token < -token", OF_VERDICTS),
     Mutant("equal lengths read as longer", "dpo_cli/objectives/drift.py", "(gap.sign() + 1).mean() / 2",

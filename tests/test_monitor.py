@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_cli.data.leaks import Leaks
-from dpo_cli.objectives.alarms import ENOUGH, LOWERS_CHOSEN, of_length, preference_alarms
+from dpo_cli.objectives.alarms import ENOUGH, of_length, preference_alarms
 from dpo_cli.objectives.drift import correlation, kl_per_token, measure_drift
 from dpo_cli.objectives.findings import History, Verdict, assess, finding_rules
 from dpo_cli.objectives.preference import Preference, columns_of
@@ -171,12 +171,17 @@ def test_saturation_goes_by_the_pull_of_each_loss(loss: str) -> None:
 
 
 def test_a_loss_that_lowers_chosen_responses_is_not_told_so() -> None:
-    falling = columns_of(ALARMS["displacement"][0])
+    falling = columns_of(ratios([-30.0] * 64, -60.0, 50, 50))
     for loss in LOSSES:
         watch = monitor("stop", 0.1, loss)
         watch.add(falling)
         ruin = watch.ruin(watch.drift())
-        assert (ruin is not None and ruin.name == "displacement") == (loss not in LOWERS_CHOSEN)
+        assert (ruin is not None and ruin.name == "displacement") == (loss != "apo_down")
+    for chosen, ruined in ((-110.0, False), (-130.0, True)):  # of 100 tokens
+        watch = monitor("stop", 0.1, "apo_down")
+        watch.add(columns_of(ratios([chosen] * 64, -140.0, 100, 100)))
+        found = watch.ruin(watch.drift())
+        assert (found is not None and found.name == "displacement") == ruined
 
 
 @pytest.mark.parametrize("loss", sorted(LOSSES))
@@ -187,7 +192,7 @@ def test_short_answers_may_move_more_a_token_but_not_by_any_amount(loss: str) ->
         watch = monitor("warn", 0.1, loss)
         watch.add(columns_of(ratios([chosen] * 64, rejected, 8, 8)))
         found.append("displacement" in [alarm.name for alarm in watch.alarms(watch.drift())])
-    assert found == [loss not in LOWERS_CHOSEN, False]
+    assert found == [loss != "apo_down", False]
 
 
 @pytest.mark.parametrize("loss", sorted(LOSSES))
@@ -237,6 +242,7 @@ def history(
     saturated: float = 0.0,
     skipped: int = 0,
     worst: float = 0.7,
+    alarm: str | None = None,
     leaked: int = 0,
     start: float = math.log(2),
     beta: float = 0.1,
@@ -250,6 +256,7 @@ def history(
             "drift/chosen_per_response": chosen * tokens, "drift/rejected_per_response": rejected * tokens,
             "drift/margin_length_correlation": correlation, "drift/saturated": saturated,
             "drift/chosen_longer": chosen_longer, "skipped_steps": skipped,
+            "alarms": {alarm: "too far"} if alarm and step == 7 else {},
         }
         for step in range(21)
     ]  # fmt: skip
@@ -282,6 +289,7 @@ VERDICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "leak": ({"leaked": 1}, {"leaked": 0}),
     "wrong_way": ({"accuracy": 0.3, "margin": -0.4}, {"accuracy": 0.47}),
     "damaged": ({"chosen": -0.4}, {"chosen": -0.4, "tokens": 40}),
+    "warned": ({"alarm": "far"}, {"alarm": "length"}),
     "lr_too_high": ({"loss": 1.2, "noise": 0.1}, {"loss": 1.2, "noise": 0.6}),
     "worse": ({"loss": 0.8}, {"loss": 0.72}),
     "too_small": (
@@ -412,6 +420,13 @@ def test_red_comes_first_and_colors_the_run() -> None:
     assert [finding.color for finding in verdict.findings] == ["red", "yellow"]
     assert verdict.findings[0].next_step.startswith("optimizer.lr=5e-06; ")
     assert names(judged("apo_down", chosen=-0.9)) == []  # it is there to lower chosen responses
+
+
+def test_an_alarm_of_ruin_is_not_followed_by_green() -> None:
+    verdict = judged(alarm="displacement")
+    assert (verdict.color, names(verdict)) == ("yellow", ["warned"])
+    assert verdict.findings[0].reason == "the monitor warned on the way: too far"
+    assert names(judged(alarm="far", chosen=-0.9)) == ["damaged"]
 
 
 def test_without_held_out_pairs_nothing_is_green() -> None:

@@ -11,10 +11,6 @@ from dataclasses import dataclass
 from dpo_cli.objectives.drift import Drift
 
 ENOUGH = 32  # units before an alarm may sound: a single batch proves nothing
-# Of long and of short responses: nats a token and a response by which chosen ones fall in a model that is being ruined.
-FALLEN = ((0.3, 20.0), (0.8, 5.0))
-FAR = ((0.25, 40.0), (1.0, 8.0))  # KL estimate a token, and nats a response, beyond which answers tend to break
-LOWERS_CHOSEN = ("apo_down",)  # the loss is there to lower chosen responses too
 LENGTH = (0.8, 0.9)  # correlation of margin and length gap, and share of pairs with the longer response chosen
 
 
@@ -34,12 +30,28 @@ class AlarmRule:
     holds: Callable[[Drift], bool]
     says: Callable[[Drift], str]
     ruins: bool = False  # whether monitor=stop ends the run for it
-    not_for: tuple[str, ...] = ()  # losses that do this when all is well
 
 
-def fallen(chosen_per_token: float, chosen_nats: float) -> bool:
-    """Whether chosen responses have lost as much as in a model that is being ruined."""
-    return any(chosen_per_token < -token and chosen_nats < -response for token, response in FALLEN)
+@dataclass(frozen=True)
+class Limits:
+    """How far responses move under a loss before answers tend to break; each pair for long and for short responses."""
+
+    fallen: tuple[tuple[float, float], ...] = ((0.3, 20.0), (0.8, 5.0))  # chosen, in nats a token and a response
+    far: tuple[tuple[float, float], ...] = ((0.25, 40.0), (1.0, 8.0))  # KL estimate a token, and nats a response
+
+    def has_fallen(self, chosen_per_token: float, chosen_nats: float) -> bool:
+        """Whether chosen responses have lost as much as in a model that is being ruined."""
+        return any(chosen_per_token < -token and chosen_nats < -response for token, response in self.fallen)
+
+    def is_far(self, drift: Drift) -> bool:
+        """Whether the policy has gone as far from the reference as a model that is being ruined."""
+        return any(drift.kl_per_token > token and drift.moved_nats > response for token, response in self.far)
+
+
+USUAL = Limits()
+LIMITS = {  # of losses for which these do not hold
+    "apo_down": Limits(((1.2, 80.0), (3.2, 20.0)), ((1.0, 160.0), (4.0, 32.0))),  # it is there to lower chosen, too
+}
 
 
 def of_length(correlation: float, chosen_longer: float, pairs: float) -> str | None:
@@ -67,48 +79,6 @@ _SATURATED = AlarmRule(
     ),
 )
 
-_PREFERENCE = (
-    AlarmRule(
-        "displacement",
-        lambda d: fallen(d.chosen_per_token, d.chosen_nats) and d.margin > 0,
-        lambda d: (
-            f"chosen fell {-d.chosen_nats:.0f} nats a response ({-d.chosen_per_token:.2f} a token) while the margin "
-            "grows: likelihood displacement; a smaller optimizer.lr or loss.sft_weight=0.1 usually stops it"
-        ),
-        ruins=True,
-        not_for=LOWERS_CHOSEN,
-    ),
-    AlarmRule(
-        "crossed",
-        lambda d: min(-d.chosen_per_token, d.rejected_per_token) > 0.02 and min(-d.chosen_nats, d.rejected_nats) > 1,
-        lambda d: (
-            f"chosen falls ({d.chosen_nats:.1f} nats a response) and rejected rises ({d.rejected_nats:+.1f}): "
-            "the policy moves the wrong way; are data.columns.chosen and data.columns.rejected swapped?"
-        ),
-        ruins=True,
-    ),
-    AlarmRule(
-        "far",
-        lambda d: any(d.kl_per_token > token and d.moved_nats > response for token, response in FAR),
-        lambda d: (
-            f"the policy is {d.kl_per_token:.2f} nats a token from the reference (KL estimate), responses moved by "
-            f"{d.moved_nats:.0f} nats: answers tend to break here; a larger beta or a smaller optimizer.lr keeps it "
-            "closer"
-        ),
-        ruins=True,
-        not_for=LOWERS_CHOSEN,
-    ),
-    AlarmRule(
-        "length",
-        lambda d: _of_length(d) is not None,
-        lambda d: (
-            f"{_of_length(d)}: the policy may learn a length and little else; compare loss=sigmoid_norm beta=2, or "
-            "balance the lengths of the pairs"
-        ),
-    ),
-    _SATURATED,
-)
-
 # Of a reward model: its rewards are not log-probs, so no alarm speaks of nats or of the reference.
 REWARD_ALARMS = (
     AlarmRule(
@@ -121,5 +91,46 @@ REWARD_ALARMS = (
 
 
 def preference_alarms(loss: str) -> tuple[AlarmRule, ...]:
-    """The alarms that hold for a preference loss."""
-    return tuple(rule for rule in _PREFERENCE if loss not in rule.not_for)
+    """The alarms of a preference loss."""
+    limits = LIMITS.get(loss, USUAL)
+    return (
+        AlarmRule(
+            "displacement",
+            lambda d: limits.has_fallen(d.chosen_per_token, d.chosen_nats) and d.margin > 0,
+            lambda d: (
+                f"chosen fell {-d.chosen_nats:.0f} nats a response ({-d.chosen_per_token:.2f} a token) while the "
+                "margin grows: likelihood displacement; a smaller optimizer.lr or loss.sft_weight=0.1 usually stops it"
+            ),
+            ruins=True,
+        ),
+        AlarmRule(
+            "crossed",
+            lambda d: (
+                min(-d.chosen_per_token, d.rejected_per_token) > 0.02 and min(-d.chosen_nats, d.rejected_nats) > 1
+            ),
+            lambda d: (
+                f"chosen falls ({d.chosen_nats:.1f} nats a response) and rejected rises ({d.rejected_nats:+.1f}): "
+                "the policy moves the wrong way; are data.columns.chosen and data.columns.rejected swapped?"
+            ),
+            ruins=True,
+        ),
+        AlarmRule(
+            "far",
+            limits.is_far,
+            lambda d: (
+                f"the policy is {d.kl_per_token:.2f} nats a token from the reference (KL estimate), responses moved by "
+                f"{d.moved_nats:.0f} nats: answers tend to break here; a larger beta or a smaller optimizer.lr keeps "
+                "it closer"
+            ),
+            ruins=True,
+        ),
+        AlarmRule(
+            "length",
+            lambda d: _of_length(d) is not None,
+            lambda d: (
+                f"{_of_length(d)}: the policy may learn a length and little else; compare loss=sigmoid_norm beta=2, or "
+                "balance the lengths of the pairs"
+            ),
+        ),
+        _SATURATED,
+    )

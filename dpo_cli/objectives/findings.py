@@ -11,12 +11,13 @@ from typing import Any
 
 from dpo_cli.console.text import plural, significant
 from dpo_cli.data.leaks import CONSEQUENCE, NO_LEAKS, REMEDY, Leaks
-from dpo_cli.objectives.alarms import LOWERS_CHOSEN, fallen, of_length
+from dpo_cli.objectives.alarms import LIMITS, USUAL, of_length, preference_alarms
 from dpo_cli.theory.statistics import Estimate, proportion_estimate
 
 MOVED = 0.02  # nats a token by which a response must change before a policy reads as moved
 MATTERS = (0.1, 1.0)  # margin, or margin/beta in nats: a change of either size can be seen in answers
 ACCURACY, MARGIN, IMPROVEMENT = "rewards/accuracies", "rewards/margins", "loss/improvement"
+RUINS = {rule.name for rule in preference_alarms("sigmoid") if rule.ruins}
 WITH_INTERVALS = (ACCURACY, MARGIN, IMPROVEMENT)  # of a held-out line of metrics.jsonl, under `intervals95`
 
 
@@ -113,6 +114,12 @@ class History:
         return self.moved is not None and self.moved < MOVED
 
     @property
+    def ruin(self) -> str | None:
+        """What the monitor said first of those alarms that mean ruin."""
+        said = (alarm for record in self.train for alarm in record.get("alarms", {}).items())
+        return next((text for name, text in said if name in RUINS), None)
+
+    @property
     def held_out_words(self) -> str:
         """How many pairs the end was compared on; of how many prompts, where some share one."""
         prompts = int(self.held_out[-1].get("prompts", self.held_out_pairs))
@@ -156,7 +163,6 @@ class FindingRule:
     holds: Callable[[History], bool]
     reason: Callable[[History], str]
     next_step: Callable[[History], str]
-    not_for: tuple[str, ...] = ()  # losses that do this when all is well
 
 
 def _percent(share: float) -> str:
@@ -233,18 +239,6 @@ _RULES = (
         lambda h: (
             "look whether the columns chosen and rejected are swapped (data.columns.chosen, data.columns.rejected)"
         ),
-    ),
-    FindingRule(
-        "damaged",
-        "red",
-        lambda h: fallen(h.last("drift/chosen_per_token"), h.last("drift/chosen_per_response")),
-        lambda h: (
-            f"chosen responses lost {-h.last('drift/chosen_per_response'):.0f} nats each "
-            f"({-h.last('drift/chosen_per_token'):.2f} a token) since the start: the model's own answers are likely "
-            "damaged"
-        ),
-        lambda h: f"optimizer.lr={h.lr / 10:g}; read answers with dpo-eval samples=5 before trusting the accuracy",
-        not_for=LOWERS_CHOSEN,
     ),
     FindingRule(
         "lr_too_high",
@@ -357,8 +351,27 @@ _RULES = (
 
 
 def finding_rules(loss: str = "sigmoid") -> tuple[FindingRule, ...]:
-    """The rules that hold for a loss; a reward model's is the sigmoid loss."""
-    return tuple(rule for rule in _RULES if loss not in rule.not_for)
+    """The rules of a loss; a reward model has those of DPO, and none of its numbers is in nats."""
+    limits = LIMITS.get(loss, USUAL)
+    damaged = FindingRule(
+        "damaged",
+        "red",
+        lambda h: limits.has_fallen(h.last("drift/chosen_per_token"), h.last("drift/chosen_per_response")),
+        lambda h: (
+            f"chosen responses lost {-h.last('drift/chosen_per_response'):.0f} nats each "
+            f"({-h.last('drift/chosen_per_token'):.2f} a token) since the start: the model's own answers are likely "
+            "damaged"
+        ),
+        lambda h: f"optimizer.lr={h.lr / 10:g}; read answers with dpo-eval samples=5 before trusting the accuracy",
+    )
+    warned = FindingRule(
+        "warned",
+        "yellow",
+        lambda h: h.ruin is not None and not damaged.holds(h),
+        lambda h: f"the monitor warned on the way: {h.ruin}",
+        lambda h: f"optimizer.lr={h.lr / 5:g}; read answers with dpo-eval samples=5 before trusting the accuracy",
+    )
+    return (damaged, warned, *_RULES)
 
 
 def assess(history: History, rules: Sequence[FindingRule]) -> Verdict:
