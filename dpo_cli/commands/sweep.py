@@ -113,7 +113,7 @@ def run_sweep(jobs: Sequence[Job], folder: str | None, flags: Sequence[str], rep
         code = run_alone(words)
         results.append(_result(job, code, run))
         if code in STOPPED:
-            reporter.say(f"the sweep goes on with the same words and {shell_word('output_dir', place)} resume=auto")
+            reporter.say(f"to continue the sweep: the same words and {shell_word('output_dir', place)} resume=auto")
             break
     for empty in (place, place.parent, place.parent.parent) if folder is None else ():
         with suppress(OSError):
