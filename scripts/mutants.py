@@ -27,7 +27,7 @@ DURABLE, CHECKPOINT = "dpo_cli/storage/durable.py", "dpo_cli/runs/checkpoint.py"
 DIRECTORY, LINE_LOG = "dpo_cli/runs/run_directory.py", "dpo_cli/storage/line_log.py"
 LOCKS = "dpo_cli/storage/locks.py"
 DECODING = "dpo_cli/generation/decoding.py"
-STATISTICS, FINDINGS = "dpo_cli/theory/statistics.py", "dpo_cli/objectives/findings.py"
+STATISTICS, HISTORY = "dpo_cli/theory/statistics.py", "dpo_cli/objectives/history.py"
 OF_REWARDS, OF_DECODING = "tests/test_reward.py", "tests/test_decoding.py"
 OF_STATISTICS, OF_VERDICTS = "tests/test_statistics.py", "tests/test_monitor.py"
 OF_FAULTS = "-m faults tests/faults/"
@@ -77,14 +77,14 @@ MUTANTS = [
            "objective(scores.reference, scores.reference).losses - metrics[\"loss\"]",
            "metrics[\"loss\"] - objective(scores.reference, scores.reference).losses",
            "tests/test_evaluate.py -k interval"),
-    Mutant("green within the interval", FINDINGS, "self.at_end(IMPROVEMENT).low > 0", "self.at_end(IMPROVEMENT).mean > 0",
+    Mutant("green within the interval", HISTORY, "self.at_end(IMPROVEMENT).low > 0", "self.at_end(IMPROVEMENT).mean > 0",
            OF_VERDICTS),
-    Mutant("green whatever the size", FINDINGS, "self.margin >= MATTERS[0] or", "self.margin >= 0 or", OF_VERDICTS),
-    Mutant("worse within the interval", FINDINGS, "self.at_end(IMPROVEMENT).high < 0", "self.at_end(IMPROVEMENT).mean < 0",
+    Mutant("green whatever the size", HISTORY, "self.margin >= MATTERS[0] or", "self.margin >= 0 or", OF_VERDICTS),
+    Mutant("worse within the interval", HISTORY, "self.at_end(IMPROVEMENT).high < 0", "self.at_end(IMPROVEMENT).mean < 0",
            OF_VERDICTS),
-    Mutant("the start taken from the end", FINDINGS, "float(held_out[0][\"loss\"]) + float(held_out[0][IMPROVEMENT])",
+    Mutant("the start taken from the end", HISTORY, "float(held_out[0][\"loss\"]) + float(held_out[0][IMPROVEMENT])",
            "float(held_out[0][\"loss\"])", OF_VERDICTS),
-    Mutant("apo_down read as damage", FINDINGS, "limits = LIMITS.get(loss, USUAL)", "limits = USUAL", OF_VERDICTS),
+    Mutant("apo_down read as damage", "dpo_cli/objectives/findings.py", "limits = LIMITS.get(loss, USUAL)", "limits = USUAL", OF_VERDICTS),
     Mutant("ruin by the token alone", "dpo_cli/objectives/alarms.py",
            "chosen_per_token < -token and chosen_nats < -response", "chosen_per_token < -token", OF_VERDICTS),
     Mutant("equal lengths read as longer", "dpo_cli/objectives/drift.py", "(gap.sign() + 1).mean() / 2",

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from dpo_cli.data.leaks import Leaks
 from dpo_cli.objectives.alarms import ENOUGH, of_length, preference_alarms
 from dpo_cli.objectives.drift import correlation, kl_per_token, measure_drift
-from dpo_cli.objectives.findings import History, Verdict, assess, finding_rules
+from dpo_cli.objectives.findings import Verdict, assess, finding_rules
+from dpo_cli.objectives.history import History
 from dpo_cli.objectives.preference import Preference, columns_of
 from dpo_cli.objectives.reward import Reward
 from dpo_cli.theory.losses import LOSSES, LogRatios, loss_options, make_loss, sigmoid

@@ -20,7 +20,7 @@ from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import CheckpointError
 from dpo_cli.models.adapters import attach_lora
 from dpo_cli.models.logps import MicroBatch, make_micro_batch, plain_attention
-from dpo_cli.objectives.findings import History
+from dpo_cli.objectives.history import History
 from dpo_cli.objectives.reward import (
     HEAD_FILE,
     Reward,

@@ -16,7 +16,8 @@ from dpo_cli.evaluation.scores import ScoredPairs, Scorer, prompts_of, score_pai
 from dpo_cli.models.adapters import START_FILE
 from dpo_cli.models.generators import rng_states
 from dpo_cli.models.memory import describe_peak_memory, peak_memory_gib
-from dpo_cli.objectives.findings import WITH_INTERVALS, History, Verdict, assess
+from dpo_cli.objectives.findings import Verdict, assess
+from dpo_cli.objectives.history import WITH_INTERVALS, History
 from dpo_cli.runs.checkpoint import (
     Checkpoint,
     TrainingState,
