@@ -92,7 +92,7 @@ def _run(context: Context, start: Start, progress: Progress) -> None:
         start.resume(context, learner, material, progress)
     say_what_differs(context, learner, material, choices, start)
     complete_reference(context, learner, material, progress.resumed)
-    reporter.doing("preflight: checking losses, gradients and log-probs on a few pairs")
+    reporter.doing("preflight: checking losses, scores and gradients on a few pairs")
     reporter.say(preflight(learner, material, at_start=progress.step == 0))
     if config.dry_run:
         dry_run(context, learner, material, forward_backward)
