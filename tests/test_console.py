@@ -1,6 +1,7 @@
 """The console: untrusted text cannot act, no stream can stop a run, numbers are short."""
 
 import io
+import math
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_cli.console.reporter import Reporter, sparkline
-from dpo_cli.console.text import duration, plural, safe_text, significant
+from dpo_cli.console.text import duration, interval, plural, safe_text, significant
 
 
 @given(st.text())
@@ -70,6 +71,11 @@ def test_without_a_terminal_a_record_is_one_plain_line() -> None:
     assert stream.getvalue() == (
         "step 2/10  loss 0.5  margin 0.25  accuracy 0.75  chosen 0.1  rejected -0.15  lr 5e-07  pairs/s 4  GiB 1.5\n"
     )
+
+
+def test_an_interval_with_an_unknown_end_is_none() -> None:
+    assert interval(0.634, 0.7, digits=2) == "0.63 to 0.7"
+    assert interval(-math.inf, math.inf) == interval(math.nan, 1.0) == "no interval"
 
 
 def test_the_gradient_weight_ends_the_line() -> None:

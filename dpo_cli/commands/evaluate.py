@@ -10,7 +10,7 @@ import torch
 
 from dpo_cli.config.schema import EvalConfig, data_config, to_container
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.console.text import plural, safe_text, significant
+from dpo_cli.console.text import interval, plural, safe_text, significant
 from dpo_cli.data.batches import Layout, Split, SplitByPairs, SplitByTokens
 from dpo_cli.data.pairs import PairData, check_sources, load_pairs
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair
@@ -289,8 +289,7 @@ def _show_estimates(reporter: Reporter, estimates: dict[str, Estimate]) -> None:
         if name not in estimates:
             continue
         estimate = estimates[name]
-        interval = f"{significant(estimate.low)} to {significant(estimate.high)}"
-        rows.append([label, significant(estimate.mean), interval])
+        rows.append([label, significant(estimate.mean), interval(estimate.low, estimate.high)])
     reporter.grid(["metric", "mean", "95% interval"], rows)
 
 

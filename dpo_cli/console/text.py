@@ -3,6 +3,7 @@
 Characters that could move the cursor, set the clipboard, reorder the line or fake a style are shown as escapes.
 """
 
+import math
 import os
 import re
 import shlex
@@ -112,6 +113,13 @@ def significant(value: float, digits: int = 3) -> str:
         text = f"{value:.{digits}g}"
         return f"{float(text):.0f}" if "e" in text else text
     return f"{value:.{digits}g}"
+
+
+def interval(low: float, high: float, digits: int = 3) -> str:
+    """`0.63 to 0.76`; `no interval` where an end is not known."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "no interval"
+    return f"{significant(low, digits)} to {significant(high, digits)}"
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.console.text import safe_text, significant
+from dpo_cli.console.text import interval, safe_text, significant
 from dpo_cli.theory.statistics import Estimate
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
@@ -44,7 +44,7 @@ def page(
     rows = "".join(f"<tr><th>{html_text(name)}</th><td>{html_text(value)}</td></tr>" for name, value in facts.items())
     metrics = "".join(
         f'<tr><td>{html_text(label)}</td><td class="n">{significant(one.mean)}</td>'
-        f'<td class="n">{significant(one.low)} to {significant(one.high)}</td></tr>'
+        f'<td class="n">{interval(one.low, one.high)}</td></tr>'
         for label, one in estimates
     )
     parts = [

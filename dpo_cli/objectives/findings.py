@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_cli.console.text import significant
+from dpo_cli.console.text import interval, significant
 from dpo_cli.data.leaks import CONSEQUENCE, REMEDY
 from dpo_cli.objectives.alarms import LIMITS, USUAL, of_length
 from dpo_cli.objectives.history import ACCURACY, IMPROVEMENT, WITH_INTERVALS, History
@@ -59,7 +59,7 @@ def _percent(share: float) -> str:
 
 
 def _range(estimate: Estimate) -> str:
-    return f"{significant(estimate.low, 2)} to {significant(estimate.high, 2)}"
+    return interval(estimate.low, estimate.high, digits=2)
 
 
 def _wrong_way(h: History) -> bool:
