@@ -119,7 +119,8 @@ def wilson(share: float, trials: float, n: int, quantile: float) -> Estimate:
     squared = quantile**2 / trials
     center = (share + squared / 2) / (1 + squared)
     half = math.sqrt(share * (1 - share) * squared + squared**2 / 4) / (1 + squared)
-    return Estimate(share, max(0.0, center - half), min(1.0, center + half), n)
+    # The share lies within; at 0 and 1 rounding would leave it out.
+    return Estimate(share, min(share, max(0.0, center - half)), max(share, min(1.0, center + half)), n)
 
 
 def mean_estimate(values: Values) -> Estimate:
