@@ -1,4 +1,4 @@
-"""Signals: the first stops the run at the next safe point, a second one exits at once."""
+"""Signals: the first stops the run at the next safe point; a second one exits at once, unless that could cut a save."""
 
 import os
 import signal
@@ -17,8 +17,8 @@ def known_signals(*names: str) -> tuple[signal.Signals, ...]:
 class StopSignals:
     """While entered, SIGTERM, SIGUSR1 and Ctrl-C are noted; `poll` raises where it is safe to stop.
 
-    A safe point may never come: a chat template of others can loop for ever. A SIGTERM or Ctrl-C after the first signal
-    exits at once, with the code that the first one asked for. After `protect_saving` only a second Ctrl-C does.
+    A safe point may never come: a stranger's chat template can loop for ever. A SIGTERM or Ctrl-C after a first
+    signal exits at once, with the exit code of the first one. After `protect_saving` only a second Ctrl-C does.
     """
 
     WATCHED = known_signals("SIGTERM", "SIGINT", "SIGUSR1")

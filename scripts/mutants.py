@@ -61,7 +61,7 @@ MUTANTS = [
            "    chosen, rejected = ratios.chosen, ratios.rejected\n    return (chosen - rejected - 1", OF_LOSSES),
     Mutant("gradient weight of the chosen response alone", LOSSES, "slopes[0].abs() + slopes[1].abs()",
            "slopes[0].abs()", OF_LOSSES),
-    Mutant("gradient weight not by the start", LOSSES, " / (2 * _pull(loss, start))", " / 2", OF_LOSSES),
+    Mutant("gradient weight not by the start", LOSSES, " / (2 * _slope(loss, start))", " / 2", OF_LOSSES),
     Mutant("pairs taken as independent", STATISTICS, "np.asarray(prompts, dtype=np.uint64), return_inverse",
            "np.arange(len(prompts)), return_inverse", OF_STATISTICS),
     Mutant("jackknife not scaled", STATISTICS, " * (self.prompts - 1) / self.prompts", " / self.prompts", OF_STATISTICS),

@@ -64,7 +64,10 @@ def test_intervals_follow_from_the_lines_and_count_prompts(trained: Trained, com
     held = write_jsonl(tmp_path / "held.jsonl", rows)
     run = trained()
     ended = command("dpo-eval", f"checkpoint={run}", "data=jsonl", f"data.eval={held}")
-    assert "12 pairs of 4 prompts; the intervals take prompts as independent, not pairs (effective 4.0)" in ended.out
+    assert (
+        "12 pairs of 4 prompts; the intervals take prompts as independent, not pairs (effective number 4.0)"
+        in ended.out
+    )
     folder = next((run / "eval").iterdir())
     found, pairs = report(folder), lines(folder)
     assert (found["pairs"], found["prompts"], found["prompts_effective"]) == (12, 4, 4.0)

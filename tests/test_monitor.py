@@ -343,7 +343,7 @@ def test_a_tiny_step_in_the_right_direction_is_not_green() -> None:
 def test_an_improvement_within_its_interval_is_not_green() -> None:
     verdict = judged(noise=0.25, held_out=30, accuracy=0.6)
     assert names(verdict) == ["chance"]
-    assert "cannot tell this from no change" in verdict.findings[0].reason
+    assert "cannot tell this result from no change" in verdict.findings[0].reason
     assert judged(noise=0.15).color == "green"  # 0.19 lower
 
 

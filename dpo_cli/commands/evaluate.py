@@ -297,12 +297,11 @@ def describe_clusters(prompts: Clusters) -> str:
     """What the intervals count as independent."""
     pairs, number = plural(prompts.pairs, "pair"), plural(prompts.prompts, "prompt")
     if prompts.prompts == prompts.pairs:
-        return f"{pairs}, each of a prompt of its own"
+        return f"{pairs}, each with its own prompt"
     if prompts.prompts == 1:
         return f"{pairs} of {number}: too little for an interval"
-    return (
-        f"{pairs} of {number}; the intervals take prompts as independent, not pairs (effective {prompts.effective:.1f})"
-    )
+    effective = f"effective number {prompts.effective:.1f}"
+    return f"{pairs} of {number}; the intervals take prompts as independent, not pairs ({effective})"
 
 
 def _show_calibration(reporter: Reporter, bins: list[Bin]) -> None:

@@ -16,18 +16,18 @@ from typing import Any
 from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import hydra_quoted, plural, safe_text, shell_word, significant
-from dpo_cli.errors import ConfigError, StoppedError, StorageError
+from dpo_cli.errors import ConfigError, InterruptedByUserError, StoppedError, StorageError
 from dpo_cli.paths import user_path
 from dpo_cli.runs.run_directory import RunDirectory, claim_directory
 from dpo_cli.signals import known_signals
 
-STOPPED = (75, 130)  # exit codes of a user who wants no further run
+STOPPED = (StoppedError.exit_code, InterruptedByUserError.exit_code)  # after such a run no further run starts
 LONGEST_NAME = 100  # characters of a run's folder, before a hash
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep: its words, which of them differ from run to run, and what they compose to."""
+    """One run of a sweep: its words on the command line, the keys that differ from run to run, and its config."""
 
     words: tuple[str, ...]
     swept: dict[str, str]
@@ -36,7 +36,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended; what a run that failed did not come to is None."""
+    """How a run ended; a run that failed early has no directory, and an empty evaluation or manifest."""
 
     job: Job
     code: int
@@ -63,8 +63,9 @@ class Result:
 
 
 def run_name(swept: Mapping[str, str]) -> str:
-    """The folder of a run by what differs: `beta-0.1_loss-ipo`; letters that a path or Hydra reads in its own way are
-    replaced, and a name that lost something by it ends in a hash.
+    """The folder of a run, named by what differs: `beta-0.1_loss-ipo`.
+
+    Characters that are special in a path or to Hydra are replaced; a name that was changed ends in a hash.
     """
     exact = "_".join(f"{key}-{value}" for key, value in swept.items()) or "run"
     safe = re.sub(r"[^A-Za-z0-9.+_-]+", "-", exact)[:LONGEST_NAME].rstrip(".-")
@@ -72,7 +73,7 @@ def run_name(swept: Mapping[str, str]) -> str:
 
 
 def check_sweep(jobs: Sequence[Job], folder: str | None) -> None:
-    """ConfigError before the first run for what each of them would be refused for."""
+    """ConfigError for a mistake that would end a run of the sweep, so that it is said before the first run."""
     names = [run_name(job.swept) for job in jobs]
     for job, name in zip(jobs, names, strict=True):
         config = job.config
@@ -94,8 +95,9 @@ def _words(swept: Mapping[str, str]) -> str:
 
 
 def run_sweep(jobs: Sequence[Job], folder: str | None, flags: Sequence[str], reporter: Reporter) -> int:
-    """Run every job in a process of its own, then show the table; returns the first exit code that is not 0.
+    """Run every job in a process of its own, then show the table; returns an exit code.
 
+    It is that of a run that was stopped, else the first that is not 0. A run that is stopped ends the sweep.
     Its own process gives a run's memory back, and keeps its failure to itself. Runs lie in `folder`, or in a new one
     under outputs/multirun.
     """
@@ -131,7 +133,7 @@ def run_alone(words: list[str]) -> int:
 
 
 def wait_for(command: list[str]) -> int:
-    """The exit code of a command. A signal to stop is the command's to answer: it saves before it ends."""
+    """The exit code of a command. Signals to stop are passed on to it, and it saves before it ends."""
     children: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, _: object) -> None:
@@ -195,7 +197,7 @@ def show_table(results: Sequence[Result], reporter: Reporter) -> None:
     rows.insert(0, [*swept, *middle, "verdict", "run"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     reporter.say()
-    for row in rows:  # lines rather than a grid: a terminal may break them, a copied directory stays whole
+    for row in rows:  # lines, not a grid: a directory must stay whole where it is copied from a narrow terminal
         cells = zip(row, widths, strict=True)
         words = len(swept), len(swept) + len(middle)
         aligned = [
@@ -216,7 +218,7 @@ def _comparable_loss(results: Sequence[Result]) -> bool:
 
 
 def _best(whole: Sequence[Result]) -> list[Result]:
-    """The runs with the highest held-out accuracy; of several, where losses are comparable, that with the lowest."""
+    """The runs with the highest held-out accuracy; of several, the lowest loss where losses compare."""
     top = max((result.accuracy for result in whole if result.accuracy is not None), default=None)
     best = [result for result in whole if result.accuracy == top]
     if len(best) > 1 and _comparable_loss(whole):

@@ -1,16 +1,16 @@
 """Keys of other trainers' configs, and what each is here.
 
 Of TRL (DPOConfig, ModelConfig, ScriptArguments, TrainingArguments), axolotl, LLaMA-Factory, torchtune, ms-swift and
-Unsloth. An answer is one of our keys, which takes the same value; or words that hold the value; or a `Note`. Where the
-value decides, answers stand under the values, and under "" the one of all others. Where commands differ, "|" is between
-the answers.
+Unsloth. An answer is one of our keys, which takes the same value, after other words that it needs; or a `Note`. Where
+the answer depends on the value, a dict has one for each value, with our value in it, and under "" that for all others.
+Where it depends on the command, "|" separates the answers: the first whose keys the command has is given.
 """
 
 from collections.abc import Collection
 
 
 class Note(str):
-    """An answer in a sentence: no key of ours takes the place of the word."""
+    """An answer in words: no key of ours replaces that key."""
 
 
 LEAVE_OUT = Note("leave it out")
@@ -220,9 +220,10 @@ WORDS: dict[str, str | dict[str, str]] = {
 
 
 def answer(word: str, value: str | None, keys: Collection[str]) -> str | None:
-    """What a key of another trainer is here; None for a word that is not one, or that none of `keys` answers.
+    """What to write here instead of a key of another trainer, as words for the user.
 
-    `value` is what it was given; None where that is not known.
+    None if `word` is no such key, or its answer is not among `keys`, those of the command. `value` is the value that
+    the user gave it; None if that is not known.
     """
     found = WORDS.get(word)
     if found is None:
@@ -230,7 +231,7 @@ def answer(word: str, value: str | None, keys: Collection[str]) -> str | None:
     plain = None if value is None else value.strip("'\"").lower()
     if plain in ("", "null", "~"):
         return LEAVE_OUT
-    if isinstance(found, dict):  # our value is already in the answer, or ours is another one
+    if isinstance(found, dict):  # the answer has our value in it, or the value cannot be translated
         found, value = found.get(plain or "", found[""]), None
     if isinstance(found, Note):
         return LEAVE_OUT if plain in ("false", "none") else found

@@ -1,4 +1,4 @@
-"""How long the rest of a job takes, from the units it has done so far."""
+"""How many seconds the rest of a job takes, from the units it has done so far."""
 
 import time
 

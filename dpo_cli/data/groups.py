@@ -1,7 +1,7 @@
 """The group of a prompt: which pairs must not be on both sides of a split, and are not independent of each other.
 
-One idea to keep in mind: a dialogue and its shorter cuts begin with the same human turn, and the continuation of a cut
-may hold the answer of another. So the first human turn alone decides, in a form that typing does not change.
+One idea to keep in mind: a dialogue and each prefix of it begin with the same human turn, and the longer one may hold
+the response of the shorter one. So the first human turn alone decides, without case, white space and Unicode form.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ _INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u20
 
 
 def normalised(text: str) -> str:
-    """The text without case, without characters of no width, in NFKC, each run of white space as one space.
+    """The text in NFKC_Casefold, without characters of no width, each run of white space as one space.
 
-    Texts that look alike become one: other case, composed or decomposed accents, a trailing space.
+    Texts become equal that differ only in case, in composed or decomposed accents, or in a trailing space.
     """
     if not text.isascii():
         text = unicodedata.normalize("NFD", _INVISIBLE.sub("", text))
@@ -29,7 +29,7 @@ def normalised(text: str) -> str:
 def first_human_turn(prompt: Prompt) -> str:
     """What the user says first; of a prompt without such a turn, the whole text.
 
-    Text in HH form is taken apart also where it is given as one message, or lost the line breaks before `Human:`.
+    Text in HH form is split into turns even where it is one message, or has no line breaks before its first `Human:`.
     """
     said = next((message.content for message in prompt.messages if message.role == "user"), prompt.text)
     opened = "\n\n" + said.lstrip() if said.lstrip().startswith(HUMAN.strip()) else said
@@ -41,8 +41,8 @@ def first_human_turn(prompt: Prompt) -> str:
 def prompt_group(prompt: Prompt) -> int:
     """64 bits of BLAKE2b of the normalised first human turn: the same in every file, run and process.
 
-    Prompts with a common first turn ("hi", or an empty one) are one group, whatever follows: that puts more pairs than
-    needed on one side, and never one dialogue on two.
+    Prompts with the same first turn ("hi", or an empty one) are one group, whatever follows. So one side of a split may
+    get more pairs than needed, but no dialogue is on both sides.
     """
     digest = hashlib.blake2b(normalised(first_human_turn(prompt)).encode("utf-8"), digest_size=8)
     return int.from_bytes(digest.digest(), "big")

@@ -1,7 +1,7 @@
 """Leaks: held-out pairs that were trained on, or whose prompt was.
 
-Both sides are known by 64-bit hashes alone, so a run can keep what it was trained on in 16 bytes a pair. That one
-of ten thousand held-out pairs is taken for one of ten million others has a chance of 1 in 100 million.
+Pairs are compared by 64-bit hashes, so a run can keep what it was trained on in 16 bytes a pair. With ten thousand
+held-out pairs and ten million training pairs, the chance of one false match is below 1 in 100 million.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ REMEDY = "data.eval_leaks=drop takes them out"
 
 
 def pair_hash(pair: PreferencePair) -> int:
-    """64 bits for the normalised prompt and both responses, whichever is the chosen one."""
+    """A hash of 64 bits of the normalised prompt and both responses, the same whichever of them is chosen."""
     prompt = [part for message in pair.messages for part in (message.role, normalised(message.content))]
     responses = sorted((normalised(pair.chosen), normalised(pair.rejected)))
     return int(fingerprint_of_texts(*prompt, *responses)[:16], 16)

@@ -12,18 +12,21 @@ from dpo_cli.storage.hashing import fingerprint_of_texts
 class SplitBy:
     """What pairs that stay on one side have in common."""
 
-    name: str  # in words
-    shared: Callable[[TokenizedPair, PreferencePair], str]  # as text
+    name: str  # shown to the user
+    shared: Callable[[TokenizedPair, PreferencePair], str]  # what is hashed
 
 
 # Chosen by `data.split_by`.
 SPLITS = {
     "first_turn": SplitBy("first human turn", lambda tokenized, _: f"{tokenized.group:016x}"),
-    "prompt": SplitBy("prompt", lambda _, pair: pair.prompt_text),  # how version 2 and earlier split
+    "prompt": SplitBy("prompt", lambda _, pair: pair.prompt_text),  # as configs up to version 2
 }
 
 
 def is_held_out(shared: str, fraction: float, seed: int) -> bool:
-    """Whether pairs with this in common are held out: in every run and on every rank alike."""
+    """Whether pairs that have `shared` in common are held out; the same in every run and on every rank.
+
+    `fraction` is the expected share of held-out groups, 0 to 1.
+    """
     value = int(fingerprint_of_texts(f"split {seed}", shared)[:16], 16)
     return value < fraction * 2**64

@@ -1,4 +1,4 @@
-"""Whether the other rows of a batch change a completion on this machine: its kernels are asked, not trusted.
+"""Whether the other rows of a batch change a completion on this machine: measured, not assumed.
 
 A kernel may sum in another order where a batch has more rows. Then logits differ in their last bits, and where two
 tokens are almost equally likely a completion takes the other one. P prompts, V vocabulary.
@@ -22,9 +22,10 @@ PREFILL_TOKENS = 512  # of all prompts together, so that the probe takes about a
 def batch_invariant(
     model: Any, prompts: Sequence[list[int]], rows: int, device: torch.device, poll: Callable[[], None] = lambda: None
 ) -> bool:
-    """Whether prompts have, among `rows` rows, the logits that each has alone, to the last bit.
+    """Whether prompts have the same logits, to the last bit, in a batch of `rows` rows as alone.
 
-    A probe: the start of some of the prompts, a prefill and two greedy tokens. False where memory runs out.
+    A probe: it takes the start of some prompts (each a list of token ids), a prefill and two greedy tokens. False where
+    memory runs out. `poll` is called between forward passes and may raise.
     """
     was_training = model.training
     model.eval()
@@ -63,7 +64,7 @@ def _logits(causal: Any, prompts: list[list[int]], copies: int, device: torch.de
     logits = [rows.prefill()]
     rows.select(each.repeat_interleave(copies))
     logits.append(rows.decode(logits[0].argmax(-1).repeat_interleave(copies))[first])
-    # As where the other rows have stopped. Never a single row: `MIN_ROWS`.
+    # As when the other rows have stopped. Decoding never has fewer rows than MIN_ROWS.
     few = first if len(prompts) >= MIN_ROWS else torch.arange(MIN_ROWS, device=device)
     rows.select(few)
     logits.append(rows.decode(logits[1].argmax(-1).expand(len(few)))[: len(prompts)])

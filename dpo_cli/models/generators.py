@@ -1,4 +1,4 @@
-"""Random generators: where those of every device stand, and how they are put back there."""
+"""Random generators: read the state of those of every device, and set it again."""
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ def rng_states() -> dict[str, Tensor]:
 
 
 def set_rng_states(states: dict[str, Tensor]) -> None:
-    """Put the generators back to where `rng_states` found them; those of a device that is not here are left out.
+    """Set the generators to states from `rng_states`, "cpu" among them; devices that this machine lacks are left out.
 
-    CheckpointError where one is no state of a generator.
+    CheckpointError where a tensor is not the state of a generator.
     """
     try:
         torch.set_rng_state(states["cpu"])

@@ -1,17 +1,18 @@
 """Alarms: what the monitor says during training, each with its reason and what usually helps.
 
 The rules are a table for each objective. A rule reads only the `Drift` of the last units, which training has computed
-anyway. Of changes in nats a rule asks for both, a token and a response: a response of eight tokens may move by a nat a
-token at an ordinary margin, and one of a thousand tokens by many nats in all.
+anyway. A rule on changes in nats has two limits, per token and per response, and holds where both are passed: at an
+ordinary margin a response of eight tokens may change by a nat per token, and one of a thousand tokens by many nats in
+all.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dpo_cli.objectives.drift import Drift
+from dpo_cli.objectives.drift import SATURATED, Drift
 
 ENOUGH = 32  # units before an alarm may sound: a single batch proves nothing
-LENGTH = (0.8, 0.9)  # correlation of margin and length gap, and share of pairs with the longer response chosen
+LENGTH = (0.8, 0.9)  # limits: |correlation| of margin and length gap; share of pairs in which one length is chosen
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,14 @@ class AlarmRule:
 
 @dataclass(frozen=True)
 class Limits:
-    """How far responses move under a loss before answers tend to break; each pair for long and for short responses."""
+    """How far responses may change under a loss before generated answers tend to be damaged.
 
-    fallen: tuple[tuple[float, float], ...] = ((0.3, 20.0), (0.8, 5.0))  # chosen, in nats a token and a response
-    far: tuple[tuple[float, float], ...] = ((0.25, 40.0), (1.0, 8.0))  # KL estimate a token, and nats a response
+    A limit is (nats per token, nats per response), and both must be passed. The first of a field is for long responses,
+    the second for short ones; passing one of them is enough.
+    """
+
+    fallen: tuple[tuple[float, float], ...] = ((0.3, 20.0), (0.8, 5.0))  # loss of log-prob of chosen
+    far: tuple[tuple[float, float], ...] = ((0.25, 40.0), (1.0, 8.0))  # KL estimate, and mean change of both responses
 
     def has_fallen(self, chosen_per_token: float, chosen_nats: float) -> bool:
         """Whether chosen responses have lost as much as in a model that is being ruined."""
@@ -49,13 +54,13 @@ class Limits:
 
 
 USUAL = Limits()
-LIMITS = {  # of losses for which these do not hold
-    "apo_down": Limits(((1.2, 80.0), (3.2, 20.0)), ((1.0, 160.0), (4.0, 32.0))),  # it is there to lower chosen, too
+LIMITS = {  # of losses for which the usual ones do not hold
+    "apo_down": Limits(((1.2, 80.0), (3.2, 20.0)), ((1.0, 160.0), (4.0, 32.0))),  # it is made to lower chosen, too
 }
 
 
 def of_length(correlation: float, chosen_longer: float, pairs: float) -> str | None:
-    """Why a length may be all that is learned, or None."""
+    """Why length may be all that is learned; None without a sign of it, or below 2 * ENOUGH pairs."""
     if pairs < 2 * ENOUGH:
         return None
     if max(chosen_longer, 1 - chosen_longer) > LENGTH[1]:
@@ -74,7 +79,7 @@ _SATURATED = AlarmRule(
     "saturated",
     lambda d: d.saturated > 0.9,
     lambda d: (
-        f"{100 * d.saturated:.0f}% of the pairs pull less than a fiftieth as hard as at the start: "
+        f"{100 * d.saturated:.0f}% of the pairs have a gradient weight below {SATURATED:g} (0.5 at the start): "
         "more steps teach almost nothing; this run could have stopped here"
     ),
 )
@@ -84,7 +89,9 @@ REWARD_ALARMS = (
     AlarmRule(
         "length",
         lambda d: _of_length(d) is not None,
-        lambda d: f"{_of_length(d)}: the reward may be for a length and little else; balance the lengths of the pairs",
+        lambda d: (
+            f"{_of_length(d)}: the reward model may learn length and little else; balance the lengths of the pairs"
+        ),
     ),
     _SATURATED,
 )
@@ -128,7 +135,7 @@ def preference_alarms(loss: str) -> tuple[AlarmRule, ...]:
             "length",
             lambda d: _of_length(d) is not None,
             lambda d: (
-                f"{_of_length(d)}: the policy may learn a length and little else; compare loss=sigmoid_norm beta=2, or "
+                f"{_of_length(d)}: the policy may learn length and little else; compare loss=sigmoid_norm beta=2, or "
                 "balance the lengths of the pairs"
             ),
         ),

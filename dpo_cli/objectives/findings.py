@@ -12,13 +12,14 @@ from typing import Any
 from dpo_cli.console.text import interval, significant
 from dpo_cli.data.leaks import CONSEQUENCE, REMEDY
 from dpo_cli.objectives.alarms import LIMITS, USUAL, of_length
+from dpo_cli.objectives.drift import SATURATED
 from dpo_cli.objectives.history import ACCURACY, IMPROVEMENT, WITH_INTERVALS, History
 from dpo_cli.theory.statistics import Estimate
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule that holds: how grave, why, and what to try next."""
+    """A rule that holds: how serious, why, and what to try next."""
 
     name: str
     color: str  # yellow or red
@@ -28,7 +29,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The color of a run with its findings, gravest first; green has none."""
+    """The color of a run with its findings, red before yellow; green has none."""
 
     color: str
     findings: list[Finding]
@@ -73,7 +74,7 @@ def _exploded(h: History) -> bool:
 
 
 def _nothing_learned(h: History) -> bool:
-    """No held-out improvement, and no margin; without held-out pairs training pairs in no order."""
+    """No held-out improvement and no margin; without held-out pairs, no training margin and low training accuracy."""
     if h.evaluated:
         return not (h.better or h.worse or h.matters or _wrong_way(h))
     return not h.matters and h.late(ACCURACY) < 0.6
@@ -122,11 +123,11 @@ _RULES = (
         "red",
         _wrong_way,
         lambda h: (
-            f"held-out accuracy is {_percent(h.at_end(ACCURACY).mean)}, below one half beyond chance: the policy "
+            f"held-out accuracy is {_percent(h.at_end(ACCURACY).mean)}, below one half by more than chance: the policy "
             "prefers the rejected responses"
         ),
         lambda h: (
-            "look whether the columns chosen and rejected are swapped (data.columns.chosen, data.columns.rejected)"
+            "check whether the columns chosen and rejected are swapped (data.columns.chosen, data.columns.rejected)"
         ),
     ),
     FindingRule(
@@ -200,10 +201,10 @@ _RULES = (
         "yellow",
         lambda h: h.evaluated and not (h.better or h.worse or _wrong_way(h) or _nothing_learned(h) or _overfit(h)),
         lambda h: (
-            f"{h.held_out_words} cannot tell this from no change: accuracy {_range(h.at_end(ACCURACY))}, loss lower by "
-            f"{_range(h.at_end(IMPROVEMENT))}"
+            f"{h.held_out_words} cannot tell this result from no change: accuracy {_range(h.at_end(ACCURACY))}, loss "
+            f"lower by {_range(h.at_end(IMPROVEMENT))}"
         ),
-        lambda h: "more held-out pairs (data.eval, data.eval_fraction), before anything is believed",
+        lambda h: "more held-out pairs (data.eval, data.eval_fraction): until then do not rely on this result",
     ),
     FindingRule(
         "separable",
@@ -211,7 +212,7 @@ _RULES = (
         _separable,
         lambda h: (
             f"held-out accuracy is {_percent(h.at_end(ACCURACY).mean)} and training was nearly there in its first "
-            "half: something easy, such as length or a stock phrase, gives the label away"
+            "half: something simple, such as length or a fixed phrase, shows which response is chosen"
         ),
         lambda h: "look at the pairs for what always differs; a harder set says more about the model",
     ),
@@ -219,7 +220,7 @@ _RULES = (
         "length_driven",
         "yellow",
         lambda h: _of_length(h) is not None,
-        lambda h: f"{_of_length(h)}: the model may have learned a length, not a preference",
+        lambda h: f"{_of_length(h)}: the model may have learned length, not a preference",
         lambda h: (
             "loss=sigmoid_norm beta=2 on the same pairs, and compare the lengths of generated answers"
             if h.in_nats
@@ -231,16 +232,16 @@ _RULES = (
         "yellow",
         lambda h: h.last("drift/saturated") > 0.5,
         lambda h: (
-            f"{_percent(h.last('drift/saturated'))} of the last pairs pulled less than a fiftieth as hard as at the "
-            "start: the later steps taught nothing"
+            f"{_percent(h.last('drift/saturated'))} of the last pairs had a gradient weight below {SATURATED:g} (0.5 "
+            "at the start): the later steps taught almost nothing"
         ),
-        lambda h: "fewer steps reach the same; harder pairs would teach more",
+        lambda h: "fewer steps give the same result; harder pairs would teach more",
     ),
 )
 
 
 def finding_rules(loss: str = "sigmoid") -> tuple[FindingRule, ...]:
-    """The rules of a loss; a reward model has those of DPO, and none of its numbers is in nats."""
+    """The rules of a loss. A reward model takes those of DPO; those on nats never hold, as it logs no nats."""
     limits = LIMITS.get(loss, USUAL)
     damaged = FindingRule(
         "damaged",

@@ -1,6 +1,6 @@
-"""The model card of a finished run: final/README.md, with how to load what was trained and ask it.
+"""The model card of a finished run: final/README.md, with code that loads the trained model and asks it a question.
 
-It goes wherever the weights go, so that it names no path of the machine: what lay there stands as `path/to/NAME`.
+It is copied with the weights, so it names no path of this machine: a local path is written `path/to/NAME`.
 """
 
 import re
@@ -67,7 +67,10 @@ def model_card(
 
 
 def portable(place: str, name: str | None = None) -> str:
-    """A name of the hub as it is; of what lies on this machine the last part: `path/to/my-sft`."""
+    """A name on the hub as it is; a local path with its last part alone: `path/to/my-sft`.
+
+    `name` is shown instead of `place` where the two differ.
+    """
     name = name or place
     if not place.startswith(("/", ".", "~")) and not Path(place).exists():
         return safe_text(name)
@@ -75,7 +78,7 @@ def portable(place: str, name: str | None = None) -> str:
 
 
 def _asking_code(encoder: PairEncoder) -> list[str]:
-    """Python that asks `model` as it was trained: by the same template, up to the token that closed its responses."""
+    """Python that asks `model` as it was trained: with the same template, up to the token that ended its responses."""
     question = "What is a rainbow?"
     ask = [f'inputs = tokenizer("{question}", return_tensors="pt")']
     if encoder.kind == "chat":

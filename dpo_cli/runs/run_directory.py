@@ -107,10 +107,10 @@ class RunDirectory:
 
     @contextmanager
     def owned(self, warn: Callable[[str], None] = lambda _: None, claimed: bool = False) -> Iterator[None]:
-        """Within, no other run can use the directory; ConfigError says who does. What was left unfinished is swept.
+        """Within, no other run can use the directory; ConfigError names one that does. Unfinished files are removed.
 
-        An attempt that fails before its config is written leaves no directory behind, unless there was something in it.
-        `claimed`: the directory was made for this attempt.
+        An attempt that fails before its config is written removes the directory, unless something was in it before.
+        `claimed`: `claim_directory` has just made it for this attempt.
         """
         new = [folder for folder in (self.path, *self.path.parents) if not os.path.lexists(folder)]
         if claimed:
@@ -141,7 +141,7 @@ class RunDirectory:
                 sweep(folder)
             try:
                 yield
-            except StoppedError:  # is resumed here
+            except StoppedError:  # can be resumed in this directory
                 raise
             except DpoError:
                 if empty and not self.config.exists():

@@ -26,9 +26,9 @@ class Bin:
 
 
 def reliability(margins: Sequence[float], prompts: Sequence[int] | None = None) -> list[Bin]:
-    """The pairs by confidence, in bins of equal width; without empty bins and NaN margins.
+    """The pairs by confidence, in bins of equal width. Empty bins and NaN margins are left out.
 
-    `prompts` says which pairs share a prompt, for the intervals; without it no two do.
+    `margins` are those of N pairs. `prompts` has an id for the prompt of each, (N,); None: no two pairs share one.
     """
     of_pairs = np.asarray(margins, dtype=float)
     known = ~np.isnan(of_pairs)

@@ -259,7 +259,7 @@ def implicit_rewards(ratios: LogRatios, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def gradient_weight(loss: Callable[[LogRatios], Tensor], ratios: LogRatios) -> Tensor:
-    """(|dL/dc| + |dL/dr|) / (2 its value at c = r = 0), (B,): how hard each pair pulls under a loss L.
+    """(|dL/dc| + |dL/dr|) / (2 times the same at c = r = 0), (B,): how hard each pair moves the policy under a loss L.
 
     1/2 before the policy has moved, near 0 where the pair is learned. For DPO it is sigmoid(-b d), the weight of a pair
     in its gradient, near 1 where the implicit rewards have the wrong order: section 4 of
@@ -268,10 +268,10 @@ def gradient_weight(loss: Callable[[LogRatios], Tensor], ratios: LogRatios) -> T
     start = LogRatios(
         torch.zeros_like(ratios.chosen), torch.zeros_like(ratios.rejected), ratios.chosen_tokens, ratios.rejected_tokens
     )
-    return _pull(loss, ratios) / (2 * _pull(loss, start))
+    return _slope(loss, ratios) / (2 * _slope(loss, start))
 
 
-def _pull(loss: Callable[[LogRatios], Tensor], ratios: LogRatios) -> Tensor:
+def _slope(loss: Callable[[LogRatios], Tensor], ratios: LogRatios) -> Tensor:
     """|dL/dc| + |dL/dr|, (B,)."""
     chosen, rejected = (one.detach().requires_grad_(True) for one in (ratios.chosen, ratios.rejected))
     with torch.enable_grad():

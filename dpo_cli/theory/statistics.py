@@ -32,7 +32,10 @@ class Estimate:
 
 
 class Clusters:
-    """Which of N pairs share a prompt, and the intervals of means over them."""
+    """Which of N pairs share a prompt, and the intervals of means over them.
+
+    `prompts` has an id for the prompt of each pair, (N,), N at least 1.
+    """
 
     def __init__(self, prompts: Sequence[int] | NDArray[np.uint64]) -> None:
         ids, self._of = np.unique(np.asarray(prompts, dtype=np.uint64), return_inverse=True)
@@ -50,7 +53,7 @@ class Clusters:
 
     @property
     def effective(self) -> float:
-        """N^2 / sum of N_g^2: as many prompts of equal size would say as much; G where all have equal size.
+        """The effective number of prompts, N^2 / sum of N_g^2: G where all have equally many pairs, else fewer.
 
         L. Kish, Survey Sampling (1965), section 11.7.
         """
@@ -58,19 +61,19 @@ class Clusters:
 
     @property
     def quantile(self) -> float:
-        """The 97.5% quantile of Student's t; the degrees of freedom are the effective prompts less one."""
+        """The 97.5% quantile of Student's t; degrees of freedom: the effective number of prompts - 1."""
         return student_quantile(max(1, int(self.effective + 1e-9) - 1))
 
     def mean(self, values: Values) -> Estimate:
-        """The mean of N values with its interval; infinitely wide where there is one prompt, NaN where a value is."""
+        """The mean of N values, (N,). The interval is infinitely wide for one prompt, NaN if a value is not finite."""
         mean, half = float(np.mean(values)), self.quantile * math.sqrt(self._variance(values))
         return Estimate(mean, mean - half, mean + half, self.pairs)
 
     def share(self, values: Values) -> Estimate:
-        """The share of N successes (1, a tie 0.5, else 0) with Wilson's interval for as many trials as the pairs count.
+        """The share of successes among N values, (N,), each 1, 0 or 0.5 for a tie, with Wilson's interval.
 
-        Trials that are independent have the variance p (1 - p) / n; the variance over prompts says which n that is,
-        never more than N. Where all pairs agree it says nothing, and the effective prompts count as trials.
+        The number of trials n is that of independent pairs with the same variance of the mean, p (1 - p) / (n - 1), and
+        at most N. Where all pairs agree the variance is 0: then n is the effective number of prompts.
         """
         share = float(np.mean(values))
         if self.prompts == 1:
@@ -88,13 +91,13 @@ class Clusters:
             return math.inf
         of_pairs = np.asarray(values, dtype=float)
         sums = np.bincount(self._of, weights=of_pairs, minlength=self.prompts)
-        with np.errstate(invalid="ignore"):  # an infinite loss: the interval is NaN, and says so
+        with np.errstate(invalid="ignore"):  # an infinite loss makes the interval NaN
             left_out = (sums.sum() - sums) / (self.pairs - self._sizes)
             return float(((left_out - of_pairs.mean()) ** 2).sum()) * (self.prompts - 1) / self.prompts
 
 
 def student_quantile(freedom: int) -> float:
-    """The 97.5% quantile of Student's t: exact to 1e-9 up to 4 degrees of freedom, beyond to 0.0007.
+    """The 97.5% quantile of Student's t: the error is below 1e-9 up to 4 degrees of freedom, then below 0.0003.
 
     The expansion in 1/freedom is 26.7.5 of Abramowitz and Stegun, Handbook of Mathematical Functions (1964).
     """

@@ -77,7 +77,7 @@ def build(
             f"resume={safe_text(config.resume)}: was trained on other weights than "
             f"model.name_or_path={safe_text(source.name)} holds now"
         )
-    reporter.doing("measuring how many tokens fit in a micro-batch")
+    reporter.doing("choosing the layout and the size of micro-batches")
     layout = engine.same(lambda: _layout(config, model, material, device.value, fingerprint, measured))
     policy = objective.prepare(model, config.lora, source.name)
     if config.engine.gradient_checkpointing:
