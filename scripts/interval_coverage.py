@@ -1,9 +1,9 @@
 """How often a 95% interval holds the truth where pairs share prompts: the table of docs/evaluation.md.
 
 A prompt has one answer of the data and k sampled ones; every two of them make a pair. An answer has a quality, and
-its better one is chosen. The policy's reward of an answer is its skill on this prompt times the quality, plus noise.
-Pairs of one prompt share the skill and the answers, so they are not independent. A policy that knows nothing has
-skill 0 everywhere.
+of a pair the better one is chosen. The policy's reward of an answer is its skill on this prompt times the quality,
+plus noise. Pairs of one prompt share the skill and the answers, so they are not independent. A policy that knows
+nothing has skill 0 everywhere.
 """
 
 import argparse

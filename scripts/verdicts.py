@@ -1,9 +1,9 @@
-"""What monitor and verdict say of healthy and of ruined runs, for every loss: the table of docs/reading-the-numbers.md.
+"""What monitor and verdict say about healthy and ruined runs, for every loss: the table of docs/reading-the-numbers.md.
 
-A small Llama first learns a toy language, of which some words are kind and some are rude. Then DPO is to make it
+A small Llama first learns a toy language, in which some words are kind and some are rude. Then DPO shall make it
 kinder, with short responses and with long ones. A run is ruined by a learning rate a hundred times too high, by
-swapped labels, by labels drawn at random, or by labels that only look at the length. The held-out pairs of swapped
-ones have the right labels: where all labels are swapped no number can tell.
+swapped labels, by labels drawn at random, or by labels that follow length alone. Where the training labels are
+swapped, the held-out labels are right: where both are swapped no number can tell.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from dpo_cli.theory.losses import LOSSES
 from dpo_cli.training.runner import train
 
 WAYS = ("healthy", "lr x 100", "swapped", "shuffled", "length only")
-LENGTHS = {"short": (6, 10), "long": (60, 100)}  # words of a response
+LENGTHS = {"short": (6, 10), "long": (60, 100)}  # words of a response, the upper end excluded
 BETA = {"sigmoid_norm": 2.0, "ipo": 1.0}  # losses of log-ratios a token
 LR = 1e-3  # of a healthy run
 TOPICS, NEUTRAL, KIND, RUDE = 8, 24, 6, 6
@@ -62,16 +62,15 @@ class Language:
     def pair(self, length: tuple[int, int], way: str) -> dict[str, str]:
         """A prompt with a chosen and a rejected response; the kinder one is chosen nine times of ten."""
         topic = int(self.random.integers(TOPICS))
-        long, short = (self.response(topic, int(self.random.integers(*length))) for _ in range(2))
+        first, second = (self.response(topic, int(self.random.integers(*length))) for _ in range(2))
         if way == "length only":
-            long, short = sorted((long, short), key=len, reverse=True)
-            short = short[: max(2, len(short) * 2 // 3)]
-            chosen, rejected = long, short
+            chosen, rejected = sorted((first, second), key=len, reverse=True)
+            rejected = rejected[: max(2, len(rejected) * 2 // 3)]
         else:
-            shares = [sum(word.startswith("kind") for word in one) / len(one) for one in (long, short)]
-            chosen, rejected = (long, short) if shares[0] >= shares[1] else (short, long)
-            turned = {"swapped": 0.9, "shuffled": 0.5}.get(way, 0.1)
-            if self.random.random() < turned:
+            shares = [sum(word.startswith("kind") for word in one) / len(one) for one in (first, second)]
+            chosen, rejected = (first, second) if shares[0] >= shares[1] else (second, first)
+            swapped = {"swapped": 0.9, "shuffled": 0.5}.get(way, 0.1)  # share of pairs
+            if self.random.random() < swapped:
                 chosen, rejected = rejected, chosen
         prompt = f"topic{topic} " + " ".join(f"word{self.random.integers(NEUTRAL)}" for _ in range(4))
         return {"prompt": prompt, "chosen": " " + " ".join(chosen), "rejected": " " + " ".join(rejected)}
@@ -116,7 +115,7 @@ def write_pairs(folder: Path, length: str, way: str, seed: int) -> Path:
 
 @dataclass(frozen=True)
 class Said:
-    """What a run was told: the alarms on its way, the verdict and its findings."""
+    """What a run said: the alarms during training, the color of the verdict (or `stopped`), findings and summary."""
 
     alarms: list[str]
     color: str
@@ -125,7 +124,7 @@ class Said:
 
 
 def told(folder: Path, loss: str, length: str, way: str, steps: int = STEPS) -> Said:
-    """Train one run in `folder` and read what it was told."""
+    """Train one run in `folder` and read what it said."""
     base = folder / f"model-{length}"
     if not base.is_dir():
         make_model(base, LENGTHS[length])
