@@ -196,14 +196,11 @@ def show_table(results: Sequence[Result], reporter: Reporter) -> None:
     middle = ["loss", "accuracy  ", "margin" if one_beta else "margin/beta"]  # margins of two betas do not compare
     rows.insert(0, [*swept, *middle, "verdict", "run"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numeric = range(len(swept), len(swept) + len(middle))
     reporter.say()
     for row in rows:  # lines, not a grid: a directory must stay whole where it is copied from a narrow terminal
-        cells = zip(row, widths, strict=True)
-        words = len(swept), len(swept) + len(middle)
-        aligned = [
-            cell.rjust(width) if words[0] <= index < words[1] else cell.ljust(width)
-            for index, (cell, width) in enumerate(cells)
-        ]
+        cells = enumerate(zip(row, widths, strict=True))
+        aligned = [cell.rjust(width) if index in numeric else cell.ljust(width) for index, (cell, width) in cells]
         reporter.say("  ".join(aligned).rstrip())
     for sentence in notes(whole, best):
         reporter.say(sentence)

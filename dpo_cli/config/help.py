@@ -51,7 +51,7 @@ PAGES = {
         ),
         "Results go to outputs/<model>-<data>/<date_time>/: metrics.jsonl, checkpoints/, final/ (the adapter).",
         "0 done, 2 command line, 3 data, 4 checkpoint or model, 5 diverged, 6 memory, 7 storage, 75 stopped by a "
-        "signal with a checkpoint saved (run again to resume), 130 Ctrl-C",
+        "signal (run again with resume=auto), 130 Ctrl-C",
     ),
     "eval": Page(
         "score a finished run, checkpoint, adapter or model on preference pairs, without training",

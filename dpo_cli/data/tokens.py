@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,30 +18,6 @@ from dpo_cli.data.formats import FinishReason, Message, PreferencePair, Prompt
 from dpo_cli.errors import CheckpointError, ConfigError
 
 TokenIds = NDArray[np.int32]
-
-
-class TokenizedExample(Protocol):
-    """A prompt and the responses that an objective looks at together: two of a pair."""
-
-    @property
-    def prompt(self) -> TokenIds:
-        """(prompt tokens,): at least one."""
-        ...
-
-    @property
-    def responses(self) -> tuple[TokenIds, ...]:
-        """Each (response tokens,): at least one."""
-        ...
-
-    @property
-    def response_keys(self) -> tuple[bytes, ...]:
-        """Of each response 16 bytes that stand for the tokens of the prompt and of it."""
-        ...
-
-    @property
-    def index(self) -> int:
-        """The row in its file, from 0."""
-        ...
 
 
 @dataclass(frozen=True)
