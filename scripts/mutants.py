@@ -167,7 +167,7 @@ MUTANTS = [
     Mutant("every epoch in one order", "dpo_cli/data/batches.py", "key=[seed, epoch]", "key=[seed, 0]",
            "tests/test_pairs.py"),
     Mutant("the split ignores the seed", "dpo_cli/data/splits.py", 'f"split {seed}"', '"split"', "tests/test_pairs.py"),
-    Mutant("cuts of a dialogue on both sides", "dpo_cli/data/splits.py", 'f"{tokenized.group:016x}"', "str(tokenized.key)",
+    Mutant("prefixes of a dialogue on both sides", "dpo_cli/data/splits.py", 'f"{tokenized.group:016x}"', "str(tokenized.key)",
            "tests/test_leaks.py"),
     Mutant("a leak ends in green", "dpo_cli/objectives/findings.py", "lambda h: bool(h.leaks)", "lambda h: False",
            "tests/test_monitor.py"),

@@ -1,4 +1,4 @@
-"""Groups of prompts: what looks alike, and cuts of one dialogue, are one."""
+"""Groups of prompts: what looks alike, and prefixes of one dialogue, are one."""
 
 import unicodedata
 

@@ -180,7 +180,7 @@ WORDS: dict[str, str | dict[str, str]] = {
     # The run, its checkpoints and logs
     "data_seed": "seed", "random_state": "seed", "logging_steps": "log_every", "log_every_n_steps": "log_every",
     "logging_strategy": _steps("log_every"),
-    "logging_first_step": Note("not needed: the first step is logged"),
+    "logging_first_step": Note("not needed: step 0, before the first update, is logged"),
     "eval_steps": "eval_every",
     "do_eval": Note("not needed: held-out pairs are evaluated at the end, and every eval_every steps"),
     "do_train": Note("not needed: dpo-train trains, dpo-eval evaluates"),
