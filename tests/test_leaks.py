@@ -140,9 +140,7 @@ def test_drop_takes_them_out_of_the_held_out_side_and_counts_them(load: Load) ->
 def test_drop_that_leaves_nothing_is_an_error(load: Load) -> None:
     with pytest.raises(DataError, match=r"held\.jsonl: no pair can be used: 2 pairs found in training$"):
         load(sample_rows(6), "data.eval_leaks=drop", held=sample_rows(2))
-    with pytest.raises(
-        DataError, match=r"no pair can be used: \d+ pairs? with a first human turn found in training$"
-    ):
+    with pytest.raises(DataError, match=r"no pair can be used: \d+ pairs? with a first human turn found in training$"):
         rows = [{"chosen": f"{HUMAN}Hi{ASSISTANT} {n}{HUMAN}Go{ASSISTANT} yes", "rejected":
                  f"{HUMAN}Hi{ASSISTANT} {n}{HUMAN}Go{ASSISTANT} no"} for n in range(20)]  # fmt: skip
         load(rows, "data.eval_leaks=drop", "data.split_by=prompt", "data.eval_fraction=0.3")
