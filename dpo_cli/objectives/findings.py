@@ -232,8 +232,8 @@ _RULES = (
         "yellow",
         lambda h: h.last("drift/saturated") > 0.5,
         lambda h: (
-            f"{_percent(h.last('drift/saturated'))} of the last pairs had a gradient weight near 0 (0.5 at the "
-            "start): the later steps taught almost nothing"
+            f"{_percent(h.last('drift/saturated'))} of the last pairs had a gradient weight below {SATURATED:g} (0.5 "
+            "at the start): the later steps taught almost nothing"
         ),
         lambda h: "fewer steps give the same result; harder pairs would teach more",
     ),

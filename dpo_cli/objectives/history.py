@@ -8,7 +8,9 @@ from dpo_cli.data.leaks import NO_LEAKS, Leaks
 from dpo_cli.objectives.alarms import preference_alarms
 from dpo_cli.theory.statistics import Estimate, proportion_estimate
 
-MOVED = 0.02  # nats a token by which a response must change before a policy reads as moved
+MOVED = (
+    0.02  # nats a token by which a response must change to have learned something; the console shows less as a change
+)
 MATTERS = (0.1, 1.0)  # margin, or margin/beta in nats: a change of either size can be seen in answers
 ACCURACY, MARGIN, IMPROVEMENT = "rewards/accuracies", "rewards/margins", "loss/improvement"
 RUINS = {rule.name for rule in preference_alarms("sigmoid") if rule.ruins}
@@ -63,7 +65,10 @@ class History:
         return bool(self.held_out) and self.held_out_pairs > 0
 
     def at_end(self, name: str) -> Estimate:
-        """A held-out metric at the end with its 95% interval; a line of an older version has none but of accuracy."""
+        """A held-out metric at the end with its 95% interval.
+
+        Lines of earlier versions have no intervals: accuracy gets Wilson's over pairs, the others are infinitely wide.
+        """
         record, n = self.held_out[-1], self.held_out_pairs
         mean = float(record.get(name, 0.0))
         low, high = record.get("intervals95", {}).get(name, (None, None))
@@ -109,7 +114,7 @@ class History:
 
     @property
     def ruin(self) -> str | None:
-        """What the monitor said first of those alarms that mean ruin."""
+        """The text of the first alarm for which monitor=stop would have ended the run; None without one."""
         said = (alarm for record in self.train for alarm in record.get("alarms", {}).items())
         return next((text for name, text in said if name in RUINS), None)
 
