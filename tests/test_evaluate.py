@@ -98,6 +98,16 @@ def test_with_the_sft_loss_the_improvement_is_of_the_whole_loss(trained: Trained
     assert found["loss"] + found["loss/improvement"] == pytest.approx(sum(starts) / len(starts), abs=1e-5)
 
 
+@pytest.mark.parametrize(("loss", "claims"), [("sigmoid", True), ("ipo", False)])
+def test_calibration_is_shown_where_sigmoid_of_the_margin_claims_to_be_a_probability(
+    trained: Trained, command: Command, loss: str, claims: bool
+) -> None:
+    run = trained("run", f"loss={loss}")
+    ended = command("dpo-eval", f"checkpoint={run}")
+    assert ("calibration error " in ended.out) == claims
+    assert ("calibration" in report(next((run / "eval").iterdir()))) == claims
+
+
 def test_batch_size_changes_nothing(trained: Trained, command: Command) -> None:
     run = trained()
     reports = [report(evaluated(command, run, f"micro_batch_size={n}", f"name=size-{n}")) for n in (1, 2, 5)]

@@ -109,6 +109,12 @@ def test_messages_in_plain_form_read_like_hh() -> None:
     assert pair.prompt_text + pair.chosen == "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: yes"
 
 
+def test_a_system_message_is_plain_text_before_the_turns() -> None:
+    system = {"role": "system", "content": "Answer in one word."}
+    pair = messages({"prompt": [system, *turns("a")], "chosen": "yes", "rejected": "no"})
+    assert pair.prompt_text == "Answer in one word.\n\nHuman: a\n\nAssistant:"
+
+
 def test_several_messages_in_a_response_are_refused() -> None:
     with pytest.raises(BadRowError, match="'chosen' must answer the prompt with one assistant message; it has"):
         messages({"prompt": "q", "chosen": turns("", "a", "b", "c")[1:], "rejected": "no"})

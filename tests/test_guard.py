@@ -6,7 +6,7 @@ from torch import nn
 
 from dpo_cli.engine.engine import SINGLE
 from dpo_cli.errors import DivergedError
-from dpo_cli.training.guard import NonFiniteGuard
+from dpo_cli.training.guard import UNSEEN, NonFiniteGuard
 
 ROWS = [11, 12]
 
@@ -52,6 +52,14 @@ def test_deferred_it_freezes_the_weights_from_the_bad_step_on_and_raises_at_the_
     assert weights(guard) == before != [1.0] * 3
     with pytest.raises(DivergedError, match="step 2: "):
         guard.look()
+
+
+def test_deferred_it_looks_by_itself_after_so_many_steps() -> None:
+    guard = NonFiniteGuard(optimizer(), deferred=True)
+    step(guard, 1, float("nan"))
+    with pytest.raises(DivergedError, match="step 1: "):
+        for number in range(2, UNSEEN + 1):
+            step(guard, number, 1.0)
 
 
 def test_deferred_healthy_steps_are_those_of_the_bare_optimizer() -> None:

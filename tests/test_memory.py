@@ -8,10 +8,14 @@ import pytest
 import torch
 from conftest import Ended, records, tiny_words
 from tiny_models import CPU, LORA, pair, tiny
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dpo_cli.data.batches import Layout, packed_tokens
 from dpo_cli.models import memory
 from dpo_cli.models.adapters import attach_lora
+from dpo_cli.models.logps import make_micro_batch, response_logps
 from dpo_cli.models.memory import ENOUGH_TOKENS, SHARE, TRAINING_BYTES, kept_bytes, measure_budget
 from dpo_cli.runs.checkpoint import read_state
 
@@ -58,6 +62,44 @@ def test_the_budget_is_what_fits_into_the_free_memory(monkeypatch: pytest.Monkey
     assert budget.bytes_per_token == pytest.approx(1.25 * (kept[1] - kept[0]) / (rows[1] - rows[0]), rel=0.1)
     monkeypatch.setattr(memory, "free_memory", lambda _: 2**40)
     assert measure_budget(policy, MANY, CPU, Layout.PACKED_SEGMENTS).tokens == ENOUGH_TOKENS["cpu"]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that live, after every operation; `peak` is the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._live = {key: live for key, live in self._live.items() if not live[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+        return result
+
+
+# Of few layers, one that is computed again would be most of the memory; real models have twelve or more.
+@pytest.mark.parametrize(("layers", "checkpointed"), [(2, False), (12, True)])
+def test_the_bytes_of_a_token_cover_the_peak_of_a_forward_and_backward_pass(layers: int, checkpointed: bool) -> None:
+    policy = attach_lora(tiny(num_hidden_layers=layers), LORA).train()
+    if checkpointed:
+        policy.activation_checkpointing_enable()
+    tokens, peaks = [], []
+    for number in (1, 4):
+        micro_batch = make_micro_batch(MANY[:number], CPU, Layout.PADDED)
+        with LiveBytes() as live:
+            response_logps(policy, micro_batch).sum().backward()
+        tokens.append(micro_batch.input_ids.numel())
+        peaks.append(live.peak)
+        policy.zero_grad()
+    needed = (peaks[1] - peaks[0]) / (tokens[1] - tokens[0])
+    measured = measure_budget(policy, MANY, CPU, Layout.PADDED).bytes_per_token
+    assert needed < measured < 2 * needed
 
 
 def test_a_budget_too_small_for_a_pair_says_so_and_the_pair_runs_alone(

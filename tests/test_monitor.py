@@ -137,6 +137,17 @@ def test_an_alarm_gives_its_numbers_and_a_remedy_and_sounds_once() -> None:
     assert watch.alarms(watch.drift()) == []
 
 
+def test_eight_odd_batches_among_healthy_ones_sound_no_alarm() -> None:
+    healthy, odd = (columns_of(ratios([chosen] * 8, rejected, 100, 100)) for chosen, rejected in ((0, 0), (-40, -90)))
+    watch = monitor("warn")
+    for batch in [*[healthy] * 24, *[odd] * 8]:
+        watch.add(batch)
+    assert watch.alarms(watch.drift()) == []
+    for batch in [odd] * 16:  # now they are three quarters of what the window holds
+        watch.add(batch)
+    assert "displacement" in [alarm.name for alarm in watch.alarms(watch.drift())]
+
+
 def test_stop_ends_a_run_for_what_holds_now_said_before_or_not() -> None:
     watch = monitor("stop")
     watch.restore(torch.zeros(4, 0), ["displacement"])
