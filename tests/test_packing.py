@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import share
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import CPU, LORA, pair, tiny
 from torch import Tensor
@@ -211,7 +212,7 @@ MODEL = tiny("mistral")
 LENGTHS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=6)
 
 
-@settings(max_examples=40, deadline=None)
+@share(0.8)
 @given(LENGTHS, st.sampled_from([Layout.PACKED_SEGMENTS, Layout.PACKED_MASK]))
 def test_packed_equals_padded_whatever_the_lengths(lengths: list[tuple[int, int, int]], layout: Layout) -> None:
     pairs = [pair(*some, seed=seed) for seed, some in enumerate(lengths)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import share
 from harness import fault
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -23,8 +24,7 @@ from dpo_cli.errors import CheckpointError, ConfigError, DataError, DpoError
 from dpo_cli.runs.checkpoint import MANIFEST, read_state, validate
 
 pytestmark = pytest.mark.faults
-MANY = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-FEWER = settings(MANY, max_examples=60)
+MANY, FEWER = (settings(share(part), suppress_health_check=list(HealthCheck)) for part in (4, 1.2))
 
 text = st.text(max_size=40)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | text
