@@ -8,6 +8,7 @@ import difflib
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def read_rows(path: Path) -> Iterator[SourceRow]:
         raise DataError(f"{safe_text(path)}: unknown file type; use one of {', '.join(READERS)}")
     try:
         yield from reader(path)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{safe_text(path)}: cannot be read ({safe_text(error)})") from None
 
 
@@ -140,7 +141,10 @@ def _csv(path: Path) -> Iterator[SourceRow]:
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.DictReader(io.StringIO(text, newline=""))
     index = 0
-    _ = reader.fieldnames  # reads the header, so that line_num is that of the header
+    try:
+        _ = reader.fieldnames  # reads the header, so that line_num is that of the header
+    except csv.Error as error:
+        raise DataError(f"{safe_text(path)} line 1: not CSV ({error})") from None
     while True:
         location = f"{safe_text(path)} line {reader.line_num + 1}"
         try:
@@ -173,6 +177,8 @@ def _parquet(path: Path) -> Iterator[SourceRow]:
                     index += 1
     except pyarrow.ArrowException as error:
         raise DataError(f"{safe_text(path)}: not Parquet ({safe_text(error, limit=120)})") from None
+    except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a date beyond the year 9999
+        raise DataError(f"{safe_text(path)}: has values that cannot be read ({safe_text(error, limit=120)})") from None
 
 
 READERS = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
