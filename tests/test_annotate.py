@@ -178,9 +178,9 @@ BAD_LINES = {
     line(left=True, right=0): "left and right must be two different numbers from 0 to 1",
     line(verdict="Left"): "verdict is Left, not one of left, right, tie, skip",
     line(verdict=["tie"]): "verdict is ['tie'], not one of left, right, tie, skip",
-    line(seconds=-1): "seconds is -1, not a number from 0 up",
-    line(seconds=True): "seconds is True, not a number from 0 up",
-    line(seconds=...): "seconds is None, not a number from 0 up",
+    line(seconds=-1): "seconds is -1, not a number from 0 to 1e+09",
+    line(seconds=True): "seconds is True, not a number from 0 to 1e+09",
+    line(seconds=...): "seconds is None, not a number from 0 to 1e+09",
     line(sample=samples()[0].id): "ann has judged this already in line 2; remove one of them",
     json.dumps({"undo": samples()[1].id, "annotator": "ann", "time": "now"}): "undoes a judgement that ann has not "
     "made; remove the line",

@@ -10,7 +10,6 @@ a kill during a write leaves, is removed.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from dpo_cli.storage.line_log import LineLog, opened_lines
 
 VERSION = 1
 VERDICTS = ("left", "right", "tie", "skip")
+MAX_SECONDS = 1e9  # thirty years
 OPENING = b'{"judgements": '  # the start of every log, so that no other file is taken for one and truncated
 
 
@@ -168,6 +168,6 @@ def _judgement(location: str, record: dict[str, Any], answers: int) -> Judgement
         raise DataError(f"{location}: left and right must be two different numbers from 0 to {answers - 1}")
     if verdict not in VERDICTS:
         raise DataError(f"{location}: verdict is {safe_text(verdict, 40)}, not one of {', '.join(VERDICTS)}")
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
-        raise DataError(f"{location}: seconds is {safe_text(seconds, 40)}, not a number from 0 up")
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= MAX_SECONDS:
+        raise DataError(f"{location}: seconds is {safe_text(seconds, 40)}, not a number from 0 to {MAX_SECONDS:g}")
     return Judgement(record["sample"], left, right, verdict, record["annotator"], record["time"], float(seconds))
