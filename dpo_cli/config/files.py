@@ -25,7 +25,7 @@ def keys_and_lines(text: str, shown: str) -> Iterator[tuple[str, Any, int]]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{shown} line {line}: not valid YAML ({error.problem})") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # "\UFFFFFFFF" is beyond Unicode
         raise ConfigError(f"{shown}: not valid YAML ({safe_text(error, 80)})") from None
     if node is None:
         return
@@ -37,7 +37,10 @@ def keys_and_lines(text: str, shown: str) -> Iterator[tuple[str, Any, int]]:
 def _entries(node: yaml.MappingNode, prefix: str, shown: str) -> Iterator[tuple[str, Any, int]]:
     seen: set[str] = set()
     for key_node, value_node in node.value:
-        key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"{shown} line {line}: a key must be a name, such as beta")
+        key = f"{prefix}{key_node.value}"
         if key in seen:
             raise ConfigError(f"{shown} line {line}: '{key}' stands here twice")
         seen.add(key)

@@ -16,6 +16,8 @@ from dpo_cli.errors import CheckpointError, DpoError
 
 MAX_CONFIG_BYTES = 2**20
 MAX_CONFIG_DEPTH = 10
+# What PyYAML raises besides its own errors: for `!!timestamp x`, `!!bool x`, an escape beyond Unicode.
+OF_YAML = (ValueError, OverflowError, LookupError, AttributeError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def read_stored(path: Path) -> dict[str, Any]:
         container = yaml.safe_load(text)
     except FileNotFoundError:
         raise CheckpointError(f"{shown}: no such file; a run directory holds a config.yaml") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, RecursionError, yaml.YAMLError, *OF_YAML) as error:
         raise CheckpointError(f"{shown}: cannot be read as YAML ({type(error).__name__})") from None
     if not isinstance(container, dict):
         raise CheckpointError(f"{shown}: is not the config of a run")
