@@ -117,7 +117,7 @@ def parse_overrides(words: list[str]) -> list[Override]:
             raise ConfigError(f"'{word}': not of the form key=value; {remedy}")
         try:
             parsed.append(OverridesParser.create().parse_override(word))
-        except HydraException:
+        except (HydraException, ValueError, RecursionError):  # ValueError: a number of more than 4,300 digits
             parsed.append(_parse_quoted(word, key, value))
     return parsed
 
@@ -126,7 +126,7 @@ def _parse_quoted(word: str, key: str, value: str) -> Override:
     """A value outside Hydra's grammar, such as a path with a space or `=`, taken as the text it is."""
     try:
         return OverridesParser.create().parse_override(f"{key}={hydra_quoted(value)}")
-    except HydraException:
+    except (HydraException, ValueError, RecursionError):
         raise ConfigError(f"'{word}': cannot be read as key=value") from None
 
 
