@@ -129,9 +129,11 @@ def _messages(value: object, name: str) -> tuple[Message, ...]:
 def dialogue_messages(text: str) -> tuple[Message, ...]:
     """The messages of a prompt in HH form: `Human:` and `Assistant:` turns, the last of them open.
 
+    Text before the first turn is the system message, as `dialogue_text` writes it.
     Adjacent turns of one speaker are joined: most chat templates require that speakers alternate.
     """
     parts = re.split(r"\n\n(Human|Assistant):", text)
+    before = parts[0].strip()
     turns: list[Message] = []
     for speaker, content in zip(parts[1::2], parts[2::2], strict=True):
         role = "user" if speaker == "Human" else "assistant"
@@ -141,7 +143,7 @@ def dialogue_messages(text: str) -> tuple[Message, ...]:
             turns.append(Message(role, content.strip()))
     if turns and turns[-1].role == "assistant":  # the open turn, which the response completes
         turns.pop()
-    return tuple(turns)
+    return tuple([Message("system", before)] * bool(before and turns) + turns)
 
 
 def dialogue_text(messages: tuple[Message, ...]) -> str:
