@@ -90,9 +90,8 @@ def test_hh_splits_where_the_dialogues_part_and_loses_no_character(
     assert (pair.messages, pair.notes) == (conversation(contents), ())
 
 
-pieces = st.lists(st.sampled_from([HUMAN, ASSISTANT, " a", " b", "\n\n", "Human:", ":"]) | text, max_size=8).map(
-    "".join
-)
+marks = st.sampled_from([HUMAN, ASSISTANT, " a", " b", "\n\n", "Human:", ":"])
+pieces = st.lists(marks | text, max_size=8).map("".join)
 
 
 @share(2)
@@ -111,10 +110,8 @@ def test_messages_with_a_given_a_repeated_and_an_implied_prompt_are_one_pair(
 ) -> None:
     if chosen == rejected:
         rejected += "!"
-    prompt, *answers = (
-        as_row(conversation(contents)),
-        *({"role": "assistant", "content": x} for x in (chosen, rejected)),
-    )
+    prompt = as_row(conversation(contents))
+    answers = [{"role": "assistant", "content": answer} for answer in (chosen, rejected)]
     sides = {name: [*prompt, answer] for name, answer in zip(("chosen", "rejected"), answers, strict=True)}
     alone = {name: [answer] for name, answer in zip(("chosen", "rejected"), answers, strict=True)}
     for row in ({"prompt": prompt, **alone}, {"prompt": prompt, **sides}, sides):
@@ -304,10 +301,10 @@ def test_any_other_file_is_no_log_of_judgements(data: bytes) -> None:
 # Config
 
 bits = st.sampled_from(
-    ["beta", "a", "optimizer", "lr", ": ", ":", "\n", "\n  ", "- ", "0.1", "[", "]", "{", "}", ", ", "? ", "*a", "&a ", "|", ">", "#"]
-    + ['"', "'", "\\", "\\U00110000", "\\UFFFFFFFF", "%YAML 1.1\n", "---\n", "<<", "~", "null", "1e999", "9" * 5000, "0x1"]
-    + ["!!timestamp ", "!!int ", "!!bool ", "!!float ", "!!set ", "!!binary ", "!!omap ", "!!python/name:os.system ", "!x "]
-    + ["${", "version: 2\n", "2001-99-99", "\t", "\ufeff", "\x85"]
+    ["beta", "a", "optimizer", "lr", ": ", ":", "\n", "\n  ", "- ", "0.1", "[", "]", "{", "}", ", ", "? ", "*a", "&a "]
+    + ["|", ">", "#", '"', "'", "\\", "\\U00110000", "\\UFFFFFFFF", "%YAML 1.1\n", "---\n", "<<", "~", "null", "1e999"]
+    + ["9" * 5000, "0x1", "!!timestamp ", "!!int ", "!!bool ", "!!float ", "!!set ", "!!binary ", "!!omap ", "!x "]
+    + ["!!python/name:os.system ", "${", "version: 2\n", "2001-99-99", "\t", "\ufeff", "\x85"]
 )  # fmt: skip
 yaml_texts = (
     st.lists(bits, max_size=10).map("".join) | st.text(max_size=60) | values.map(lambda v: f"a: {json.dumps(v)}")
@@ -327,8 +324,7 @@ def test_any_text_is_a_config_or_refused(folder: Path, content: str) -> None:
     file = folder / "any.yaml"
     file.write_bytes(content.encode("utf-8", "surrogatepass"))
     with perhaps_refused(ConfigError):
-        for key, _, line in keys_and_lines(content, "any.yaml"):
-            assert key.isprintable() or safe_text(key) != key
+        for _, _, line in keys_and_lines(content, "any.yaml"):
             assert 1 <= line <= content.count("\n") + len(re.findall("[\r\x85\u2028\u2029]", content)) + 1
     with perhaps_refused(ConfigError):
         read_command_line("train", [], str(file), many=True).check()
@@ -357,6 +353,7 @@ plain = (
 
 @share(4)
 @given(plain | st.lists(plain, max_size=3))
+@example(["naïve"])
 def test_a_value_of_a_file_is_the_same_value_on_the_command_line(value: Any) -> None:
     (override,) = parse_overrides([f"a={override_value(value)}"])
     assert override.value() == value and type(override.value()) is type(value)

@@ -79,7 +79,7 @@ def override_value(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{','.join(f'{key}:{override_value(part)}' for key, part in value.items())}}}"
     if isinstance(value, str):
-        plain = re.fullmatch(r"[A-Za-z_./][\w./:-]*", value) and value.lower() not in (
+        plain = re.fullmatch(r"[A-Za-z_./][\w./:-]*", value, re.ASCII) and value.lower() not in (
             "null",
             "true",
             "false",
