@@ -6,19 +6,23 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from conftest import share
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dpo_cli.console.reporter import Reporter, sparkline
 from dpo_cli.console.text import duration, interval, plural, safe_text, significant
 
 
-@given(st.text())
-def test_safe_text_is_one_printable_line(text: str) -> None:
-    shown = safe_text(text)
-    assert "\n" not in shown
-    assert all(character == " " or character.isprintable() or character.isspace() for character in shown)
-    assert not any(ord(character) < 32 or 127 <= ord(character) < 160 for character in shown)
+@share(4)
+@given(st.text(st.characters(codec=None), max_size=60), st.none() | st.integers(3, 30))
+@example("\x1b[31mred\x1b[0m \x9b2J \x1b]0;title\x07", None)
+def test_shown_text_is_one_line_that_moves_no_cursor_and_fakes_no_style(raw: str, limit: int | None) -> None:
+    shown = safe_text(raw, limit)
+    assert not re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", shown)  # controls, ESC among them; surrogates
+    assert not re.search("[\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]", shown)  # unseen
+    assert len(shown.splitlines()) <= 1
+    assert safe_text(shown) == shown
 
 
 def test_safe_text_escapes_what_could_act() -> None:

@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from dpo_cli.config.command_line import read_command_line
 from dpo_cli.config.composition import parse_overrides
 from dpo_cli.config.files import keys_and_lines, override_value
 from dpo_cli.config.versions import read_stored
-from dpo_cli.console.text import safe_text
 from dpo_cli.data.files import read_rows
 from dpo_cli.data.formats import (
     ASSISTANT,
@@ -142,14 +141,6 @@ said = st.lists(
 )
 cells = values | said | st.lists(text | st.just("stop"), max_size=3)
 rows = st.dictionaries(st.sampled_from(KEYS) | text, cells, max_size=6)
-
-
-@share(4)
-@given(rows, st.sampled_from(["auto", "hh", "standard", "messages", "ranked"]))
-def test_any_row_is_pairs_and_a_prompt_or_refused(row: dict[str, Any], form: str) -> None:
-    for read in (lambda: pairs_of(row, form), lambda: prompt_of(row)):
-        with suppress(BadRowError):
-            read()
 
 
 # Files of rows
@@ -357,19 +348,3 @@ plain = (
 def test_a_value_of_a_file_is_the_same_value_on_the_command_line(value: Any) -> None:
     (override,) = parse_overrides([f"a={override_value(value)}"])
     assert override.value() == value and type(override.value()) is type(value)
-
-
-# The screen
-
-
-@share(4)
-@given(st.text(st.characters(codec=None), max_size=60), st.none() | st.integers(3, 30))
-@example("\x1b[31mred\x1b[0m \x9b2J \x1b]0;title\x07", None)
-def test_shown_text_moves_no_cursor_and_fakes_no_style(raw: str, limit: int | None) -> None:
-    shown = safe_text(raw, limit)
-    assert not re.search(
-        "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\U000e0000-\U000e007f]",
-        shown,
-    )
-    assert len(shown.splitlines()) <= 1 and shown.encode("utf-8").decode("utf-8") == shown
-    assert safe_text(shown) == shown
