@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mutants_of_files import MUTANTS_OF_FILES
+
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES, METRICS = "dpo_cli/theory/losses.py", "dpo_cli/theory/metrics.py"
 LOGPS, HEAD, TOKENS = "dpo_cli/models/logps.py", "dpo_cli/models/head.py", "dpo_cli/data/tokens.py"
@@ -89,6 +91,8 @@ MUTANTS = [
            "chosen_per_token < -token and chosen_nats < -response", "chosen_per_token < -token", OF_VERDICTS),
     Mutant("equal lengths read as longer", "dpo_cli/objectives/drift.py", "(gap.sign() + 1).mean() / 2",
            "(gap >= 0).double().mean()", OF_VERDICTS),
+    Mutant("gradient weight upside down", LOSSES, "_pull(loss, ratios) / (2 * _pull(loss, start))",
+           "_pull(loss, start) / (2 * _pull(loss, ratios))", OF_LOSSES),
     Mutant("a tie counts nothing", METRICS, "0.5 * (margins == 0)", "0.0 * (margins == 0)", "tests/test_theory.py"),
     Mutant("mean of batch means", METRICS, "self.pairs += next(iter(metrics.values())).shape[0]", "self.pairs += 1",
            "tests/test_theory.py"),
@@ -274,6 +278,7 @@ MUTANTS = [
            ".digest()[0] & 0 else", "tests/test_annotate.py"),
     Mutant("confidence counted from 0", "dpo_cli/theory/calibration.py", "(confidence - 0.5) * 2 * BINS", "confidence * BINS",
            "tests/test_calibration.py"),
+    *(Mutant(*one) for one in MUTANTS_OF_FILES),
 ]  # fmt: skip
 
 
