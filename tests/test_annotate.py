@@ -50,7 +50,16 @@ from dpo_cli.labelling.annotate import (
 )
 from dpo_cli.labelling.judgements import Judgement, open_judgement_log
 from dpo_cli.labelling.labels import LabelledPair, label_row
-from dpo_cli.labelling.screen import Comparison, KeyDecoder, comparison_page, frame, help_page, last_top, wrapped
+from dpo_cli.labelling.screen import (
+    ACTIONS,
+    Comparison,
+    KeyDecoder,
+    comparison_page,
+    frame,
+    help_page,
+    last_top,
+    wrapped,
+)
 
 ROOT = Path(__file__).parent.parent
 FILE = Path("answers.jsonl")
@@ -611,6 +620,11 @@ def test_only_whole_keys_come_out_however_they_are_cut() -> None:
             assert decoder.feed(typed[:cut]) + decoder.feed(typed[cut:], late=late) == keys, (cut, late)
     decoder = KeyDecoder()
     assert [key for byte in typed for key in decoder.feed(bytes([byte]))] == keys
+
+
+def test_a_key_chooses_the_answer_on_its_side() -> None:
+    for typed, action in {b"1": "left", b"\x1b[D": "left", b"2": "right", b"\x1b[C": "right"}.items():
+        assert [ACTIONS[key] for key in KeyDecoder().feed(typed)] == [action]
 
 
 def test_a_lone_escape_is_no_key_and_hides_none_that_comes_later() -> None:

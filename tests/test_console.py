@@ -15,8 +15,11 @@ from dpo_cli.console.text import duration, interval, plural, safe_text, signific
 
 
 @share(4)
-@given(st.text(st.characters(codec=None), max_size=60), st.none() | st.integers(3, 30))
-@example("\x1b[31mred\x1b[0m \x9b2J \x1b]0;title\x07", None)
+@given(
+    st.text(st.characters(codec=None), max_size=60) | st.text(st.characters(codec="ascii"), max_size=30),
+    st.none() | st.integers(3, 30),
+)
+@example("\x1b[31mred\x1b[0m \x1b]0;title\x07", None)
 def test_shown_text_is_one_line_that_moves_no_cursor_and_fakes_no_style(raw: str, limit: int | None) -> None:
     shown = safe_text(raw, limit)
     assert not re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", shown)  # controls, ESC among them; surrogates
@@ -27,9 +30,11 @@ def test_shown_text_is_one_line_that_moves_no_cursor_and_fakes_no_style(raw: str
 
 def test_safe_text_escapes_what_could_act() -> None:
     assert safe_text("a\x1b[31mb\u202ec\r\nd\x9b") == "a\\x1b[31mb\\u202ec\\r\\nd\\x9b"
+    assert safe_text("a\x1b[31mb\tc\x07") == "a\\x1b[31mb\\tc\\x07"
     assert safe_text("naïve 日本 [red]") == "naïve 日本 [red]"
     assert safe_text("x" * 20, limit=10) == "xxxxxxx..."
     assert safe_text("token hf_abcdefghijklmnopqrstuvwx end") == "token [redacted] end"
+    assert safe_text("token hf_abcdefghijklmnopqrstuvwx end", limit=20) == "token [redacted] end"
 
 
 def test_numbers_read_well() -> None:

@@ -21,7 +21,7 @@ from dpo_cli.paths import cache_dir
 from dpo_cli.runs.run_directory import RunDirectory
 from dpo_cli.signals import known_signals
 from dpo_cli.storage import hashing, locks
-from dpo_cli.storage.durable import write_together, write_whole
+from dpo_cli.storage.durable import sweep, write_together, write_whole
 from dpo_cli.storage.line_log import append_whole, opened_lines, whole_lines
 from dpo_cli.storage.locks import opened_alone
 from dpo_cli.storage.measurements import note, recall
@@ -59,6 +59,14 @@ def test_files_written_together_are_all_there_or_the_earlier_ones_are(
     assert (one.read_bytes(), two.read_bytes(), names(tmp_path)) == (b"1", b"1", ["one", "two"])
     write_together({one: b"3", two: b"3"}, shared=True)
     assert (one.read_bytes(), two.read_bytes(), names(tmp_path)) == (b"3", b"3", ["one", "two"])
+
+
+def test_only_what_this_program_left_unfinished_is_swept_away(tmp_path: Path) -> None:
+    ours, others = [".tmp-step-00000003", ".tmp-config.yaml"], [".tmp-notes", ".tmp-step", "config.yaml"]
+    for name in [*ours, *others]:
+        (tmp_path / name).write_text("x")
+    sweep(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(others)
 
 
 def test_a_link_where_a_file_is_written_beside_is_not_followed(tmp_path: Path) -> None:
@@ -276,6 +284,10 @@ def test_the_hashes_that_stored_files_depend_on_are_as_they_were(tmp_path: Path)
     ]
     (tmp_path / "abc").write_bytes(b"abc")  # the first example of FIPS 180-2
     assert hashing.sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_judgement_of_the_first_response_is_of_no_sample_in_another_order() -> None:
+    assert sample_id("q", ["yes", "no"]) != sample_id("q", ["no", "yes"])
 
 
 def test_texts_are_told_apart_where_one_ends_and_the_next_begins() -> None:

@@ -63,6 +63,13 @@ def test_a_csv_cell_with_a_line_break_keeps_the_count_of_lines(tmp_path: Path) -
     assert [row.location.rsplit("/", 1)[-1] for row in rows] == ["a.csv line 2", "a.csv line 4"]
 
 
+def test_a_csv_row_with_a_cell_too_many_is_not_cut(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", b"prompt,chosen,rejected\np,Yes, of course,r\np,c,r\n")
+    rows = list(read_rows(file))
+    assert [row.value for row in rows] == [None, ROW]
+    assert rows[0].problem == "has 1 cell more than the header; quote a text that contains a comma"
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [

@@ -44,6 +44,16 @@ def test_a_config_of_version_1_reads_as_the_run_it_was() -> None:
     assert read_config(RUNS / "reward" / "config.yaml").objective == "reward"
 
 
+def test_values_of_version_1_are_kept_under_their_names_of_today(tmp_path: Path) -> None:
+    text = (RUNS / "dpo" / "config.yaml").read_text()
+    for old, chosen in (("batching: auto", "batching: padded"), ("radar: warn", "radar: stop")):
+        assert text.count(old) == 1
+        text = text.replace(old, chosen)
+    (tmp_path / "config.yaml").write_text(text)
+    config = read_config(tmp_path / "config.yaml")
+    assert (config.layout, config.monitor) == ("padded", "stop")
+
+
 def test_a_stored_config_begins_with_its_version_and_reads_back(tmp_path: Path) -> None:
     config = default_config()
     (tmp_path / "config.yaml").write_text(config_text(config))
