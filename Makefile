@@ -69,7 +69,7 @@ check: $(STAMP) ## Check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-mutants: $(STAMP) ## Break the program in over a hundred ways and see that the tests notice (many minutes)
+mutants: $(STAMP) ## Break the program in more than a hundred and fifty ways and see that the tests notice (half an hour)
 	$(BIN)/python scripts/mutants.py
 
 bench: $(STAMP) ## Measure speed and memory of every mode: make bench ARGS='--trl /path/to/python/that/has/trl'

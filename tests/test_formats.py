@@ -82,6 +82,13 @@ def test_a_prompt_repeated_in_both_responses_is_taken_once() -> None:
     assert (pair.chosen, pair.rejected, pair.notes) == ("A star.", "A lamp.", (PROMPT_REPEATED,))
 
 
+def test_a_prompt_that_one_response_repeats_is_a_part_of_it() -> None:
+    prompt = "What is the sun?"
+    for row in ((prompt + " A star.", "A lamp that somebody lit."), ("A lamp that somebody lit.", prompt + " A star.")):
+        pair = standard({"prompt": prompt, "chosen": row[0], "rejected": row[1]})
+        assert ((pair.chosen, pair.rejected), pair.notes) == (row, ())
+
+
 def test_generated_responses_keep_the_prompt_that_they_repeat() -> None:
     row = {"prompt": "What is the sun?", "chosen": "What is the sun? A star.", "rejected": "What is the sun? No."}
     generated = row | {"chosen_finish_reason": "stop", "rejected_finish_reason": "stop"}
