@@ -68,7 +68,7 @@ MUTANTS_OF_FILES = [
     ("responses of a sample follow different parts of its prompt", JUDGES, "max(self.max_length - longest[number],",
      "max(self.max_length - max(len(one.chosen), len(one.rejected)),", "tests/test_label.py -k same_part"),
     ("a long conversation loses its end", JUDGES, "one[-self.max_length :]", "one[: self.max_length]",
-     "tests/test_classifier.py -k loses_its_beginning"),
+     "tests/test_classifier.py -k long_conversation"),
     ("chance agreement of the first annotator alone", AGREEMENT, "float(first @ second)", "float(first @ first)",
      "tests/test_bradley_terry.py -k kappa"),
     ("left and right changed over in judgements", JUDGEMENTS, '{"left": self.left, "right": self.right}',
@@ -81,7 +81,7 @@ MUTANTS_OF_FILES = [
      '"<left>": "right", "2": "right", "<right>": "left"', "tests/test_annotate.py -k on_its_side"),
     ("the note of a cut answer on the other side", SCREEN,
      "(question.left, question.left_cut), (question.right, question.right_cut)",
-     "(question.left, question.right_cut), (question.right, question.left_cut)", "tests/test_annotate.py -k cut_says_so"),
+     "(question.left, question.right_cut), (question.right, question.left_cut)", "tests/test_annotate.py -k below_that_answer"),
     # Completions
     ("the nucleus stops before top_p", DECODING, "best.masked_fill(before >= top_p", "best.masked_fill(before + best >= top_p",
      "tests/test_decoding.py -k nucleus"),

@@ -518,6 +518,12 @@ def test_an_answer_that_was_cut_says_so() -> None:
     assert "(cut here)" not in screen_of(comparison("In colonies.", "No."))
 
 
+def test_the_note_of_a_cut_answer_stands_below_that_answer() -> None:
+    for left in (True, False):
+        shown = screen_of(comparison("In colonies, mostly", "No.", left_cut=left, right_cut=not left), width=40)
+        assert (shown.index("(cut here)") < shown.index("2 second")) == left
+
+
 def test_on_a_narrow_terminal_one_stands_under_the_other() -> None:
     assert screen_of(comparison("In colonies, mostly under the ground, or in wood.", "No."), width=40) == "\n".join([
         "question 3 of 40, 38 to go           ann",

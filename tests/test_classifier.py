@@ -10,6 +10,7 @@ import torch
 from conftest import Ended, write_jsonl
 from tiny_models import CPU, SHAPE
 
+from dpo_cli.data.samples import Sample
 from dpo_cli.labelling import classifier, judges
 from dpo_cli.labelling.classifier import scores
 from dpo_cli.models.dtype import Decision
@@ -136,6 +137,16 @@ def test_a_conversation_that_does_not_fit_loses_its_beginning_and_is_counted(
     ended = command("dpo-label", f"samples={samples}", "by=reward", f"judge={tmp_path / 'judge'}")
     assert ended.code == 0, ended.err
     assert "reads 90 tokens" in ended.out and "the judge truncated 1 prompt and 0 responses" in ended.out
+
+
+def test_the_answer_is_what_is_read_of_a_long_conversation(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    model = saved(tmp_path / "judge", tiny_tokenizer, "llama")
+    sample = Sample("id", "tea " * 50, ("Yes, it is.", "No, it is not."))
+    judge = judges.ClassifierJudge("judge", {}, model, tiny_tokenizer, 30, CPU)
+    (rewards,) = judge.rewards([sample], lambda: None)
+    turns = [[{"role": "user", "content": "tea " * 50}, {"role": "assistant", "content": x}] for x in sample.responses]
+    ids = [tiny_tokenizer.apply_chat_template(one, tokenize=True, return_dict=False)[-30:] for one in turns]
+    assert rewards == pytest.approx(scores(model, ids, CPU, lambda: None)) and rewards[0] != rewards[1]
 
 
 def test_it_judges_a_match(command: Command, tmp_path: Path, tiny_tokenizer: Any, tiny_path: str) -> None:
