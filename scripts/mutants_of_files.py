@@ -99,7 +99,7 @@ MUTANTS_OF_FILES = [
      "size = options.batch_size", "tests/test_sample.py -k resume"),
     # Storage
     ("a line that may not be on disk stays in the log", LINE_LOG, "                os.ftruncate(self._descriptor, status.st_size)",
-     "                pass", "tests/test_annotate.py -k full_disk"),
+     "                pass", "tests/test_durable.py -k may_not_be_on_disk"),
     ("any line counts as one of metrics", LINE_LOG, "            if not _is_record(line):", "            if False:",
      "-m faults tests/faults/test_storage.py -k not_the_runs_own"),
     ("a file is renamed before the next is written", DURABLE, "                os.fsync(file.fileno())\n        for path in files:\n",
@@ -115,7 +115,7 @@ MUTANTS_OF_FILES = [
      "tests/test_sample.py -k another_job"),
     ("half a part stays in the job log", JOB_LOG, "        log.cut(end)\n", "", "tests/test_parsers.py -k job_log"),
     ("the output of another job counts as done", JOB_LOG, "if before != json.loads(json.dumps(job)):", "if False:",
-     "tests/test_sample.py -k same_settings"),
+     "tests/test_sample.py -k taken_as_done"),
     # Text on the screen
     ("ASCII escapes reach the screen", TEXT, "raw.isascii() and raw.isprintable()", "raw.isascii()",
      "tests/test_console.py -k text"),

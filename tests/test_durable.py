@@ -264,6 +264,20 @@ def test_what_cannot_be_added_whole_is_not_added(tmp_path: Path, monkeypatch: py
     assert whole_lines(b"one\ntwo\rthree\nhal") == [b"one\n", b"two\rthree\n"]
 
 
+def test_a_line_that_may_not_be_on_disk_is_not_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with opened_lines(tmp_path / "log", pytest.fail) as lines:
+        lines.append({"n": 1})
+        monkeypatch.setattr("os.fsync", broken)
+        with pytest.raises(StorageError, match="cannot be written"):
+            lines.append({"n": 2})
+        monkeypatch.undo()
+        lines.append({"n": 3})
+        assert lines.read() == b'{"n": 1}\n{"n": 3}\n'
+
+
 # Hashes that files and numbers of earlier runs depend on: as the first version computed them
 
 

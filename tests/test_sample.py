@@ -18,7 +18,7 @@ from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.generation import sampler as sampling
 from dpo_cli.generation.decoding import Completion, SamplingParams
 from dpo_cli.generation.generate import MAX_RETRIES, completion_text, distinct_completions
-from dpo_cli.storage.job_log import job_log_path, manifest_path, open_job_log
+from dpo_cli.storage.job_log import finish_job, is_done, job_log_path, manifest_path, open_job_log
 
 Command = Callable[..., Ended]
 Trained = Callable[..., Path]
@@ -75,6 +75,13 @@ def test_a_row_names_its_model_and_parameters_and_the_manifest_has_counts(
 def test_completions_do_not_depend_on_the_batch_size(command: Command, prompts: Path, tmp_path: Path) -> None:
     together = sampled(command, prompts, tmp_path / "auto.jsonl")
     assert sampled(command, prompts, tmp_path / "one.jsonl", "batch_size=1") == together
+
+
+def test_another_seed_gives_other_completions(command: Command, prompts: Path, tmp_path: Path) -> None:
+    first, other = (
+        responses(sampled(command, prompts, tmp_path / f"{seed}.jsonl", "limit=2", f"seed={seed}")) for seed in (0, 1)
+    )
+    assert first.keys() == other.keys() and not any(first[prompt] == other[prompt] for prompt in first)
 
 
 def test_a_larger_n_begins_with_the_completions_of_a_smaller_n(command: Command, prompts: Path, tmp_path: Path) -> None:
@@ -488,3 +495,12 @@ def test_a_job_log_of_another_job_says_what_differs(tmp_path: Path) -> None:
         pass
     differs = "(n was not set, is 2; seed was 0, is not set)"
     assert f"o.jsonl.part: was started with other settings {differs}; undo the changes" in str(refused.value)
+
+
+def test_the_output_of_another_job_is_not_taken_as_done(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    assert not is_done(output, JOB)
+    finish_job(output, [{"n": 1}], {"job": JOB})
+    assert is_done(output, JOB)
+    with pytest.raises(ConfigError, match=r"was started with other settings \(seed was 0, is 1\)"):
+        is_done(output, {**JOB, "seed": 1})

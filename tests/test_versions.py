@@ -87,6 +87,7 @@ def test_each_kind_of_change_does_what_it_says() -> None:
         Removed("gone"),
         ValueRenamed("mode", "drawn", "sampled"),
         Added("more", 3),
+        Added("mode", "other"),
         Renamed("kept", "still"),
         Renamed("absent", "nothing"),
     ]
