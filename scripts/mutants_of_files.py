@@ -95,8 +95,6 @@ MUTANTS_OF_FILES = [
      "            if token not in self.stop_ids:\n                completion.token_ids", "tests/test_decoding.py -k generate_gives"),
     ("the seed of a command is not used", SAMPLER, "options.n, options.params, options.seed,", "options.n, options.params, 0,",
      "tests/test_sample.py -k seed"),
-    ("a resumed job makes other batches", SAMPLER, 'size = parts[0]["batch_size"] if parts else options.batch_size',
-     "size = options.batch_size", "tests/test_sample.py -k resume"),
     # Storage
     ("a line that may not be on disk stays in the log", LINE_LOG, "                os.ftruncate(self._descriptor, status.st_size)",
      "                pass", "tests/test_durable.py -k may_not_be_on_disk"),
