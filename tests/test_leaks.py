@@ -187,6 +187,29 @@ def test_what_is_no_such_record_is_not_read(content: bytes, tmp_path: Path) -> N
     assert directory.read_trained_on() is None
 
 
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "BF16", "C64", "F4"])
+def test_a_record_of_another_dtype_is_not_read(dtype: str) -> None:
+    one = {"dtype": dtype, "shape": [8], "data_offsets": [0, {"F8_E4M3": 8, "BF16": 16, "C64": 64, "F4": 4}[dtype]]}
+    header = json.dumps({"pairs": one}).encode()
+    with pytest.raises(ValueError):
+        TrainedOn.from_bytes(len(header).to_bytes(8, "little") + header + bytes(one["data_offsets"][1]))
+
+
+def test_a_record_that_is_no_file_of_its_own_or_has_no_end_is_not_read(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.trained_on.mkdir()
+    assert directory.read_trained_on() is None
+    directory.trained_on.rmdir()
+    zeros = np.zeros(1, np.uint64)
+    (tmp_path / "elsewhere").write_bytes(save({"pairs": zeros, "groups": zeros}))
+    directory.trained_on.symlink_to(tmp_path / "elsewhere")
+    assert directory.read_trained_on() is None
+    directory.trained_on.unlink()
+    with directory.trained_on.open("wb") as file:
+        file.truncate(2**40)  # sparse
+    assert directory.read_trained_on() is None
+
+
 def test_a_pair_is_known_by_prompt_and_responses_in_either_order() -> None:
     pair = {"prompt": "What is tea?", "chosen": "A drink.", "rejected": "No."}
     same = [pair, {**pair, "prompt": "what is  tea? "}, {**pair, "chosen": "no.", "rejected": " A drink."}]

@@ -37,6 +37,8 @@ from dpo_cli.storage.durable import sweep, write_whole
 from dpo_cli.storage.line_log import MetricsLog
 from dpo_cli.storage.locks import opened_alone
 
+MAX_TRAINED_ON_BYTES = 2**30  # 64 million pairs
+
 
 def default_directory(job: str, now: float) -> Path:
     """`outputs/<job>/<date_time>`, with a suffix where two runs begin in one second."""
@@ -174,9 +176,15 @@ class RunDirectory:
         return migrated_manifest(facts) if isinstance(facts, dict) else {}
 
     def read_trained_on(self) -> TrainedOn | None:
-        """The record of the training pairs; None where there is none that can be read."""
+        """The record of the training pairs; None where there is none that can be read.
+
+        In an untrusted directory it may be a pipe or a device, which has no end.
+        """
+        file = self.trained_on
         try:
-            return TrainedOn.from_bytes(self.trained_on.read_bytes())
+            if file.is_symlink() or not file.is_file() or file.stat().st_size > MAX_TRAINED_ON_BYTES:
+                return None
+            return TrainedOn.from_bytes(file.read_bytes())
         except (OSError, ValueError):
             return None
 
