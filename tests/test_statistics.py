@@ -106,3 +106,10 @@ def test_an_interval_holds_the_truth_as_often_as_it_says(responses: int) -> None
 def test_pairs_taken_as_independent_do_not() -> None:
     found = run(Answers(prompts=60, responses=6), runs=300, seed=1, independent=True)
     assert found.share < 0.92 and found.mean < 0.92 and found.called > 0.08
+
+
+def test_the_interval_of_a_share_holds_the_share() -> None:
+    for n in range(2, 200):
+        for share in (0.0, 1.0):
+            estimate = Clusters(range(n)).share([share] * n)
+            assert 0 <= estimate.low <= share <= estimate.high <= 1, n
