@@ -339,6 +339,13 @@ def test_a_loss_that_explodes_reads_as_too_high_a_rate(changes: dict[str, float]
     assert names(judged(**changes)) == ["lr_too_high"]
 
 
+def test_a_margin_that_a_large_beta_alone_makes_is_not_green() -> None:
+    verdict = judged(beta=100, chosen=0.002, rejected=-0.003)
+    assert names(verdict) == ["too_small"]
+    assert verdict.findings[0].next_step == "beta=10: a large beta holds the policy at the reference"
+    assert judged(beta=100, chosen=0.05, rejected=-0.06).color == "green"
+
+
 def test_a_tiny_step_in_the_right_direction_is_not_green() -> None:
     # three steps: margin 0.003, 0.001 nats a token, and every margin above 0, so that accuracy is 1
     tiny = {"accuracy": 1.0, "margin": 0.003, "loss": math.log(2) - 0.0015, "noise": 0.0002}

@@ -13,7 +13,7 @@ from dpo_cli.console.text import interval, significant
 from dpo_cli.data.leaks import CONSEQUENCE, REMEDY
 from dpo_cli.objectives.alarms import LIMITS, USUAL, of_length
 from dpo_cli.objectives.drift import SATURATED
-from dpo_cli.objectives.history import ACCURACY, IMPROVEMENT, WITH_INTERVALS, History
+from dpo_cli.objectives.history import ACCURACY, IMPROVEMENT, MATTERS, WITH_INTERVALS, History
 from dpo_cli.theory.statistics import Estimate
 
 
@@ -100,6 +100,8 @@ def _of_length(h: History) -> str | None:
 
 
 def _next_of_size(h: History) -> str:
+    if h.margin >= MATTERS[0]:
+        return f"beta={significant(h.beta / 10)}: a large beta holds the policy at the reference"
     return f"optimizer.lr={5 * h.lr:g}, or more steps"
 
 

@@ -78,8 +78,13 @@ class History:
 
     @property
     def better(self) -> bool:
-        """Whether the held-out loss is lower than at the start and the margin above 0, beyond their intervals."""
-        return self.evaluated and self.at_end(IMPROVEMENT).low > 0 and self.at_end(MARGIN).low > 0
+        """Whether the held-out loss is lower than at the start, margin above 0 and accuracy above one half.
+
+        Each beyond its interval: a tail of easy pairs lifts the means alone.
+        """
+        if not self.evaluated:
+            return False
+        return self.at_end(IMPROVEMENT).low > 0 < self.at_end(MARGIN).low and self.at_end(ACCURACY).low > 0.5
 
     @property
     def worse(self) -> bool:
@@ -93,8 +98,12 @@ class History:
 
     @property
     def matters(self) -> bool:
-        """Whether the margin has a size that can be seen in answers; with a small beta it is small in every run."""
-        return self.margin >= MATTERS[0] or self.margin / self.beta >= MATTERS[1]
+        """Whether the margin has a size that can be seen in answers.
+
+        A small beta makes every margin small, so a nat of log-ratio is enough; a large one makes it large also where no
+        response has moved.
+        """
+        return self.margin / self.beta >= MATTERS[1] or (self.margin >= MATTERS[0] and not self.still)
 
     @property
     def moved(self) -> float | None:
