@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import Ended, records, sample_rows, write_jsonl
+from safetensors.torch import load_file, save_file
 
 from dpo_cli.theory.statistics import Clusters
 
@@ -89,6 +90,20 @@ def test_pairs_of_one_prompt_give_no_interval(trained: Trained, command: Command
     )
     assert "5 pairs of 1 prompt: too little for an interval" in ended.out
     assert report(next((run / "eval").iterdir()))["intervals95"]["rewards/margins"] == [None, None]
+
+
+def test_scores_that_are_not_finite_are_said_and_are_null(trained: Trained, command: Command) -> None:
+    run = trained()
+    file = run / "final" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first = min(tensors)
+    save_file({**tensors, first: tensors[first] * math.nan}, file, {"format": "pt"})
+    ended = command("dpo-eval", f"checkpoint={run}")
+    folder = next((run / "eval").iterdir())
+    found, pairs = report(folder), lines(folder)
+    assert f"warning: the scores of {len(pairs)} of {len(pairs)} pairs are not finite, so no mean above " in ended.out
+    assert found["loss"] is None and found["intervals95"]["loss"] == [None, None] and pairs[0]["margin"] is None
+    assert "NaN" not in (folder / "report.json").read_text() + (folder / "pairs.jsonl").read_text()
 
 
 def test_with_the_sft_loss_the_improvement_is_of_the_whole_loss(trained: Trained, command: Command) -> None:

@@ -1,5 +1,6 @@
 """dpo-eval: score a finished run, checkpoint, adapter or model on preference pairs, without training."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -124,6 +125,11 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
             **({"calibration": calibration_facts(bins)} if bins else {}),
         }
         _show_estimates(reporter, estimates)
+        if unknown := sum(not math.isfinite(margin) for margin in margins):
+            reporter.warn(
+                f"the scores of {unknown:,} of {plural(len(margins), 'pair')} are not finite, so no mean above holds: "
+                "weights are damaged, or their dtype is too narrow"
+            )
         reporter.say(describe_clusters(prompts))
         reporter.say()
         _show_calibration(reporter, bins)

@@ -1,6 +1,7 @@
 """What an evaluation leaves behind: report.json (means), pairs.jsonl (a line a pair), report.html (to look at)."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ def write_report(
 ) -> None:
     """Write `pairs.jsonl`, `report.html` (the page) and `report.json` into `folder`, all of them or none.
 
-    `report.json` comes last: it makes the report complete. StorageError where a file cannot be written; then an
+    A number that is not finite is null, which every reader of JSON knows. `report.json` comes last: it makes the report
+    complete. StorageError where a file cannot be written; then an
     earlier report is as it was.
     """
     report = {
         **facts,
         "pairs": len(pairs),
-        **{name: estimate.mean for name, estimate in sorted(estimates.items())},
+        **{name: _known(estimate.mean) for name, estimate in sorted(estimates.items())},
         "intervals95": {name: estimate.ends() for name, estimate in sorted(estimates.items()) if len(pairs) > 1},
     }
     rewards_chosen, rewards_rejected = implicit_rewards(scores.ratios, objective.beta)
@@ -53,20 +55,28 @@ def write_report(
     lines = []
     for position, pair in enumerate(pairs):
         line: dict[str, Any] = {"index": pair.index, "key": pair.key, "prompt": f"{pair.group:016x}"}
-        line |= {name: column[position] for name, column in values.items()}
+        line |= {name: _known(column[position]) for name, column in values.items()}
         line["prompt_tokens"] = len(pair.prompt)
         line["chosen_tokens"], line["rejected_tokens"] = len(pair.chosen), len(pair.rejected)
-        lines.append(json.dumps(line) + "\n")
+        lines.append(json.dumps(line, allow_nan=False) + "\n")
     for path in (folder, folder / "pairs.jsonl", folder / "report.json", folder / "report.html"):
         if path.is_symlink():  # in an untrusted run directory it could make us write anywhere
             raise StorageError(f"{safe_text(path)}: is a symbolic link, and is not written through")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = {"pairs.jsonl": "".join(lines), "report.html": page, "report.json": json.dumps(report, indent=1) + "\n"}
+        files = {
+            "pairs.jsonl": "".join(lines),
+            "report.html": page,
+            "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
+        }
         write_together({folder / name: text.encode("utf-8") for name, text in files.items()}, shared=True)
     except OSError as error:
         reason = error.strerror or "cannot be written"
         raise StorageError(f"{safe_text(folder)}: the report cannot be written ({reason})") from None
+
+
+def _known(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def calibration_facts(bins: list[Bin]) -> dict[str, Any]:
