@@ -416,6 +416,25 @@ def test_a_mistake_in_a_file_of_overrides_is_one_line_with_its_place(
     assert (ended.code, ended.err) == (2, f"error: {says}\n")
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("++model.trust_remote_code: true\n", "'++model.trust_remote_code': is not a key; write keys without marks"),
+        ("'beta=1,model.trust_remote_code': true\n", "'beta=1,model.trust_remote_code': is not a key; write keys "
+         "without marks"),
+        ('"be\\e[31mta": 1\n', "'be\\x1b[31mta': is not a key; write keys without marks"),
+        ("model.trust_remote_code: [true]\n", "model.trust_remote_code: true runs Python of others; say so on the "
+         "command line: model.trust_remote_code=true"),
+    ],
+)  # fmt: skip
+def test_no_way_of_writing_a_key_lets_a_file_run_python(
+    command: Command, own: Callable[..., None], content: str, says: str
+) -> None:
+    own(run=content)
+    ended = command("dpo-train", "-m", "--config", "run.yaml", "--print-config")
+    assert (ended.code, ended.out, ended.err) == (2, "", f"error: run.yaml line 1: {says}\n")
+
+
 PRINTED = {
     "dpo-train": ("data=jsonl", 'data.train="a,b c.jsonl"', "data.columns.chosen=x", "lora=off", "monitor=off",
                   "tracker=[tensorboard,wandb]", "optimizer.betas=[0.8,0.9]", "loss=robust", "objective=dpo"),

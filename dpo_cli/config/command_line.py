@@ -1,5 +1,6 @@
 """A command line with the files it names: where each override stands, and the config that all of it makes."""
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +104,10 @@ def read_command_line(
     for key, (value, place) in (overrides_in(file, keys) if file is not None else {}).items():
         if key in given:
             continue
-        if key in keys and key.endswith("trust_remote_code") and value is True:  # the file may be somebody else's
+        if not re.fullmatch(r"\w[\w./-]*", key):  # `++` and `=` in a key would be read as a part of the word
+            raise ConfigError(f"{place}: '{safe_text(key, 80)}': is not a key; write keys without marks")
+        trusts = True in (value if isinstance(value, list) else [value])
+        if key in keys and key.endswith("trust_remote_code") and trusts:  # the file may be somebody else's
             raise ConfigError(f"{place}: {key}: true runs Python of others; say so on the command line: {key}=true")
         word = f"{key}={override_value(value)}"
         if isinstance(value, list) and not _takes_a_list(key, value, schema):
