@@ -26,7 +26,8 @@ def test_the_group_of_a_prompt_is_the_same_in_every_version() -> None:
     "twin",
     ["What is a café? ", "what is A CAFÉ?", "What is a cafe\u0301?", "What  is\na\tcafé?",
      "\ufeffWhat is a ca\u200bfé?", "What is a ｃａｆé?",
-     f"{HUMAN}What is a café?{ASSISTANT}", f"Human: What is a café?{ASSISTANT}"],
+     f"{HUMAN}What is a café?{ASSISTANT}", f"Human: What is a café?{ASSISTANT}",
+     f"{HUMAN}What is a café?{ASSISTANT}".replace("\n", "\r\n"), "Human: What is a café?\nAssistant: "],
 )  # fmt: skip
 def test_twins_of_a_prompt_are_one_group(twin: str) -> None:
     assert prompt_group(prompt(twin)) == prompt_group(prompt("What is a café?"))

@@ -29,13 +29,15 @@ def normalised(text: str) -> str:
 def first_human_turn(prompt: Prompt) -> str:
     """What the user says first; of a prompt without such a turn, the whole text.
 
-    Text in HH form is split into turns even where it is one message, or has no line breaks before its first `Human:`.
+        Text in HH form is split into turns even where it is one message, has the line breaks of Windows, or lost those before
+    its first `Human:` or one of those before the last `Assistant:`.
     """
     said = next((message.content for message in prompt.messages if message.role == "user"), prompt.text)
+    said = said.replace("\r\n", "\n")
     opened = "\n\n" + said.lstrip() if said.lstrip().startswith(HUMAN.strip()) else said
     if HUMAN not in opened:
         return said
-    return re.split(r"\n\n(?:Human|Assistant):", opened.split(HUMAN, 1)[1], maxsplit=1)[0]
+    return re.split(r"\n\n(?:Human|Assistant):|\nAssistant:\s*$", opened.split(HUMAN, 1)[1], maxsplit=1)[0]
 
 
 def prompt_group(prompt: Prompt) -> int:
