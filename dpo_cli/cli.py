@@ -213,7 +213,7 @@ def _sweep(words: Words, line: "CommandLine") -> int:
     jobs = []
     # A mistake in the last of them is said before the first has trained.
     for job in sweep([override for override in line.overrides if override not in folders]):
-        config, _ = run_of(replace(line, overrides=parse_overrides(job)))
+        config, _ = run_of(replace(line, overrides=[*parse_overrides(job), *folders]))
         values = {key: value for key, _, value in (word.lstrip("+").partition("=") for word in job) if key in swept}
         jobs.append(Job(tuple(job), values, config))
     folder = str(folders[-1].value()) if folders and folders[-1].value() is not None else None

@@ -95,6 +95,15 @@ def test_a_sweep_resumes_each_of_its_runs(command: Command, tmp_path: Path) -> N
     assert [line.split()[0] for line in ended.out.splitlines()[-4:-1]] == ["1", "2", "3"]
 
 
+@pytest.mark.parametrize(
+    ("folder", "says"),
+    [("[a,b]", "['a', 'b']: must be text or null"), ("", ": is empty; leave it out, or name a directory")],
+)
+def test_the_folder_of_a_sweep_is_checked_like_that_of_a_run(command: Command, folder: str, says: str) -> None:
+    ended = command("dpo-train", "-m", "model=tiny", "seed=1,2", f"output_dir={folder}", "--print-config")
+    assert (ended.code, ended.err) == (2, f"error: output_dir={says}\n")
+
+
 @pytest.mark.parametrize(("kind", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
 def test_a_signal_to_a_sweep_lets_its_run_save(kind: str, code: int) -> None:
     # The run tells the sweep to stop; a terminal would have sent Ctrl-C to the run as well.
