@@ -29,8 +29,8 @@ def normalised(text: str) -> str:
 def first_human_turn(prompt: Prompt) -> str:
     """What the user says first; of a prompt without such a turn, the whole text.
 
-        Text in HH form is split into turns even where it is one message, has the line breaks of Windows, or lost those before
-    its first `Human:` or one of those before the last `Assistant:`.
+    Text in HH form is split into turns even where it is one message, has the line breaks of Windows, or lost those
+    before its first `Human:` or one of those before the last `Assistant:`.
     """
     said = next((message.content for message in prompt.messages if message.role == "user"), prompt.text)
     said = said.replace("\r\n", "\n")
