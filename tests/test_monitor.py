@@ -365,6 +365,13 @@ def test_an_improvement_within_its_interval_is_not_green() -> None:
     assert judged(noise=0.15).color == "green"  # 0.19 lower
 
 
+def test_an_accuracy_that_could_be_chance_is_not_green() -> None:
+    # a few pairs with large margins lift margin and loss; the others are in no order
+    verdict = judged(accuracy=0.52, train_accuracy=0.55)
+    assert names(verdict) == ["chance"] and "accuracy 0.45 to 0.59" in verdict.findings[0].reason
+    assert names(judged(accuracy=1.0, held_out=2)) == ["chance"]  # 0.34 to 1
+
+
 def test_a_margin_within_its_interval_is_not_green_though_the_loss_fell() -> None:
     assert names(judged("apo_down", loss=0.4, start=1.0, noise=0.3, margin=0.2)) == ["chance"]
 

@@ -282,7 +282,7 @@ def test_an_older_checkpoint_sets_the_newer_ones_aside(trained: Trained, command
 def test_resume_of_a_finished_run_says_so(trained: Trained, command: Command, pairs_file: Path) -> None:
     run = trained()
     ended = command("dpo-train", *tiny_words(pairs_file, run), "resume=auto")
-    assert (ended.code, ended.out) == (0, f"already complete: {run / 'final'}\n")
+    assert ended.code == 0 and ended.out.endswith(f"\nalready complete: {run / 'final'}\n")
 
 
 def test_a_second_run_in_the_same_directory_is_refused(trained: Trained, command: Command, pairs_file: Path) -> None:

@@ -74,7 +74,7 @@ def portable(place: str, name: str | None = None) -> str:
     name = name or place
     if not place.startswith(("/", ".", "~")) and not Path(place).exists():
         return safe_text(name)
-    return f"path/to/{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(name).name)}"
+    return f"path/to/{re.sub(r'[^A-Za-z0-9._-]+', '-', safe_text(Path(name).name))}"
 
 
 def _asking_code(encoder: PairEncoder) -> list[str]:
