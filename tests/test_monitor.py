@@ -189,9 +189,9 @@ def test_a_loss_that_lowers_chosen_responses_is_not_told_so() -> None:
         watch.add(falling)
         ruin = watch.ruin(watch.drift())
         assert (ruin is not None and ruin.name == "displacement") == (loss != "apo_down")
-    for chosen, ruined in ((-110.0, False), (-130.0, True)):  # of 100 tokens
+    for chosen, ruined in ((-70.0, False), (-90.0, True)):  # of 100 tokens
         watch = monitor("stop", 0.1, "apo_down")
-        watch.add(columns_of(ratios([chosen] * 64, -140.0, 100, 100)))
+        watch.add(columns_of(ratios([chosen] * 64, -100.0, 100, 100)))
         found = watch.ruin(watch.drift())
         assert (found is not None and found.name == "displacement") == ruined
 
@@ -242,6 +242,7 @@ def history(
     margin: float = 0.5,
     loss: float = 0.5,
     noise: float = 0.05,
+    loss_noise: float | None = None,
     held_out: int = 200,
     prompts: int = 200,
     train_accuracy: float = 0.72,
@@ -280,7 +281,7 @@ def history(
         "intervals95": {
             "rewards/accuracies": share.ends(),
             "rewards/margins": [margin - noise, margin + noise],
-            "loss/improvement": [lower - noise, lower + noise],
+            "loss/improvement": [lower - (loss_noise or noise), lower + (loss_noise or noise)],
         },
     }  # fmt: skip
     lines = [*train, end] if held_out else train
@@ -363,6 +364,7 @@ def test_an_improvement_within_its_interval_is_not_green() -> None:
     assert names(verdict) == ["chance"]
     assert "cannot tell this result from no change" in verdict.findings[0].reason
     assert judged(noise=0.15).color == "green"  # 0.19 lower
+    assert names(judged(loss=0.66, loss_noise=0.05)) == ["chance"]  # the loss alone is within
 
 
 def test_an_accuracy_that_could_be_chance_is_not_green() -> None:
@@ -445,7 +447,7 @@ def test_red_comes_first_and_colors_the_run() -> None:
     assert verdict.color == "red"
     assert [finding.color for finding in verdict.findings] == ["red", "yellow"]
     assert verdict.findings[0].next_step.startswith("optimizer.lr=5e-06; ")
-    assert names(judged("apo_down", chosen=-0.9)) == []  # it is there to lower chosen responses
+    assert names(judged("apo_down", chosen=-0.5)) == []  # it is there to lower chosen responses
 
 
 def test_an_alarm_of_ruin_is_not_followed_by_green() -> None:

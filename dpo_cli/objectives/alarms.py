@@ -55,7 +55,7 @@ class Limits:
 
 USUAL = Limits()
 LIMITS = {  # of losses for which the usual ones do not hold
-    "apo_down": Limits(((1.2, 80.0), (3.2, 20.0)), ((1.0, 160.0), (4.0, 32.0))),  # it is made to lower chosen, too
+    "apo_down": Limits(((0.8, 60.0), (3.2, 20.0)), ((1.0, 100.0), (4.0, 32.0))),  # it is made to lower chosen, too
 }
 
 
