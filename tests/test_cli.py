@@ -52,7 +52,8 @@ MISTAKES = [
     ("micro_batch_size=many", "micro_batch_size=many: must be auto or at least 1"),
     ("data.shuffle=perhaps", "data.shuffle=perhaps: must be true or false"),
     ("data.format=chatml", "data.format=chatml: choose one of auto, hh, standard, messages, ranked"),
-    ("data.columns.chsen=x", "data.columns.chsen=x: columns are prompt, chosen, rejected, responses, scores"),
+    ("data.columns.chsen=x", "data.columns.chsen=x: columns are prompt, system, chosen, rejected, "
+     "responses, preferred, preference, scores, ranks, source"),
     ("data.max_prompt_length=512",
      "data.max_prompt_length=512: must be below data.max_length=512, or no response fits"),
     ("loss.label_smoothing=0.5",

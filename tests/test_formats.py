@@ -60,6 +60,11 @@ def test_hh_where_one_response_begins_with_the_other_still_ends_the_prompt_at_th
     assert (pair.chosen, pair.rejected) == (" yes and more", " yes")
 
 
+def test_a_prompt_in_hh_form_may_end_in_a_space() -> None:
+    pair = standard({"prompt": "\n\nHuman: a\n\nAssistant: ", "chosen": "yes", "rejected": "no"})
+    assert pair.messages == (Message("user", "a"),)
+
+
 def test_two_turns_of_one_speaker_are_joined_since_templates_want_them_to_alternate() -> None:
     text = "\n\nHuman: a\n\nHuman: b\n\nAssistant:"
     assert dialogue_messages(text) == (Message("user", "a\n\nb"),)
@@ -180,9 +185,11 @@ def test_ranked_responses_make_a_pair_of_every_two_best_first() -> None:
     assert {pair.prompt_text for pair in pairs} == {"Which one is best?"}
 
 
-def test_scores_rank_responses_and_ties_make_no_pair() -> None:
+def test_scores_rank_responses_and_equal_scores_are_ties() -> None:
     row = {"prompt": "Q", "responses": ["low", "high", "low too"], "scores": [1, 9.5, 1]}
-    assert [(pair.chosen, pair.rejected) for pair in pairs_of(row, "ranked")] == [("high", "low"), ("high", "low too")]
+    assert [(pair.chosen, pair.rejected, pair.tied) for pair in pairs_of(row, "ranked")] == [
+        ("high", "low", False), ("high", "low too", False), ("low", "low too", True),
+    ]  # fmt: skip
 
 
 def test_finish_reasons_are_read_from_pairs_and_from_ranked_rows() -> None:
@@ -241,10 +248,6 @@ def test_finish_reasons_of_a_ranked_row_that_cannot_be_read_are_refused(more: di
         ({"prompt": "Q", "responses": "one"}, "'responses' must be a list, it is text"),
         ({"prompt": "Q", "responses": ["a", "b"], "scores": [1]}, "'scores' has 1 numbers for 2 responses"),
         ({"prompt": "Q", "responses": ["a", "b"], "scores": ["1", "2"]}, "'scores' must be a list of numbers"),
-        (
-            {"prompt": "Q", "responses": ["a", "b"], "scores": [2, 2]},
-            "all responses have the same score, so none is preferred",
-        ),
         ({"prompt": "Q", "responses": ["a", 7]}, "'rejected' must be text, it is a number"),
         ({"responses": ["a", "b"]}, "'prompt' must be text, it is null"),
     ],

@@ -42,6 +42,7 @@ from dpo_cli.paths import user_path
 
 HELP_LISTS = "--help lists keys and groups"
 SEVERAL = ("tracker",)  # groups of which a run can have several choices at once
+MAPPINGS = ("data.columns.", "data.roles.")  # free-form: they take keys that the schema does not list
 
 
 def conf_dir() -> Path:
@@ -139,8 +140,7 @@ def check_overrides(overrides: list[Override], schema: type, own: Path | None = 
         written = override.input_line
         if override.is_hydra_override() or key == "hydra" or key.startswith("hydra."):
             raise ConfigError(f"'{written}': Hydra's own settings are fixed here; output_dir= sets where a run goes")
-        # A free-form mapping, such as data.columns, takes keys that the schema does not list.
-        in_mapping = key.startswith("data.columns.")
+        in_mapping = key.startswith(MAPPINGS)
         if key not in keys and not in_mapping:
             hint = suggest_key(key, schema, (written or "").partition("=")[2])
             raise UnknownKeyError(f"unknown key '{key}' in '{written}'{hint}")
@@ -249,7 +249,7 @@ def _hydra_words(override: Override, optional: list[str]) -> list[str]:
     if key in groups() and not override.is_sweep_override() and override.value() is None:
         return []  # null of a group is nothing chosen
     # A key of a mapping that is empty in the YAML file, or of a group of which nothing is chosen, is added.
-    added = key.startswith("data.columns.") or ("." in key and key.split(".")[0] in optional)
+    added = key.startswith(MAPPINGS) or ("." in key and key.split(".")[0] in optional)
     return [f"++{word}" if added else word]
 
 

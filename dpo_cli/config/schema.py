@@ -51,7 +51,10 @@ LABELLERS = {
     "implicit": ("judge", "judge=RUN, a run or adapter of dpo-train"),
     "rule": ("rule", "rule=NAME, for instance rule=shorter"),
 }
-COLUMNS = ("prompt", "chosen", "rejected", "responses", "scores")
+# What a column of a data set can be; those of LABELS say which of several responses is preferred.
+LABELS = ("preferred", "preference", "scores", "ranks")
+COLUMNS = ("prompt", "system", "chosen", "rejected", "responses", *LABELS, "source")
+LISTS = ("prompt", "responses", "scores", "ranks")  # may be several columns
 PROMPTS_NEEDED = "name a file of prompts, for instance prompts=prompts.jsonl"
 
 # Whether a resumed run may change a key: silently (what is shown, kept or checked), or with a warning (the end of the
@@ -62,6 +65,8 @@ LOUD: dict[str, Any] = {"on_resume": "loud"}
 # `Field(description=...)` is the hint behind the rule in an error message; where it begins with "must" or stands at a
 # rule without words of its own, it is the rule.
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
+# A value in a cell: as text, so that 1, 1.0 and "1" of JSON, Parquet and CSV are one value.
+Cell = Annotated[str, BeforeValidator(lambda value: cell_text(value))]
 WholeOrAuto = Annotated[int, Field(ge=1)] | Literal["auto"]
 Layout = Literal["auto", "packed", "padded"]
 OnBadRow = Literal["error", "skip"]
@@ -70,6 +75,15 @@ Seed = Annotated[int, Field(ge=0, lt=2**63, description="must be a whole number 
 EMPTY = "is empty; leave it out, or name a directory"
 Directory = Annotated[Text, Field(pattern=r"\S")]
 WHOLE_OR_AUTO = "must be auto or at least 1"
+
+
+def cell_text(value: Any) -> Any:
+    """A cell's number or truth value as text, in one spelling; whatever else it is stays."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value) if isinstance(value, int | float) else value
 
 
 def _require(holds: bool, key: str, value: Any, rule: str) -> None:
@@ -110,7 +124,13 @@ class DataConfig:
     split_by: Literal["first_turn", "prompt"]
     eval_leaks: Literal["warn", "drop", "error"]
     format: Literal["auto", "hh", "standard", "messages", "ranked"]
-    columns: dict[str, Text]
+    columns: dict[str, Text | list[Text] | None] = Field(description="must be a column, a list of columns, or null")
+    preferred: list[Cell] = Field(description="must be a list of values, one for each response")
+    tied: list[Cell] = Field(description="must be a list of values")
+    ties: Literal["drop"]
+    roles: dict[str, Literal["system", "user", "assistant"]] = Field(
+        description="must be system, user or assistant for each speaker"
+    )
     template: Template | None
     max_length: int = Field(ge=2)
     max_prompt_length: int | None = Field(ge=1)
@@ -120,14 +140,50 @@ class DataConfig:
     on_bad_row: OnBadRow
 
     def __post_init__(self) -> None:
-        for name, column in self.columns.items():
-            _require(name in COLUMNS, f"data.columns.{name}", column, f"columns are {', '.join(COLUMNS)}")
+        self._check_mapping()
         _require(
             self.max_prompt_length is None or self.max_prompt_length < self.max_length,
             "data.max_prompt_length",
             self.max_prompt_length,
             f"must be below data.max_length={self.max_length}, or no response fits",
         )
+
+    def _check_mapping(self) -> None:
+        """Whether columns and the values in them together say what a row is."""
+        for name, column in self.columns.items():
+            key = f"data.columns.{name}"
+            _require(name in COLUMNS, key, column, f"columns are {', '.join(COLUMNS)}")
+            _require(name in LISTS or not isinstance(column, list), key, column, "name one column")
+        columns = {name: column for name, column in self.columns.items() if column}
+        labels = [name for name in LABELS if name in columns]
+        responses = columns.get("responses")
+        for name in labels[1:]:
+            why = f"data.columns.{labels[0]} says already which response is preferred; keep one of the two"
+            _require(False, f"data.columns.{name}", columns[name], why)
+        for name in ("preferred", "preference", "ranks"):
+            why = "is about several responses; name them in data.columns.responses"
+            _require(name not in columns or bool(responses), f"data.columns.{name}", columns.get(name), why)
+        if responses:
+            for name in ("chosen", "rejected"):
+                why = "leave it out: data.columns.responses names the responses"
+                _require(name not in columns, f"data.columns.{name}", columns.get(name), why)
+        if isinstance(responses, list):
+            why = "say which is preferred, with one of " + ", ".join(f"data.columns.{name}" for name in LABELS)
+            _require(bool(labels), "data.columns.responses", responses, why)
+            _require(len(responses) >= 2, "data.columns.responses", responses, "name two columns or more")
+            for name in ("scores", "ranks"):
+                label = columns.get(name)
+                fits = not isinstance(label, list) or len(label) == len(responses)
+                _require(fits, f"data.columns.{name}", label, f"name {len(responses)}, one for each response")
+            fits = not self.preferred or len(self.preferred) == len(responses)
+            _require(fits, "data.preferred", self.preferred, f"name {len(responses)} values, one for each response")
+        for key, values in (("data.preferred", self.preferred), ("data.tied", self.tied)):
+            _require(not values or "preferred" in columns, key, values, "needs data.columns.preferred, their column")
+        different = len({*self.preferred, *self.tied}) == len(self.preferred) + len(self.tied)
+        _require(different, "data.preferred", self.preferred, f"and data.tied={self.tied}: name each value once")
+        for speaker, role in self.roles.items():
+            # A config is stored under dotted keys.
+            _require("." not in speaker, f"data.roles.{speaker}", role, "a speaker's name cannot hold a dot")
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -105,6 +105,12 @@ MIGRATIONS: dict[int, tuple[Change, ...]] = {
         ),
     ),
     3: (Added("data.split_by", "prompt"), Added("data.eval_leaks", "warn")),
+    4: (
+        Added("data.preferred", []),
+        Added("data.tied", []),
+        Added("data.ties", "drop"),
+        Added("data.roles", {}),
+    ),
 }  # fmt: skip
 VERSION = max(MIGRATIONS)
 

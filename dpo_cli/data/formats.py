@@ -60,6 +60,7 @@ class PreferencePair:
     notes: tuple[str, ...] = ()
     chosen_finish_reason: FinishReason = FinishReason.STOP
     rejected_finish_reason: FinishReason = FinishReason.STOP
+    tied: bool = False  # neither is preferred: such a pair is counted, and not trained on
 
     @property
     def prompt(self) -> Prompt:
@@ -272,12 +273,12 @@ def prompt_of(row: Row) -> Prompt:
 
 def _text_prompt(text: str) -> Prompt:
     """A prompt given as text: a dialogue in HH form with an open last turn, or one user message."""
-    turns = dialogue_messages(text) if text.endswith(ASSISTANT) else ()
+    turns = dialogue_messages(text) if text.rstrip().endswith(ASSISTANT) else ()
     return Prompt(turns or (Message("user", text),), text)
 
 
 def ranked(row: Row) -> tuple[PreferencePair, ...]:
-    """Several `responses` to one `prompt`, the best first or with `scores`: a pair of every two that differ in rank.
+    """Several `responses` to one `prompt`, the best first or with `scores`: a pair of every two, tied where their scores are equal.
 
     All comparisons of a prompt stay adjacent, as in Section 3.5 of https://arxiv.org/abs/2203.02155, so that in a batch
     they share the prompt and each response is computed once.
@@ -299,13 +300,11 @@ def ranked(row: Row) -> tuple[PreferencePair, ...]:
     pairs = []
     for rank, better in enumerate(best_first):
         for worse in best_first[rank + 1 :]:
-            if scores[better] > scores[worse]:
-                sides = {"prompt": row.get("prompt"), "chosen": responses[better], "rejected": responses[worse]}
-                if reasons:
-                    sides |= dict(zip(FINISH_KEYS, (reasons[better], reasons[worse]), strict=True))
-                pairs.append(_with_finish_reasons(auto(sides), sides))
-    if not pairs:
-        raise BadRowError("all responses have the same score, so none is preferred (format=ranked)")
+            sides = {"prompt": row.get("prompt"), "chosen": responses[better], "rejected": responses[worse]}
+            if reasons:
+                sides |= dict(zip(FINISH_KEYS, (reasons[better], reasons[worse]), strict=True))
+            pair = _with_finish_reasons(auto(sides), sides)
+            pairs.append(replace(pair, tied=scores[better] == scores[worse]))
     return tuple(pairs)
 
 
@@ -322,9 +321,20 @@ def _is_number(value: object) -> bool:
 
 def pairs_of(row: Row, name: str) -> tuple[PreferencePair, ...]:
     """The pairs of one row in the format `name`: one, but for ranked rows."""
-    if name == "ranked" or (name == "auto" and "responses" in row and "chosen" not in row):
+    if _is_ranked(row, name):
         return ranked(row)
     return (_with_finish_reasons(FORMATS[name](row), row),)
+
+
+def _is_ranked(row: Row, name: str) -> bool:
+    return name == "ranked" or (name == "auto" and "responses" in row and "chosen" not in row)
+
+
+def fields_read(row: Row, name: str) -> frozenset[str]:
+    """The keys that the format `name` reads of a row."""
+    if _is_ranked(row, name):
+        return frozenset(("prompt", "responses", "scores", "finish_reason"))
+    return frozenset(("chosen", "rejected", *FINISH_KEYS, *(() if name == "hh" else ("prompt",))))
 
 
 def _with_finish_reasons(pair: PreferencePair, row: Row) -> PreferencePair:

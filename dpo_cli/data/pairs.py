@@ -10,20 +10,25 @@ from typing import Any
 from dpo_cli.config.schema import DataConfig
 from dpo_cli.console.text import plural, safe_text
 from dpo_cli.data.files import SourceRow, local_path, open_source
-from dpo_cli.data.formats import BadRowError, PreferencePair, pairs_of
+from dpo_cli.data.formats import BadRowError, PreferencePair, fields_read, pairs_of
 from dpo_cli.data.groups import first_human_turn, prompt_group
+from dpo_cli.data.known_forms import form_of
 from dpo_cli.data.leaks import NO_LEAKS, REMEDY, Leaks, TrainedOn, pair_hash
+from dpo_cli.data.mapping import RowMapping, canonical, not_used, source_of
 from dpo_cli.data.splits import SPLITS, is_held_out
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_ids, truncate
 from dpo_cli.errors import DataError
 from dpo_cli.storage.hashing import fingerprint_of_texts
 
 CHUNK = 512  # pairs that are encoded together
+NAMES_KEPT = 100  # columns and sources that are counted by name: those of a broken file could be endless
+NAMES_SHOWN = 12
 TEXTS_KEPT = 64  # training pairs whose texts stay in memory
 
 # Why a pair is dropped: the key in the manifest, the console and report.json, and what it means.
 REASONS = {
     "bad_row": "that could not be read",
+    "tie": "whose two responses are equally good (a tie)",
     "identical": "whose two responses are the same text",
     "empty_response": "with an empty response",
     "prompt_too_long": "whose prompt leaves no room for a response",
@@ -43,6 +48,9 @@ class Report:
     dropped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     truncation: Truncation = field(default_factory=Truncation)
+    not_used: Counter[str] = field(default_factory=Counter)  # rows by the column that nothing reads
+    not_used_form: str = ""  # what reads such a column
+    sources: Counter[str] = field(default_factory=Counter)  # rows by where they are from
     leaks: Leaks | None = None  # of the held-out pairs that were kept; None: of training, or not known
 
     def sentences(self, max_length: int) -> list[str]:
@@ -54,6 +62,15 @@ class Report:
             for reason, number in self.dropped.items()
         ]
         lines += [f"{plural(number, 'pair')} {note}" for note, number in self.notes.items()]
+        if self.sources:
+            shown = [f"{safe_text(name, 40)} {number:,}" for name, number in self.sources.most_common()]
+            lines.append(f"rows by source: {_first(shown)}")
+        if self.not_used:
+            by_rows: dict[int, list[str]] = {}
+            for name, number in self.not_used.most_common():
+                by_rows.setdefault(number, []).append(safe_text(name, 40))
+            shown = [f"{_first(names)} ({plural(number, 'row')})" for number, names in by_rows.items()]
+            lines.append(f"not used: {_first(shown)}{self.not_used_form}")
         lines += [f"also in training: {self.leaks}"] if self.leaks else []
         if self.truncation.prompts_cut:
             lines.append(
@@ -72,10 +89,21 @@ class Report:
             "kept": self.kept,
             "dropped": dict(self.dropped),
             "notes": dict(self.notes),
+            "not_used": dict(self.not_used),
+            "sources": dict(self.sources),
             "prompts_cut": self.truncation.prompts_cut,
             "responses_cut": self.truncation.responses_cut,
             **({"leaks": self.leaks.as_dict()} if self.leaks is not None else {}),
         }
+
+
+def _first(names: list[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _count(counts: Counter[str], name: str) -> None:
+    counts[name if name in counts or len(counts) < NAMES_KEPT else "others"] += 1
 
 
 @dataclass(frozen=True)
@@ -111,6 +139,7 @@ def content_key(pair: PreferencePair) -> str:
 
 
 def _text_pairs(rows: Iterator[SourceRow], config: DataConfig, limit: int | None, report: Report) -> Iterator[TextPair]:
+    mapping = RowMapping.of(config)
     for row in rows:
         if limit is not None and row.index >= limit:
             return
@@ -118,28 +147,29 @@ def _text_pairs(rows: Iterator[SourceRow], config: DataConfig, limit: int | None
         problem = row.problem
         if row.value is not None:
             try:
-                pairs = pairs_of(_renamed(row.value, config.columns), config.format)
+                read = canonical(row.value, mapping)
+                pairs = pairs_of(read, config.format)
             except BadRowError as error:
                 problem = safe_text(error, limit=300)
             else:
+                unused = not_used(row.value, config.columns, fields_read(read, config.format))
+                if unused and not report.not_used:
+                    report.not_used_form = form_of(row.value, config.columns, "; {} uses more of such rows")
+                for name in unused:
+                    _count(report.not_used, name)
+                if source := source_of(read, config.columns):
+                    _count(report.sources, source)
                 for pair in pairs:
+                    if pair.tied:
+                        report.dropped["tie"] += 1
+                        continue
                     report.notes.update(pair.notes)
                     yield TextPair(pair, row.index)
                 continue
         if config.on_bad_row == "error":
-            raise DataError(f"{row.location}: {problem} (data.on_bad_row=skip counts and drops such rows)")
+            form = form_of(row.value or {}, config.columns, "; {} reads such rows")
+            raise DataError(f"{row.location}: {problem}{form} (data.on_bad_row=skip counts and drops such rows)")
         report.dropped["bad_row"] += 1
-
-
-def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """The row with its columns renamed; a column named in `data.columns` is read from there only."""
-    for ours, theirs in columns.items():
-        if theirs not in row:
-            raise BadRowError(
-                f"no '{theirs}' key (data.columns.{ours}); it has {', '.join(map(str, row)) or 'nothing'}"
-            )
-    rest = {key: cell for key, cell in row.items() if key not in columns and key not in columns.values()}
-    return rest | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
 def _tokenize(

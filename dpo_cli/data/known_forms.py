@@ -1,0 +1,56 @@
+"""Which YAML of conf/data/ reads rows with these columns: for messages about rows that another one does not read."""
+
+from collections.abc import Mapping
+from functools import cache
+from itertools import chain
+from typing import Any
+
+import yaml
+
+from dpo_cli.config.composition import conf_dir
+from dpo_cli.data.formats import OTHER_NAMES, Row
+from dpo_cli.data.mapping import Columns
+
+# What the formats read without a mapping.
+OWN_NAMES = {"prompt", "chosen", "rejected", "responses", "scores"}
+
+
+def form_of(row: Row, columns: Columns, sentence: str) -> str:
+    """The sentence about the packaged YAML whose mapping finds all its columns in the row; "" where there is none.
+
+    It names one only if that uses a column which `columns` leaves out, and which is not one of our own names. Where
+    only the prompt has another name, that name is added.
+    """
+    full = {str(name) for name, cell in row.items() if cell is not None}
+    known = _needed(columns)
+    best: tuple[int, str] = (0, "")
+    for name, theirs in _mappings().items():
+        needed = _needed(theirs)
+        special = needed & full - known - OWN_NAMES
+        absent = needed - full
+        word = f"data={name}"
+        if len(special) > 1 and isinstance(prompt := theirs.get("prompt", "prompt"), str) and absent == {prompt}:
+            other = next((other for other in ("prompt", *OTHER_NAMES["prompt"]) if other in full - needed), "")
+            word, absent = f"data={name} data.columns.prompt={other}", absent if not other else set()
+        if special and not absent and (len(needed & full), name) > best:
+            best = (len(needed & full), word)
+    return sentence.format(best[1]) if best[1] else ""
+
+
+def _needed(columns: Mapping[str, Any]) -> set[str]:
+    """The columns of a row that a mapping needs."""
+    sides = ("prompt",) if columns.get("responses") else ("prompt", "chosen", "rejected")
+    named = {side: side for side in sides} | dict(columns)
+    paths = [[one] if isinstance(one, str) else one for key, one in named.items() if one and key != "source"]
+    return {path.split(".")[0] for path in chain.from_iterable(paths)}
+
+
+@cache
+def _mappings() -> dict[str, dict[str, Any]]:
+    """The `columns` of every packaged YAML that has any, by its name."""
+    found = {}
+    for file in sorted((conf_dir() / "data").glob("[!_]*.yaml")):
+        columns = yaml.safe_load(file.read_text(encoding="utf-8")).get("columns")
+        if columns:
+            found[file.stem] = columns
+    return found
