@@ -28,7 +28,7 @@ RECORDS, PROBE = "dpo_cli/training/records.py", "dpo_cli/training/memory_probe.p
 DURABLE, CHECKPOINT = "dpo_cli/storage/durable.py", "dpo_cli/runs/checkpoint.py"
 DIRECTORY, LINE_LOG = "dpo_cli/runs/run_directory.py", "dpo_cli/storage/line_log.py"
 LOCKS = "dpo_cli/storage/locks.py"
-DECODING = "dpo_cli/generation/decoding.py"
+MAPPING, DECODING = "dpo_cli/data/mapping.py", "dpo_cli/generation/decoding.py"
 STATISTICS, HISTORY = "dpo_cli/theory/statistics.py", "dpo_cli/objectives/history.py"
 OF_REWARDS, OF_DECODING = "tests/test_reward.py", "tests/test_decoding.py"
 OF_STATISTICS, OF_VERDICTS = "tests/test_statistics.py", "tests/test_monitor.py"
@@ -196,8 +196,14 @@ MUTANTS = [
     Mutant("a stop in an evaluation saves nothing", RUNNER, "    except StoppedError:\n        recorder.save(rng)\n",
            "    except ZeroDivisionError:\n        recorder.save(rng)\n", "tests/test_training.py"),
     Mutant("the log is not cut back", START, "    directory.metrics.cut(records)\n", "", "tests/test_training.py"),
-    Mutant("named columns ignored", "dpo_cli/data/pairs.py", "pairs_of(_renamed(row.value, config.columns), ",
-           "pairs_of(row.value, ", "tests/test_pairs.py"),
+    Mutant("named columns ignored", "dpo_cli/data/pairs.py", "read = canonical(row.value, mapping)", "read = row.value",
+           "tests/test_pairs.py"),
+    Mutant("a signed preference turned round", MAPPING, "[-preference, preference]", "[preference, -preference]",
+           "tests/test_mapping.py"),
+    Mutant("the highest rank is the best", MAPPING, "[-rank for rank", "[rank for rank", "tests/test_mapping.py"),
+    Mutant("the label of the other response", MAPPING, "int(value == written)", "int(value != written)",
+           "tests/test_mapping.py"),
+    Mutant("ties trained on", "dpo_cli/data/pairs.py", "if pair.tied:", "if False:", "tests/test_mapping.py"),
     Mutant("chosen stands for rejected in a batch", LOGPS, "index_of[key] for key in example.response_keys]",
            "index_of[key] for key in example.response_keys[:1] * 2]", "tests/test_logps.py"),
     Mutant("a checkpoint that is not flushed", DURABLE, "        for file in beside.iterdir():\n            sync(file)\n        "

@@ -27,6 +27,11 @@ from dpo_cli.console.text import shell_word, significant
 
 Command = Callable[..., Ended]
 
+DATA_SETS = [
+    "alpaca", "arena", "capybara", "helpsteer2", "helpsteer3", "hh", "jsonl", "nectar", "orca", "pku_saferlhf",
+    "sample", "sharegpt", "shp", "skywork", "stack_exchange",
+    "summarize", "trl", "truthy", "tulu3", "ultrafeedback", "webgpt",
+]  # fmt: skip
 MISTAKES = [
     ("beat=0.2", "unknown key 'beat' in 'beat=0.2'; did you mean 'beta'?"),
     ("+bta=1", "unknown key 'bta' in '+bta=1'; did you mean 'beta'?"),
@@ -37,7 +42,7 @@ MISTAKES = [
     ("model=./my-sft", "model=./my-sft: no such choice; for a path or hub id write model.name_or_path=./my-sft "
      "(choices: llama, qwen, smollm2, tiny)"),
     ("data=pairs.jsonl", "data=pairs.jsonl: no such choice; for a file write data=jsonl data.train=pairs.jsonl "
-     "(choices: hh, jsonl, sample, ultrafeedback)"),
+     "(choices: " + ", ".join(DATA_SETS) + ")"),
     ("beta=-1", "beta=-1: must be above 0; 0.1 is usual, higher stays closer to the reference"),
     ("beta=0", "beta=0: must be above 0; 0.1 is usual, higher stays closer to the reference"),
     ("beta=abc", "beta=abc: must be a number"),
@@ -177,7 +182,7 @@ def test_eval_mistakes_are_named(command: Command) -> None:
     for word, says in (
         ("checkpont=x", "unknown key 'checkpont' in 'checkpont=x'; did you mean 'checkpoint'?"),
         ("data.evl=x", "unknown key 'data.evl' in 'data.evl=x'; did you mean 'data.eval'?"),
-        ("data=hhh", "data=hhh: no such choice; did you mean 'hh'? (choices: hh, jsonl, sample, ultrafeedback)"),
+        ("data=hhh", f"data=hhh: no such choice; did you mean 'hh'? (choices: {', '.join(DATA_SETS)})"),
     ):
         ended = command("dpo-eval", word)
         assert ended.code == 2
@@ -327,7 +332,9 @@ def test_groups_of_the_users_folder_are_found_before_the_packaged_ones(
     assert run["data"]["eval_fraction"] == 0.1 and run["beta"] == 0.7 and run["optimizer"]["lr"] == 1e-4
     assert printed(command("dpo-train", *words, "data=hh"))["data"]["train"] == "my-hh.jsonl"
     assert printed(command("dpo-train", "data=hh", "--print-config"))["data"]["train"] == "Anthropic/hh-rlhf"
-    assert "\n  data       hh  jsonl  mine  sample*  ultrafeedback\n" in command("dpo-train", "--help", *words[:2]).out
+    page = " ".join(command("dpo-train", "--help", *words[:2]).out.split())
+    listed = " ".join(sorted([*DATA_SETS, "mine"])).replace("sample", "sample*")
+    assert f" data {listed} engine " in page
 
 
 USER_MISTAKES = [
@@ -336,8 +343,8 @@ USER_MISTAKES = [
     ("data=broken", "my_conf/data/broken.yaml line 2: not valid YAML (expected ',' or ']', but got '<stream end>')"),
     ("data=parent", "my_conf/data/parent.yaml line 1: Could not load 'data/_bse'."),
     ("data=absolute", "my_conf/data/absolute.yaml line 1: '/data/...' in defaults; in a file of data/ write _base"),
-    ("data=mne", "data=mne: no such choice; did you mean 'mine'? (choices: absolute, broken, hh, jsonl, mine, parent, "
-     "sample, small, typo, ultrafeedback)"),
+    ("data=mne", "data=mne: no such choice; did you mean 'mine'? (choices: "
+     + ", ".join(sorted([*DATA_SETS, "absolute", "broken", "mine", "parent", "small", "typo"])) + ")"),
     ("experiment=off", "my_conf/experiment/off.yaml line 3: monitor=false: choose one of warn, stop, off; in YAML "
      "write 'off' in quotes"),
 ]  # fmt: skip
@@ -513,7 +520,7 @@ def test_several_trackers_can_be_chosen(command: Command) -> None:
 def test_every_group_choice_composes_to_a_valid_run() -> None:
     for group, choices in groups().items():
         for choice in choices:
-            words = [f"{group}={choice}"] + (["data.train=x.jsonl"] if choice == "jsonl" else [])
+            words = [f"{group}={choice}"] + (["data.train=x.jsonl"] if choice in ("jsonl", "alpaca") else [])
             config = run_config(composed("train", parse_overrides(words), RunConfig).container)
             assert config.beta == 0.1, (group, choice)
 

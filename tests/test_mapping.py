@@ -1,5 +1,6 @@
 """Rows as published, read with the YAML of their set: which response is preferred, what is a tie, what is not used."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from conftest import write_jsonl
 
 from dpo_cli.config.composition import composed, conf_dir, parse_overrides
 from dpo_cli.config.schema import DataConfig, RunConfig, run_config
-from dpo_cli.data.formats import BadRowError, Message
+from dpo_cli.data.formats import BadRowError, Message, fields_read
 from dpo_cli.data.known_forms import form_of
 from dpo_cli.data.mapping import RowMapping, canonical
 from dpo_cli.data.pairs import PairData, load_pairs
@@ -67,7 +68,7 @@ def helpsteer3(preference: int) -> Row:
     return {"domain": "code", "context": context, "response1": "a", "response2": "b", "overall_preference": preference}
 
 
-# The name of a YAML in conf/data/: rows as published, then (the index of the row, preferred, dispreferred) of each pair.
+# By the name of a YAML in conf/data/: rows as published, then (index of the row, preferred, dispreferred) of each pair.
 FORMS: dict[str, tuple[list[Row], list[tuple[int, str, str]]]] = {
     "ultrafeedback": (
         [
@@ -287,6 +288,17 @@ def test_the_columns_that_nothing_reads_are_listed_with_their_rows(load: Load) -
     }  # fmt: skip
 
 
+def test_a_format_reads_its_own_keys_and_one_that_is_added_may_read_all() -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "responses": ["a"], "more": 1}
+    names = {name: {key for key in row if key in fields_read(row, name)} for name in ("hh", "auto", "ranked", "mine")}
+    assert names == {
+        "hh": {"chosen", "rejected"},
+        "auto": {"prompt", "chosen", "rejected"},
+        "ranked": {"prompt", "responses"},
+        "mine": set(row),
+    }
+
+
 def test_a_column_that_another_yaml_would_use_is_named_with_it(load: Load) -> None:
     row = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 1}
     words = ("data=jsonl", "data.columns.chosen=response_0", "data.columns.rejected=response_1")
@@ -297,6 +309,23 @@ def test_a_column_that_another_yaml_would_use_is_named_with_it(load: Load) -> No
     assert load([row], "data=jsonl").train_report.sentences(512)[1:] == [
         "not used: system (1 row); data=truthy uses more of such rows"
     ]
+
+
+def test_names_of_columns_and_sources_are_shown_as_data(load: Load) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "\x1b[2J\ud800": 1, "source": "\x1b[31m"}
+    report = load([row], "data=tulu3").train_report
+    assert "\x1b" not in "".join(report.sentences(512))
+    json.dumps(report.as_dict(), ensure_ascii=False).encode("utf-8")
+
+
+def test_a_file_with_endless_names_is_counted_by_the_first_of_them(load: Load) -> None:
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b", f"column {n}": n + 1} for n in range(150)]
+    report = load(rows, "data=jsonl").train_report
+    assert (len(report.not_used), report.not_used["others"]) == (101, 50)
+    assert (
+        report.sentences(512)[1]
+        == "not used: others (50 rows), " + ", ".join(f"column {n}" for n in range(12)) + " and 88 more (1 row)"
+    )
 
 
 def test_ties_and_sources_are_counted(load: Load) -> None:
@@ -319,12 +348,13 @@ def test_ties_and_sources_are_counted(load: Load) -> None:
         ),
         (
             {"prompt": "q", "answers": [{"answer": "a", "rank": 1}]},
-            "no 'chosen' key. A row needs prompt, chosen and rejected; it has prompt, answers; data=nectar reads such rows",
+            "no 'chosen' key. A row needs prompt, chosen and rejected; it has prompt, answers; "
+            "data=nectar reads such rows",
         ),
         (
             {"system": "s", "question": "q", "chosen": "a", "rejected": "b"},
-            "no 'prompt' key. A row needs prompt, chosen and rejected; it has system, question, chosen, rejected; did you "
-            "mean data.columns.prompt=question?; data=orca reads such rows",
+            "no 'prompt' key. A row needs prompt, chosen and rejected; it has system, question, chosen, rejected; "
+            "did you mean data.columns.prompt=question?; data=orca reads such rows",
         ),
         (
             {"prompt": "p", "chosen": "c"},
@@ -360,6 +390,8 @@ def test_rows_of_each_form_are_recognised(name: str) -> None:
         (["columns.responses=[x,y]", "columns.preferred=w", "columns.ranks=[r,s]"],
          "data.columns.ranks=['r', 's']: data.columns.preferred says already which response is preferred; keep one of "
          "the two"),
+        (["columns.responses=x", "format=messages"],
+         "data.format=messages: data.columns.responses needs format=auto"),
         (["columns.responses=[x,y]", "columns.scores=[r]"],
          "data.columns.scores=['r']: name 2, one for each response"),
         (["columns.responses=[x,y]", "columns.preferred=w", "columns.chosen=x"],

@@ -164,6 +164,8 @@ class DataConfig:
             why = "is about several responses; name them in data.columns.responses"
             _require(name not in columns or bool(responses), f"data.columns.{name}", columns.get(name), why)
         if responses:
+            why = "data.columns.responses needs format=auto"
+            _require(self.format in ("auto", "ranked"), "data.format", self.format, why)
             for name in ("chosen", "rejected"):
                 why = "leave it out: data.columns.responses names the responses"
                 _require(name not in columns, f"data.columns.{name}", columns.get(name), why)

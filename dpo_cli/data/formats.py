@@ -278,10 +278,10 @@ def _text_prompt(text: str) -> Prompt:
 
 
 def ranked(row: Row) -> tuple[PreferencePair, ...]:
-    """Several `responses` to one `prompt`, the best first or with `scores`: a pair of every two, tied where their scores are equal.
+    """Several `responses` to one `prompt`, the best first or with `scores`: a pair of every two.
 
-    All comparisons of a prompt stay adjacent, as in Section 3.5 of https://arxiv.org/abs/2203.02155, so that in a batch
-    they share the prompt and each response is computed once.
+    Two with equal scores are a tie. All comparisons of a prompt stay adjacent, as in Section 3.5 of
+    https://arxiv.org/abs/2203.02155, so that in a batch they share the prompt and each response is computed once.
     """
     responses = _listed(row, "responses")
     if "scores" not in row and {"finish_reason", "finished", "rewards"} & set(row):  # written by dpo-sample or dpo-rank
@@ -331,10 +331,11 @@ def _is_ranked(row: Row, name: str) -> bool:
 
 
 def fields_read(row: Row, name: str) -> frozenset[str]:
-    """The keys that the format `name` reads of a row."""
+    """The keys of a row that the format `name` may read: all of them where it is not one of ours."""
     if _is_ranked(row, name):
         return frozenset(("prompt", "responses", "scores", "finish_reason"))
-    return frozenset(("chosen", "rejected", *FINISH_KEYS, *(() if name == "hh" else ("prompt",))))
+    sides = ("chosen", "rejected", *FINISH_KEYS)
+    return frozenset({"hh": sides}.get(name, ("prompt", *sides) if name in ("auto", "standard", "messages") else row))
 
 
 def _with_finish_reasons(pair: PreferencePair, row: Row) -> PreferencePair:
