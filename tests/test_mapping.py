@@ -303,11 +303,11 @@ def test_a_column_that_another_yaml_would_use_is_named_with_it(load: Load) -> No
     row = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 1}
     words = ("data=jsonl", "data.columns.chosen=response_0", "data.columns.rejected=response_1")
     assert load([row], *words).train_report.sentences(512)[1:] == [
-        "not used: better_response_id (1 row); data=pku_saferlhf uses more of such rows"
+        "not used: better_response_id (1 row); data=pku_saferlhf reads better_response_id, too"
     ]
     row = {"system": "s", "prompt": "q", "chosen": "a", "rejected": "b"}
     assert load([row], "data=jsonl").train_report.sentences(512)[1:] == [
-        "not used: system (1 row); data=truthy uses more of such rows"
+        "not used: system (1 row); data=truthy reads system, too"
     ]
 
 
@@ -372,8 +372,8 @@ def test_a_row_of_another_form_names_the_yaml_that_reads_it(load: Load, row: Row
 
 @pytest.mark.parametrize("name", [name for name in FORMS if name not in ("jsonl", "tulu3", "skywork")])
 def test_rows_of_each_form_are_recognised(name: str) -> None:
-    assert form_of(FORMS[name][0][0], {}, "{}") == f"data={name}"
-    assert form_of(FORMS[name][0][0], data_config(f"data={name}", "data.train=x.jsonl").columns, "{}") == ""
+    assert form_of(FORMS[name][0][0], {}, "{form}") == f"data={name}"
+    assert form_of(FORMS[name][0][0], data_config(f"data={name}", "data.train=x.jsonl").columns, "{form}") == ""
 
 
 # What a config may say

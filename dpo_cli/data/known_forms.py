@@ -16,14 +16,14 @@ OWN_NAMES = {"prompt", "chosen", "rejected", "responses", "scores"}
 
 
 def form_of(row: Row, columns: Columns, sentence: str) -> str:
-    """The sentence about the packaged YAML whose mapping finds all its columns in the row; "" where there is none.
+    """A sentence about the packaged YAML whose mapping finds all its columns in the row; "" where there is none.
 
-    It names one only if that uses a column which `columns` leaves out, and which is not one of our own names. Where
-    only the prompt has another name, that name is added.
+    `{form}` in the sentence becomes `data=NAME`, with the name of the prompt where that alone differs; `{columns}` what
+    this YAML reads and `columns` do not. A YAML that reads nothing more than the formats do is never named.
     """
     full = {str(name) for name, cell in row.items() if cell is not None}
     known = _needed(columns)
-    best: tuple[int, str] = (0, "")
+    found, most = "", 0
     for name, theirs in _mappings().items():
         needed = _needed(theirs)
         special = needed & full - known - OWN_NAMES
@@ -32,9 +32,10 @@ def form_of(row: Row, columns: Columns, sentence: str) -> str:
         if len(special) > 1 and isinstance(prompt := theirs.get("prompt", "prompt"), str) and absent == {prompt}:
             other = next((other for other in ("prompt", *OTHER_NAMES["prompt"]) if other in full - needed), "")
             word, absent = f"data={name} data.columns.prompt={other}", absent if not other else set()
-        if special and not absent and (len(needed & full), name) > best:
-            best = (len(needed & full), word)
-    return sentence.format(best[1]) if best[1] else ""
+        if special and not absent and len(needed & full) > most:
+            most = len(needed & full)
+            found = sentence.format(form=word, columns=", ".join(str(key) for key in row if key in special))
+    return found
 
 
 def _needed(columns: Mapping[str, Any]) -> set[str]:

@@ -49,7 +49,7 @@ class Report:
     notes: Counter[str] = field(default_factory=Counter)
     truncation: Truncation = field(default_factory=Truncation)
     not_used: Counter[str] = field(default_factory=Counter)  # rows by the column that nothing reads
-    not_used_form: str = ""  # what reads such a column
+    not_used_form: str = ""  # another YAML that reads such columns
     sources: Counter[str] = field(default_factory=Counter)  # rows by where they are from
     leaks: Leaks | None = None  # of the held-out pairs that were kept; None: of training, or not known
 
@@ -154,7 +154,7 @@ def _text_pairs(rows: Iterator[SourceRow], config: DataConfig, limit: int | None
             else:
                 unused = not_used(row.value, config.columns, fields_read(read, config.format))
                 if unused and not report.not_used:
-                    report.not_used_form = form_of(row.value, config.columns, "; {} uses more of such rows")
+                    report.not_used_form = form_of(row.value, config.columns, "; {form} reads {columns}, too")
                 for name in unused:
                     _count(report.not_used, name)
                 if source := source_of(read, config.columns):
@@ -167,7 +167,7 @@ def _text_pairs(rows: Iterator[SourceRow], config: DataConfig, limit: int | None
                     yield TextPair(pair, row.index)
                 continue
         if config.on_bad_row == "error":
-            form = form_of(row.value or {}, config.columns, "; {} reads such rows")
+            form = form_of(row.value or {}, config.columns, "; {form} reads such rows")
             raise DataError(f"{row.location}: {problem}{form} (data.on_bad_row=skip counts and drops such rows)")
         report.dropped["bad_row"] += 1
 
