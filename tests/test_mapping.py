@@ -250,6 +250,14 @@ def test_a_column_with_a_dot_in_its_name_is_found_before_a_path() -> None:
     assert canonical({"a": {"b": "nested"}}, RowMapping({"prompt": "a.b"}))["prompt"] == "nested"
 
 
+def test_lists_in_lists_are_no_path_however_deep() -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(BadRowError, match=r"no 'a\.b' key"):
+        canonical({"a": deep}, RowMapping({"prompt": "a.b"}))
+
+
 @pytest.mark.parametrize(
     ("row", "columns", "says"),
     [

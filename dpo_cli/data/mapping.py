@@ -100,7 +100,7 @@ def _cell(row: Row, name: str, column: str | list[str]) -> Any:
 def _at(value: Any, path: str) -> Any:
     """What a dotted path leads to; a list on the way gives a list of what its elements hold."""
     if isinstance(value, list | tuple):
-        found = [_at(element, path) for element in value]
+        found = [_at(element, path) if isinstance(element, Mapping) else _MISSING for element in value]
         return _MISSING if any(element is _MISSING for element in found) else found
     if not isinstance(value, Mapping):
         return _MISSING
