@@ -17,7 +17,7 @@ CONFIG_FILES = "dpo_cli/config/files.py"
 
 MUTANTS_OF_FILES = [
     # Rows and what becomes of them
-    ("a tie of scores is a preference", FORMATS, "if scores[better] > scores[worse]:", "if scores[better] >= scores[worse]:",
+    ("a tie of scores is a preference", FORMATS, "tied=scores[better] == scores[worse]", "tied=False",
      "tests/test_formats.py -k scores"),
     ("without scores the last response is the best", FORMATS, "range(len(responses), 0, -1)", "range(len(responses))",
      "tests/test_formats.py -k ranked"),
