@@ -5,16 +5,19 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from dpo_cli.config.schema import DataConfig
 from dpo_cli.console.text import plural, safe_text
+from dpo_cli.data.chat_template import RefusedRowError
 from dpo_cli.data.files import SourceRow, local_path, open_source
 from dpo_cli.data.formats import BadRowError, PreferencePair, pairs_of
 from dpo_cli.data.groups import first_human_turn, prompt_group
 from dpo_cli.data.leaks import NO_LEAKS, REMEDY, Leaks, TrainedOn, pair_hash
 from dpo_cli.data.splits import SPLITS, is_held_out
-from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_ids, truncate
+from dpo_cli.data.tokens import PairEncoder, RenderedPair, TokenizedPair, token_ids
+from dpo_cli.data.truncation import Truncation, truncate
 from dpo_cli.errors import DataError
 from dpo_cli.storage.hashing import fingerprint_of_texts
 
@@ -24,6 +27,7 @@ TEXTS_KEPT = 64  # training pairs whose texts stay in memory
 # Why a pair is dropped: the key in the manifest, the console and report.json, and what it means.
 REASONS = {
     "bad_row": "that could not be read",
+    "refused_by_template": "that the chat template refuses",
     "identical": "whose two responses are the same text",
     "empty_response": "with an empty response",
     "prompt_too_long": "whose prompt leaves no room for a response",
@@ -80,10 +84,11 @@ class Report:
 
 @dataclass(frozen=True)
 class TextPair:
-    """A pair as text, with the index of its row."""
+    """A pair as text, with its row."""
 
     pair: PreferencePair
     index: int
+    location: str  # file and line
 
 
 @dataclass(frozen=True)
@@ -110,25 +115,29 @@ def content_key(pair: PreferencePair) -> str:
     return fingerprint_of_texts(pair.prompt_text, pair.chosen, pair.rejected)
 
 
-def _text_pairs(rows: Iterator[SourceRow], config: DataConfig, limit: int | None, report: Report) -> Iterator[TextPair]:
+def _text_pairs(
+    rows: Iterator[SourceRow], encoder: PairEncoder, config: DataConfig, limit: int | None, report: Report
+) -> Iterator[tuple[TextPair, RenderedPair]]:
     for row in rows:
         if limit is not None and row.index >= limit:
             return
         report.rows += 1
-        problem = row.problem
+        problem, reason = row.problem, "bad_row"
         if row.value is not None:
             try:
                 pairs = pairs_of(_renamed(row.value, config.columns), config.format)
+                rendered = [encoder.render(pair) for pair in pairs]
             except BadRowError as error:
                 problem = safe_text(error, limit=300)
+                reason = "refused_by_template" if isinstance(error, RefusedRowError) else reason
             else:
-                for pair in pairs:
-                    report.notes.update(pair.notes)
-                    yield TextPair(pair, row.index)
+                for one in rendered:
+                    report.notes.update(one.pair.notes)
+                    yield TextPair(one.pair, row.index, row.location), one
                 continue
         if config.on_bad_row == "error":
             raise DataError(f"{row.location}: {problem} (data.on_bad_row=skip counts and drops such rows)")
-        report.dropped["bad_row"] += 1
+        report.dropped[reason] += 1
 
 
 def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
@@ -143,15 +152,24 @@ def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
 
 
 def _tokenize(
-    texts: Iterator[TextPair],
+    texts: Iterator[tuple[TextPair, RenderedPair]],
     encoder: PairEncoder,
     config: DataConfig,
     report: Report,
     poll: Callable[[], None],
 ) -> Iterator[tuple[TokenizedPair, TextPair]]:
-    def finish(chunk: list[TextPair]) -> Iterator[tuple[TokenizedPair, TextPair]]:
+    for chunk in iter(lambda: list(islice(texts, CHUNK)), []):
         poll()
-        for text, encoded in zip(chunk, encoder.encode([text.pair for text in chunk]), strict=True):
+        usable = []
+        for text, rendered in chunk:
+            # Not the rendered text: a template may put words of its own before an answer.
+            if not text.pair.chosen.strip() or not text.pair.rejected.strip():
+                report.dropped["empty_response"] += 1
+            elif rendered.chosen == rendered.rejected:
+                report.dropped["identical"] += 1
+            else:
+                usable.append((text, rendered))
+        for (text, _), encoded in zip(usable, encoder.encode_rendered([one for _, one in usable]), strict=True):
             tally = Truncation()
             cut = truncate(encoded, config.max_length, config.max_prompt_length, tally)
             if cut is None:
@@ -165,21 +183,6 @@ def _tokenize(
                 ids = (token_ids(cut.prompt), token_ids(cut.chosen), token_ids(cut.rejected))
                 key, group = content_key(text.pair), prompt_group(text.pair.prompt)
                 yield TokenizedPair(*ids, index=text.index, key=key, group=group), text
-
-    chunk: list[TextPair] = []
-    for text in texts:
-        chosen, rejected = (encoder.response_text(words) for words in (text.pair.chosen, text.pair.rejected))
-        if not chosen.strip() or not rejected.strip():
-            report.dropped["empty_response"] += 1
-        elif chosen == rejected:
-            report.dropped["identical"] += 1
-        else:
-            chunk.append(text)
-        if len(chunk) == CHUNK:
-            yield from finish(chunk)
-            chunk = []
-    if chunk:
-        yield from finish(chunk)
 
 
 def check_sources(config: DataConfig) -> None:
@@ -218,7 +221,7 @@ def load_pairs(
     if not (held_out_only and held_source):
         source = open_source(config.train, config.subset, config.train_split)
         train.source = source.name
-        texts = _text_pairs(source.rows(), config, config.limit, train)
+        texts = _text_pairs(source.rows(), encoder, config, config.limit, train)
         for item in _tokenize(texts, encoder, config, train, poll):
             tokenized, text = item
             by_hash = held_source is None and is_held_out(
@@ -238,7 +241,7 @@ def load_pairs(
     if held_source is not None:
         source = open_source(held_source, config.subset, held_split)
         held_out.source = source.name
-        texts = _text_pairs(source.rows(), config, config.eval_limit, held_out)
+        texts = _text_pairs(source.rows(), encoder, config, config.eval_limit, held_out)
         held_rows = list(_tokenize(texts, encoder, config, held_out, poll))
     if trained_on is not None:
         held_rows = _look_for_leaks(held_rows, trained_on, config, held_out)
@@ -288,7 +291,9 @@ def _require_pairs(rows: list[tuple[TokenizedPair, TextPair]], report: Report) -
         raise DataError(f"{source}: has no pairs; name another file, or change data.eval_fraction")
     reasons = ", ".join(f"{plural(number, 'pair')} {REASONS[reason]}" for reason, number in report.dropped.items())
     lengthy = report.dropped.keys() & {"prompt_too_long", "identical_after_truncation"}
-    raise DataError(f"{source}: no pair can be used: {reasons}{'; raise data.max_length' if lengthy else ''}")
+    refused = "refused_by_template" in report.dropped
+    remedy = "; raise data.max_length" if lengthy else "; choose data.template=plain" if refused else ""
+    raise DataError(f"{source}: no pair can be used: {reasons}{remedy}")
 
 
 def data_fingerprint(pairs: list[TokenizedPair]) -> str:

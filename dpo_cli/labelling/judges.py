@@ -17,7 +17,8 @@ from dpo_cli.data.batches import SplitByTokens
 from dpo_cli.data.formats import FinishReason, PreferencePair
 from dpo_cli.data.groups import prompt_group
 from dpo_cli.data.samples import Sample, as_continuation
-from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_ids, truncate
+from dpo_cli.data.tokens import PairEncoder, TokenizedPair, token_ids
+from dpo_cli.data.truncation import Truncation, truncate
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.evaluation.scores import Scorer, score_pairs
 from dpo_cli.labelling.classifier import conversation_ids, is_classifier, load_classifier, scores
