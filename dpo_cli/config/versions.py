@@ -103,6 +103,7 @@ MIGRATIONS: dict[int, tuple[Change, ...]] = {
         ),
     ),
     3: (Added("data.split_by", "prompt"), Added("data.eval_leaks", "warn")),
+    4: (Added("data.prompt_truncation", "tokens"),),
 }  # fmt: skip
 VERSION = max(MIGRATIONS)
 

@@ -171,6 +171,7 @@ def _tokenize(
                 usable.append((text, rendered))
         for (text, _), encoded in zip(usable, encoder.encode_rendered([one for _, one in usable]), strict=True):
             tally = Truncation()
+            encoded = encoded if config.prompt_truncation == "turns" else encoded.by_tokens()
             cut = truncate(encoded, config.max_length, config.max_prompt_length, tally)
             if cut is None:
                 report.dropped["prompt_too_long"] += 1

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpo_cli.data.formats import HUMAN, BadRowError, Message, Prompt
 
@@ -23,6 +23,10 @@ class Encoded:
     chosen: list[int]
     rejected: list[int]
     shorten: Callable[[int], list[int]] | None = None  # the prompt in at most so many tokens; None: its last tokens
+
+    def by_tokens(self) -> "Encoded":
+        """The same, of which the prompt loses its oldest tokens: how configs of version 3 and earlier cut."""
+        return replace(self, shorten=None)
 
     def shortened(self, length: int) -> list[int]:
         """The prompt in at most `length` tokens."""
