@@ -1,15 +1,22 @@
 """Prompt + response is the chat template's rendering, token for token, also without its oldest turns."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_templates import FORMS, chat_tokenizer
+from conftest import write_jsonl
 
+from dpo_cli.config.composition import composed, parse_overrides
+from dpo_cli.config.schema import DataConfig, RunConfig, run_config
 from dpo_cli.data.chat_template import RefusedRowError
 from dpo_cli.data.formats import FinishReason, Message, PreferencePair, dialogue_text, messages, standard
+from dpo_cli.data.pairs import load_pairs
+from dpo_cli.data.prompts import accepted_prompts, read_prompts
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.data.truncation import Truncation, truncate
+from dpo_cli.errors import DataError
 
 TURNS = [("user", "first words"), ("assistant", "an answer"), ("user", "more words"), ("assistant", "well then"),
          ("user", "the last question")]  # fmt: skip
@@ -123,6 +130,65 @@ def test_a_conversation_that_the_template_refuses_is_named_in_its_words_escaped(
         PairEncoder(tokenizer, None).render(pair_of(twice))
 
 
+# Rows that the template refuses
+
+
+def dials(file: Path, *words: str) -> DataConfig:
+    words = ("data=jsonl", f"data.train={file}", "data.eval_fraction=0", *words)
+    return run_config(composed("train", parse_overrides(list(words)), RunConfig).container).data
+
+
+def row(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {
+        "prompt": [{"role": role, "content": content} for role, content in turns],
+        "chosen": "yes",
+        "rejected": "no",
+    }
+
+
+TWICE = row(("user", "a"), ("user", "b"))
+
+
+def test_a_row_that_the_template_refuses_ends_with_file_line_and_its_words(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("mistral")
+    tokenizer.chat_template = tokenizer.chat_template.replace("roles must", "\x1b[2J roles must")
+    file = write_jsonl(tmp_path / "rows.jsonl", [row(*TURNS), TWICE])
+    with pytest.raises(DataError) as error:
+        load_pairs(dials(file), PairEncoder(tokenizer, None), 0)
+    assert str(error.value) == (
+        f"{file} line 2: the chat template refuses it (\\x1b[2J roles must alternate) "
+        "(data.on_bad_row=skip counts and drops such rows)"
+    )
+
+
+def test_skip_counts_and_drops_the_rows_that_the_template_refuses(tmp_path: Path) -> None:
+    encoder = PairEncoder(chat_tokenizer("mistral"), None)
+    file = write_jsonl(tmp_path / "rows.jsonl", [TWICE, row(*TURNS), {"prompt": "q"}])
+    report = load_pairs(dials(file, "data.on_bad_row=skip"), encoder, 0).train_report
+    assert (report.rows, report.kept) == (3, 1)
+    assert dict(report.dropped) == {"refused_by_template": 1, "bad_row": 1}
+    assert "dropped 1 pair that the chat template refuses" in report.sentences(512)
+    only = write_jsonl(tmp_path / "only.jsonl", [TWICE])
+    with pytest.raises(DataError, match=r"1 pair that the chat template refuses; choose data\.template=plain$"):
+        load_pairs(dials(only, "data.on_bad_row=skip"), encoder, 0)
+
+
+def test_a_prompt_to_complete_that_the_template_refuses_is_named_or_dropped(tmp_path: Path) -> None:
+    encoder = PairEncoder(chat_tokenizer("mistral"), None)
+    file = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "q"}, TWICE])
+    prompts, report = read_prompts(str(file), None, skip_bad=True)
+    with pytest.raises(DataError) as error:
+        accepted_prompts(prompts, encoder, report, skip_bad=False)
+    assert str(error.value) == (
+        f"{file} line 2: the chat template refuses it (roles must alternate) "
+        "(on_bad_row=skip counts and drops such rows)"
+    )
+    assert accepted_prompts(prompts, encoder, report, skip_bad=True) == prompts[:1]
+    assert (report.kept, dict(report.dropped)) == (1, {"refused_by_template": 1})
+    with pytest.raises(DataError, match="the chat template refuses all prompts; choose template=plain"):
+        accepted_prompts(prompts[1:], encoder, report, skip_bad=True)
+
+
 # Cut prompts
 
 
@@ -199,3 +265,16 @@ def test_cut_prompts_are_counted_once_each() -> None:
     for length in (400, 80, 60, 40):
         cut(encoder, pair_of(TURNS), length, tally)
     assert (tally.prompts_cut, tally.responses_cut) == (3, 0)
+
+
+def test_the_oldest_tokens_alone_are_cut_where_a_run_began_so(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("llama-3")
+    encoder = PairEncoder(tokenizer, None)
+    file = write_jsonl(tmp_path / "rows.jsonl", [row(*TURNS)])
+    words = ("data.max_length=60", "data.max_prompt_length=50")
+    turns, tokens = (
+        load_pairs(dials(file, *words, *more), encoder, 0).train[0].prompt.tolist()
+        for more in ((), ("data.prompt_truncation=tokens",))
+    )
+    assert turns == rendered(tokenizer, TURNS[4:], True)
+    assert tokens == rendered(tokenizer, TURNS, True)[-50:]

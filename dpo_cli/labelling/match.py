@@ -13,8 +13,9 @@ from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text
 from dpo_cli.data.files import read_rows
 from dpo_cli.data.formats import FinishReason
-from dpo_cli.data.prompts import PromptReport, PromptRow, read_prompts
+from dpo_cli.data.prompts import PromptReport, PromptRow, accepted_prompts, read_prompts
 from dpo_cli.data.samples import Sample, as_stored, sample_id
+from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import ConfigError, DataError, StoppedError
 from dpo_cli.generation.generate import CompletionText
 from dpo_cli.generation.sampler import (
@@ -78,7 +79,10 @@ def play(config: RankConfig, kept: Path | None, reporter: Reporter) -> Match:
     judging = find_judge(config.judge, None, trusted)
     prompts, report = read_prompts(config.prompts, config.limit, config.on_bad_row == "skip")
     device = choose_device(config.device).value
-    _check_players(config, refs, judging, prompts)
+    encoders = [ref_encoder(ref, config.template) for ref in refs]
+    for encoder in encoders:
+        prompts = accepted_prompts(prompts, encoder, report, config.on_bad_row == "skip")
+    _check_players(config, encoders, judging, prompts)
     job = _job(config, refs, judging, prompts, device) if kept is not None else {}
     if kept is not None and is_done(kept, job):
         reporter.say(f"already complete: {kept}")
@@ -110,13 +114,12 @@ def _show_header(
 
 
 def _check_players(
-    config: RankConfig, refs: Sequence[ModelRef], judging: ModelRef | None, prompts: Sequence[PromptRow]
+    config: RankConfig, encoders: Sequence[PairEncoder], judging: ModelRef | None, prompts: Sequence[PromptRow]
 ) -> None:
     """ConfigError where models or judge use different templates, DataError where a prompt is too long for a model."""
     assert config.checkpoints is not None
     kinds: dict[str | None, str] = {}
-    for name, ref in zip(config.checkpoints, refs, strict=True):
-        encoder = ref_encoder(ref, config.template)
+    for name, encoder in zip(config.checkpoints, encoders, strict=True):
         kinds.setdefault(encoder.kind, name)
         _check_lengths(prompts, encoder.encode_prompts([prompt.read for prompt in prompts]), config)
     if len(kinds) > 1:
