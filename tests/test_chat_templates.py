@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from chat_templates import FORMS, chat_tokenizer
 from conftest import write_jsonl
 
@@ -14,9 +15,11 @@ from dpo_cli.data.chat_template import RefusedRowError
 from dpo_cli.data.formats import FinishReason, Message, PreferencePair, dialogue_text, messages, standard
 from dpo_cli.data.pairs import load_pairs
 from dpo_cli.data.prompts import accepted_prompts, read_prompts
+from dpo_cli.data.samples import Sample
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.data.truncation import Truncation, truncate
 from dpo_cli.errors import DataError
+from dpo_cli.labelling.judges import ModelJudge
 
 TURNS = [("user", "first words"), ("assistant", "an answer"), ("user", "more words"), ("assistant", "well then"),
          ("user", "the last question")]  # fmt: skip
@@ -187,6 +190,70 @@ def test_a_prompt_to_complete_that_the_template_refuses_is_named_or_dropped(tmp_
     assert (report.kept, dict(report.dropped)) == (1, {"refused_by_template": 1})
     with pytest.raises(DataError, match="the chat template refuses all prompts; choose template=plain"):
         accepted_prompts(prompts[1:], encoder, report, skip_bad=True)
+
+
+def test_a_sample_that_the_judges_template_refuses_is_named() -> None:
+    encoder = PairEncoder(chat_tokenizer("mistral"), None)
+    judge = ModelJudge("j", {}, None, None, encoder, 60, torch.device("cpu"), "auto", "")  # type: ignore[arg-type]
+    sample = Sample("1f" * 16, TWICE["prompt"], ("yes", "no"))
+    with pytest.raises(DataError) as error:
+        judge.rewards([sample], lambda: None)
+    assert str(error.value) == (
+        f"sample {sample.id}: the chat template refuses it (roles must alternate); remove it from the samples"
+    )
+
+
+# Texts that a template has rendered already
+
+MANY = [row(("user", f"question {number}")) for number in range(9)]
+
+
+def chatml(text: str) -> str:
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_text_that_is_rendered_already_is_refused_with_file_line_and_what_to_do(tmp_path: Path) -> None:
+    rows = [MANY[0], *({"prompt": chatml(f"q {n}"), "chosen": "yes", "rejected": "no"} for n in range(3))]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    encoder = PairEncoder(chat_tokenizer("chatml"), None)
+    with pytest.raises(DataError) as error:
+        load_pairs(dials(file), encoder, 0)
+    assert str(error.value) == (
+        f"{file} line 2: the prompt begins with <|im_start|>, as 3 of the first 4 do: a chat template has rendered "
+        "it already, and data.template=chat would do so again; choose data.template=plain"
+    )
+    plain = load_pairs(dials(file), PairEncoder(encoder.tokenizer, "plain"), 0)
+    assert plain.train_report.kept == 4 and not plain.train_report.notes
+    with pytest.raises(DataError, match=r"and template=chat would do so again; choose template=plain$"):
+        prompts, report = read_prompts(str(file), None, skip_bad=False)
+        accepted_prompts(prompts, encoder, report, skip_bad=False)
+
+
+def test_a_row_of_several_pairs_is_one_prompt_there(tmp_path: Path) -> None:
+    ranked = {"prompt": chatml("q"), "responses": ["yes", "well", "no"]}
+    file = write_jsonl(tmp_path / "rows.jsonl", [ranked, MANY[0], MANY[1]])
+    report = load_pairs(dials(file), PairEncoder(chat_tokenizer("chatml"), None), 0).train_report
+    assert (report.rows, report.kept) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    "text", ["[INST] q [/INST]", " <|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>", "<start_of_turn>user\nq",
+             "<s>[INST] q [/INST]", chatml("q")]
+)  # fmt: skip
+def test_the_markers_of_every_common_template_are_known(tmp_path: Path, text: str) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": text, "chosen": "yes", "rejected": "no"}])
+    with pytest.raises(DataError, match=r"line 1: the prompt begins with .*, as 1 of the first 1 do"):
+        load_pairs(dials(file), PairEncoder(chat_tokenizer("mistral"), None), 0)
+
+
+def test_a_marker_here_and_there_is_counted_and_stops_nothing(tmp_path: Path) -> None:
+    spoken = [row(("user", "What does <|im_start|> mean?")), row(("user", chatml("q"))), row(("user", "[INST]?"))]
+    file = write_jsonl(tmp_path / "rows.jsonl", [*spoken, *MANY])
+    report = load_pairs(dials(file), PairEncoder(chat_tokenizer("chatml"), None), 0).train_report
+    assert report.sentences(512)[1:] == [
+        "2 pairs with <|im_start|>, the marker of a chat template, in the text of the prompt",
+        "1 pair with [INST], the marker of a chat template, in the text of the prompt",
+    ]
 
 
 # Cut prompts

@@ -4,13 +4,13 @@ One idea to keep in mind: a prompt and its response together are the template's 
 white space that the template puts before an answer is part of the response: the model has to produce it, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_cli.console.text import safe_text
 from dpo_cli.data.formats import BadRowError, Message
-from dpo_cli.errors import ConfigError
+from dpo_cli.errors import ConfigError, DataError
 
 QUESTION, ANSWER = Message("user", "question"), Message("assistant", "answer")
 SPACED = "\n  answer  \n"
@@ -112,6 +112,21 @@ class ChatTemplate:
         """The first marker in a conversation's own text; None where it has none."""
         return next((mark for mark in self.markers for message in messages if mark in message.content), None)
 
-    def is_rendered(self, messages: Sequence[Message]) -> bool:
-        """Whether a message begins with a marker, as text does that a chat template has rendered already."""
-        return any(message.content.lstrip().startswith(self.markers) for message in messages)
+    def refuse_rendered(self, first: Mapping[str, Sequence[Message]], key: str) -> None:
+        """DataError where more than half of the `first` prompts of a file begin with a marker.
+
+        A chat template has rendered such text already. Prompts stand under their file and line; `key` is the one to set.
+        """
+        found = {
+            location: marker
+            for location, messages in first.items()
+            for marker in self.markers
+            if any(message.content.lstrip().startswith(marker) for message in messages)
+        }
+        if 2 * len(found) > len(first):
+            location, marker = next(iter(found.items()))
+            raise DataError(
+                f"{location}: the prompt begins with {safe_text(marker)}, as {len(found):,} of the first "
+                f"{len(first):,} do: a chat template has rendered it already, and {key}=chat would do so again; "
+                f"choose {key}=plain"
+            )

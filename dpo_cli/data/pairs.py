@@ -10,7 +10,7 @@ from typing import Any
 
 from dpo_cli.config.schema import DataConfig
 from dpo_cli.console.text import plural, safe_text
-from dpo_cli.data.chat_template import RefusedRowError
+from dpo_cli.data.chat_template import ChatTemplate, RefusedRowError
 from dpo_cli.data.files import SourceRow, local_path, open_source
 from dpo_cli.data.formats import BadRowError, PreferencePair, pairs_of
 from dpo_cli.data.groups import first_human_turn, prompt_group
@@ -158,8 +158,10 @@ def _tokenize(
     report: Report,
     poll: Callable[[], None],
 ) -> Iterator[tuple[TokenizedPair, TextPair]]:
-    for chunk in iter(lambda: list(islice(texts, CHUNK)), []):
+    for number, chunk in enumerate(iter(lambda: list(islice(texts, CHUNK)), [])):
         poll()
+        if encoder.template is not None:
+            _look_for_markers([text for text, _ in chunk], encoder.template, report, refuses=number == 0)
         usable = []
         for text, rendered in chunk:
             # Not the rendered text: a template may put words of its own before an answer.
@@ -184,6 +186,17 @@ def _tokenize(
                 ids = (token_ids(cut.prompt), token_ids(cut.chosen), token_ids(cut.rejected))
                 key, group = content_key(text.pair), prompt_group(text.pair.prompt)
                 yield TokenizedPair(*ids, index=text.index, key=key, group=group), text
+
+
+def _look_for_markers(texts: list[TextPair], template: ChatTemplate, report: Report, refuses: bool) -> None:
+    """Count prompts with a chat template's marker in their text; DataError where most begin with one."""
+    if refuses:
+        template.refuse_rendered({text.location: text.pair.messages for text in texts}, "data.template")
+    found = Counter(template.marker_in(text.pair.messages) for text in texts)
+    report.notes.update(
+        {f"with {safe_text(marker)}, the marker of a chat template, in the text of the prompt": number
+         for marker, number in found.items() if marker is not None}
+    )  # fmt: skip
 
 
 def check_sources(config: DataConfig) -> None:

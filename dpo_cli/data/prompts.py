@@ -100,8 +100,11 @@ def accepted_prompts(
 ) -> list[PromptRow]:
     """The prompts that the encoder's chat template accepts; the others are dropped and counted.
 
-    DataError names file and line of one that it refuses (unless `skip_bad`), or says that it refuses all.
+    DataError names file and line of one that it refuses (unless `skip_bad`), or says that it refuses all, or that they
+    are rendered already.
     """
+    if encoder.template is not None:
+        encoder.template.refuse_rendered({prompt.location: prompt.read.messages for prompt in prompts}, "template")
     found = []
     for prompt in prompts:
         try:
