@@ -170,9 +170,9 @@ def test_skip_counts_and_drops_the_rows_that_the_template_refuses(tmp_path: Path
     report = load_pairs(dials(file, "data.on_bad_row=skip"), encoder, 0).train_report
     assert (report.rows, report.kept) == (3, 1)
     assert dict(report.dropped) == {"refused_by_template": 1, "bad_row": 1}
-    assert "dropped 1 pair that the chat template refuses" in report.sentences(512)
+    assert "dropped 1 row that the chat template refuses" in report.sentences(512)
     only = write_jsonl(tmp_path / "only.jsonl", [TWICE])
-    with pytest.raises(DataError, match=r"1 pair that the chat template refuses; choose data\.template=plain$"):
+    with pytest.raises(DataError, match=r"1 row that the chat template refuses; choose data\.template=plain$"):
         load_pairs(dials(only, "data.on_bad_row=skip"), encoder, 0)
 
 

@@ -115,7 +115,7 @@ class ChatTemplate:
     def refuse_rendered(self, first: Mapping[str, Sequence[Message]], key: str) -> None:
         """DataError where more than half of the `first` prompts of a file begin with a marker.
 
-        A chat template has rendered such text already. Prompts stand under their file and line; `key` is the one to set.
+        A chat template has rendered such text already. Prompts stand under their file and line, `key` is what to set.
         """
         found = {
             location: marker

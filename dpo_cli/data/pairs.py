@@ -4,17 +4,18 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from dpo_cli.config.schema import DataConfig
-from dpo_cli.console.text import plural, safe_text
+from dpo_cli.console.text import safe_text
 from dpo_cli.data.chat_template import ChatTemplate, RefusedRowError
 from dpo_cli.data.files import SourceRow, local_path, open_source
 from dpo_cli.data.formats import BadRowError, PreferencePair, pairs_of
 from dpo_cli.data.groups import first_human_turn, prompt_group
 from dpo_cli.data.leaks import NO_LEAKS, REMEDY, Leaks, TrainedOn, pair_hash
+from dpo_cli.data.report import Report, dropped
 from dpo_cli.data.splits import SPLITS, is_held_out
 from dpo_cli.data.tokens import PairEncoder, RenderedPair, TokenizedPair, token_ids
 from dpo_cli.data.truncation import Truncation, truncate
@@ -23,63 +24,6 @@ from dpo_cli.storage.hashing import fingerprint_of_texts
 
 CHUNK = 512  # pairs that are encoded together
 TEXTS_KEPT = 64  # training pairs whose texts stay in memory
-
-# Why a pair is dropped: the key in the manifest, the console and report.json, and what it means.
-REASONS = {
-    "bad_row": "that could not be read",
-    "refused_by_template": "that the chat template refuses",
-    "identical": "whose two responses are the same text",
-    "empty_response": "with an empty response",
-    "prompt_too_long": "whose prompt leaves no room for a response",
-    "identical_after_truncation": "whose responses are the same text after truncation",
-    "trained_on": "found in training",
-    "prompt_trained_on": "with a first human turn found in training",
-}
-
-
-@dataclass
-class Report:
-    """The rows of one side: how many pairs were kept, dropped for which reason, and changed."""
-
-    source: str
-    rows: int = 0
-    kept: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)
-    truncation: Truncation = field(default_factory=Truncation)
-    leaks: Leaks | None = None  # of the held-out pairs that were kept; None: of training, or not known
-
-    def sentences(self, max_length: int) -> list[str]:
-        """The counts as sentences, one a line."""
-        lines = [f"kept {plural(self.kept, 'pair')} of {plural(self.rows, 'row')} from {self.source}"]
-        lines += [
-            f"dropped {plural(number, 'pair')} {REASONS[reason]}"
-            + (f" (max_length={max_length})" if reason in ("prompt_too_long", "identical_after_truncation") else "")
-            for reason, number in self.dropped.items()
-        ]
-        lines += [f"{plural(number, 'pair')} {note}" for note, number in self.notes.items()]
-        lines += [f"also in training: {self.leaks}"] if self.leaks else []
-        if self.truncation.prompts_cut:
-            lines.append(
-                f"{plural(self.truncation.prompts_cut, 'prompt')} lost their oldest part (max_length={max_length})"
-            )
-        if self.truncation.responses_cut:
-            cut = plural(self.truncation.responses_cut, "response")
-            lines.append(f"{cut} cut at the end, without the closing EOS (max_length={max_length})")
-        return lines
-
-    def as_dict(self) -> dict[str, Any]:
-        """The counts under their keys, for the manifest."""
-        return {
-            "source": self.source,
-            "rows": self.rows,
-            "kept": self.kept,
-            "dropped": dict(self.dropped),
-            "notes": dict(self.notes),
-            "prompts_cut": self.truncation.prompts_cut,
-            "responses_cut": self.truncation.responses_cut,
-            **({"leaks": self.leaks.as_dict()} if self.leaks is not None else {}),
-        }
 
 
 @dataclass(frozen=True)
@@ -131,6 +75,7 @@ def _text_pairs(
                 problem = safe_text(error, limit=300)
                 reason = "refused_by_template" if isinstance(error, RefusedRowError) else reason
             else:
+                report.pairs += len(rendered)
                 for one in rendered:
                     report.notes.update(one.pair.notes)
                     yield TextPair(one.pair, row.index, row.location), one
@@ -248,9 +193,13 @@ def load_pairs(
             trained_on = TrainedOn.of(train_hashes, (tokenized.group for tokenized, _ in train_rows))
         if held_source is None and config.eval_fraction > 0:
             train.kept -= len(held_rows)
-            held_rows = held_rows[: config.eval_limit]
+            held_out_pairs, held_rows = len(held_rows), held_rows[: config.eval_limit]
+            train.held_out, train.over_eval_limit = len(held_rows), held_out_pairs - len(held_rows)
             held_out = Report(
-                f"{train.source} (held out by a hash of the {split.name})", len(held_rows), len(held_rows)
+                f"{train.source} (held out by a hash of the {split.name})",
+                rows=len({text.index for _, text in held_rows}),
+                pairs=len(held_rows),
+                kept=len(held_rows),
             )
     if held_source is not None:
         source = open_source(held_source, config.subset, held_split)
@@ -303,7 +252,7 @@ def _require_pairs(rows: list[tuple[TokenizedPair, TextPair]], report: Report) -
     source = report.source or "held-out data"
     if not report.dropped:
         raise DataError(f"{source}: has no pairs; name another file, or change data.eval_fraction")
-    reasons = ", ".join(f"{plural(number, 'pair')} {REASONS[reason]}" for reason, number in report.dropped.items())
+    reasons = ", ".join(dropped(reason, number) for reason, number in report.dropped.items())
     lengthy = report.dropped.keys() & {"prompt_too_long", "identical_after_truncation"}
     refused = "refused_by_template" in report.dropped
     remedy = "; raise data.max_length" if lengthy else "; choose data.template=plain" if refused else ""

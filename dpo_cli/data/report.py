@@ -1,0 +1,87 @@
+"""Where every row of a source went, as counts for the manifest and as sentences for the header."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo_cli.console.text import plural
+from dpo_cli.data.leaks import Leaks
+from dpo_cli.data.truncation import Truncation
+
+# Why a pair is dropped: the key in the manifest, the console and report.json, and what it means.
+REASONS = {
+    "bad_row": "that could not be read",
+    "refused_by_template": "that the chat template refuses",
+    "identical": "whose two responses are the same text",
+    "empty_response": "with an empty response",
+    "prompt_too_long": "whose prompt leaves no room for a response",
+    "identical_after_truncation": "whose responses are the same text after truncation",
+    "trained_on": "found in training",
+    "prompt_trained_on": "with a first human turn found in training",
+}
+OF_ROWS = ("bad_row", "refused_by_template")  # reasons that count rows, from which no pair was made
+
+
+@dataclass
+class Report:
+    """Where the rows of a source went: pairs kept, held out or dropped for which reason, and changed.
+
+    rows = rows dropped + rows that made pairs; pairs = kept + held_out + over_eval_limit + pairs dropped.
+    """
+
+    source: str
+    rows: int = 0
+    pairs: int = 0  # that the rows made
+    kept: int = 0
+    held_out: int = 0  # by a hash, and in the other report
+    over_eval_limit: int = 0  # held out too, and not evaluated
+    dropped: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    truncation: Truncation = field(default_factory=Truncation)
+    leaks: Leaks | None = None  # of the held-out pairs that were kept; None: of training, or not known
+
+    def sentences(self, max_length: int) -> list[str]:
+        """The counts as sentences, one a line."""
+        lines = [f"kept {plural(self.kept, 'pair')} of {plural(self.rows, 'row')} from {self.source}"]
+        if self.pairs != self.rows - sum(self.dropped[reason] for reason in OF_ROWS):
+            lines.append(f"the rows make {plural(self.pairs, 'pair')}")
+        if self.held_out:
+            lines.append(f"held out {plural(self.held_out, 'pair')}")
+        if self.over_eval_limit:
+            lines.append(f"held out {plural(self.over_eval_limit, 'pair')} more, which data.eval_limit leaves out")
+        lines += [
+            f"dropped {dropped(reason, number)}"
+            + (f" (max_length={max_length})" if reason in ("prompt_too_long", "identical_after_truncation") else "")
+            for reason, number in self.dropped.items()
+        ]
+        lines += [f"{plural(number, 'pair')} {note}" for note, number in self.notes.items()]
+        lines += [f"also in training: {self.leaks}"] if self.leaks else []
+        if self.truncation.prompts_cut:
+            lines.append(
+                f"{plural(self.truncation.prompts_cut, 'prompt')} lost their oldest part (max_length={max_length})"
+            )
+        if self.truncation.responses_cut:
+            cut = plural(self.truncation.responses_cut, "response")
+            lines.append(f"{cut} cut at the end, without the closing EOS (max_length={max_length})")
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts under their keys, for the manifest."""
+        return {
+            "source": self.source,
+            "rows": self.rows,
+            "pairs": self.pairs,
+            "kept": self.kept,
+            "held_out": self.held_out,
+            "over_eval_limit": self.over_eval_limit,
+            "dropped": dict(self.dropped),
+            "notes": dict(self.notes),
+            "prompts_cut": self.truncation.prompts_cut,
+            "responses_cut": self.truncation.responses_cut,
+            **({"leaks": self.leaks.as_dict()} if self.leaks is not None else {}),
+        }
+
+
+def dropped(reason: str, number: int) -> str:
+    """How many rows or pairs were dropped, and for which reason, in words."""
+    return f"{plural(number, 'row' if reason in OF_ROWS else 'pair')} {REASONS[reason]}"
