@@ -15,7 +15,7 @@ from dpo_cli.data.chat_template import RefusedRowError
 from dpo_cli.data.formats import FinishReason, Message, PreferencePair, dialogue_text, messages, standard
 from dpo_cli.data.pairs import load_pairs
 from dpo_cli.data.prompts import accepted_prompts, read_prompts
-from dpo_cli.data.samples import Sample
+from dpo_cli.data.samples import Sample, as_stored
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.data.truncation import Truncation, truncate
 from dpo_cli.errors import DataError
@@ -91,6 +91,16 @@ def test_what_a_model_wrote_is_trained_as_it_wrote_it(form: str) -> None:
         encoded = encoder.encode([pair_of(TURNS, wanted)])[0]
         text = tokenizer.decode(encoded.chosen, skip_special_tokens=True)
         assert encoder.completion_text(text, FinishReason.STOP) == wanted
+
+
+def test_a_space_that_a_model_wrote_first_comes_back_from_a_file_of_samples() -> None:
+    tokenizer = chat_tokenizer("chatml")
+    prompt = [{"role": "user", "content": "q"}]
+    stored = as_stored(prompt, " yes", "chat")
+    pair = messages({"prompt": prompt, "chosen": [{"role": "assistant", "content": stored}], "rejected": "no"})
+    assert tokenizer.decode(PairEncoder(tokenizer, None).encode([pair])[0].chosen) == " yes<|im_end|>"
+    assert as_stored(prompt, " yes", "plain") == "yes"  # there the space follows `Assistant:`
+    assert PairEncoder(tokenizer, "plain").render(pair).chosen == "  yes"
 
 
 def test_a_response_of_finish_reason_length_ends_with_its_own_text() -> None:

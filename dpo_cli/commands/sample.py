@@ -64,7 +64,7 @@ def sample(config: SampleConfig, reporter: Reporter) -> Path:
                 raise type(stop)(f"{stop}; to resume, run the same command with output={output}") from None
             of_all = {key: job[key] for key in ("model", "weights", "template", "temperature", "top_p", "seed")}
             rows = [
-                {**_row(prompt, texts), **of_all}
+                {**_row(prompt, texts, job["template"]), **of_all}
                 for prompt, texts in zip(prompts, completions, strict=True)
                 if len(texts) >= min(2, config.n)
             ]
@@ -100,8 +100,8 @@ def _job(
     }
 
 
-def _row(prompt: PromptRow, completions: Sequence[CompletionText]) -> dict[str, Any]:
-    responses = [as_stored(prompt.written, completion.text) for completion in completions]
+def _row(prompt: PromptRow, completions: Sequence[CompletionText], template: str) -> dict[str, Any]:
+    responses = [as_stored(prompt.written, completion.text, template) for completion in completions]
     return {
         "id": sample_id(prompt.written, responses),
         "prompt": prompt.written,

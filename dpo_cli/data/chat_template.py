@@ -62,7 +62,11 @@ class ChatTemplate:
         """How it renders an answer, where a reader may not expect it; else empty."""
         if self.lead is None:
             return ", which opens an answer otherwise when it is asked for one: so it is trained"
-        said = f", which begins an answer with {self.lead!r}: that is trained, too" if self.lead else ""
+        said = (
+            f", which begins an answer with {safe_text(repr(self.lead), limit=60)}: that is trained, too"
+            if self.lead
+            else ""
+        )
         return said + ("" if self.closing is not None else ", which closes an answer with no special token: EOS does")
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:

@@ -91,7 +91,7 @@ def play(config: RankConfig, kept: Path | None, reporter: Reporter) -> Match:
     with StopSignals(reporter.warn) as signals, open_job_log(kept, job, LOG_KEYS, reporter.warn) as log:
         try:
             completions = _complete(config, refs, prompts, device, log, reporter, signals)
-            match = _judge(config, prompts, completions, reporter, signals)
+            match = _judge(config, prompts, completions, str(encoders[0].kind), reporter, signals)
         except StoppedError as stop:
             raise type(stop)(f"{stop}; to resume, run the same command" if kept is not None else f"{stop}") from None
         if kept is not None:
@@ -192,12 +192,13 @@ def _judge(
     config: RankConfig,
     prompts: Sequence[PromptRow],
     completions: list[list[CompletionText]],
+    template: str,
     reporter: Reporter,
     signals: StopSignals,
 ) -> Match:
     assert config.checkpoints is not None and config.judge is not None
     rows = list(zip(*completions, strict=True))
-    samples = [_sample(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+    samples = [_sample(prompt, row, template) for prompt, row in zip(prompts, rows, strict=True)]
     judge = load_judge(config.judge, None, "auto", config.device, config.trust_remote_code, reporter)
     rewards = judge.rewards(samples, signals.poll)
     for line in describe_truncation(judge.truncation):
@@ -205,8 +206,8 @@ def _judge(
     return Match(short_names(config.checkpoints), samples, [[one.tokens for one in row] for row in rows], rewards)
 
 
-def _sample(prompt: PromptRow, completions: Sequence[CompletionText]) -> Sample:
-    responses = tuple(as_stored(prompt.written, completion.text) for completion in completions)
+def _sample(prompt: PromptRow, completions: Sequence[CompletionText], template: str) -> Sample:
+    responses = tuple(as_stored(prompt.written, completion.text, template) for completion in completions)
     reasons = tuple(completion.finish_reason for completion in completions)
     return Sample(sample_id(prompt.written, responses), prompt.written, responses, reasons)
 
