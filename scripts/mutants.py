@@ -253,7 +253,7 @@ MUTANTS = [
            "chosen_finish_reason=sample.finish_reason(first)", "chosen_finish_reason=FinishReason.STOP",
            "tests/test_label.py -k finish_reason"),
     Mutant("a match stores the space after the colon", "dpo_cli/labelling/match.py",
-           "as_stored(prompt.written, completion.text)", "completion.text", "tests/test_rank_checkpoints.py -k colon"),
+           "as_stored(prompt.written, completion.text, template)", "completion.text", "tests/test_rank_checkpoints.py -k colon"),
     Mutant("the completions of another model are taken", "dpo_cli/generation/sampler.py",
            ' if part["model_index"] == model_index]', "]",
            "tests/test_rank_checkpoints.py -k played_again"),
