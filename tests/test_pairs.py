@@ -23,6 +23,7 @@ from dpo_cli.data.batches import (
     packed_tokens,
 )
 from dpo_cli.data.pairs import PairData, load_pairs
+from dpo_cli.data.report import Report
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair, token_ids
 from dpo_cli.errors import DataError
 
@@ -70,6 +71,49 @@ def test_the_counts_are_shown_as_sentences(load: Load) -> None:
         "dropped 1 pair whose prompt leaves no room for a response (max_length=20)",
         "1 response cut at the end, without the closing EOS (max_length=20)",
     ]
+
+
+def adds_up(report: Report) -> bool:
+    rows = report.dropped["bad_row"] + report.dropped["refused_by_template"]
+    dropped = report.dropped.total() - rows
+    return report.pairs == report.kept + report.held_out + report.over_eval_limit + dropped
+
+
+def test_the_numbers_of_the_header_and_the_manifest_add_up(load: Load) -> None:
+    rows = [*sample_rows(40), row(chosen="same", rejected="same"), {"prompt": "p"}]
+    data = load(rows, "data.eval_fraction=0.5", "data.eval_limit=3", "data.on_bad_row=skip")
+    train = data.train_report
+    kept, held_out = len(data.train), 40 - len(data.train)
+    assert train.sentences(512) == [
+        f"kept {kept} pairs of 42 rows from {train.source}",
+        "held out 3 pairs",
+        f"held out {held_out - 3} pairs more, which data.eval_limit leaves out",
+        "dropped 1 row that could not be read",
+        "dropped 1 pair whose two responses are the same text",
+    ]
+    assert data.held_out_report.sentences(512) == [
+        f"kept 3 pairs of 3 rows from {train.source} (held out by a hash of the first human turn)"
+    ]
+    assert adds_up(train) and adds_up(data.held_out_report)
+    facts = train.as_dict()
+    counts = {key: facts[key] for key in ("rows", "pairs", "kept", "held_out", "over_eval_limit", "dropped")}
+    assert counts == {
+        "rows": 42, "pairs": 41, "kept": kept, "held_out": 3, "over_eval_limit": held_out - 3,
+        "dropped": {"identical": 1, "bad_row": 1},
+    }  # fmt: skip
+
+
+def test_rows_of_several_pairs_add_up_too(load: Load) -> None:
+    rows = [{"prompt": f"Question {n}?", "responses": [f"good {n}", f"fair {n}", f"poor {n}"]} for n in range(20)]
+    data = load([*rows, row()], "data.eval_fraction=0.4")
+    held_out = len(data.held_out)
+    assert data.train_report.sentences(512) == [
+        f"kept {61 - held_out} pairs of 21 rows from {data.train_report.source}",
+        "the rows make 61 pairs",
+        f"held out {held_out} pairs",
+    ]
+    assert data.held_out_report.rows == len({pair.index for pair in data.held_out})
+    assert adds_up(data.train_report) and adds_up(data.held_out_report)
 
 
 def test_a_bad_row_stops_with_file_and_line(load: Load) -> None:

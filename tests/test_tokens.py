@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_cli.data.formats import FinishReason, PreferencePair, standard
-from dpo_cli.data.tokens import Encoded, PairEncoder, Truncation, truncate
+from dpo_cli.data.tokens import PairEncoder
+from dpo_cli.data.truncation import Encoded, Truncation, truncate
 from dpo_cli.errors import CheckpointError, ConfigError
 
 
@@ -40,7 +41,7 @@ def test_plain_text_is_prompt_then_response_then_eos(tiny_tokenizer: Any) -> Non
 
 def test_the_chat_template_renders_the_prompt_open_for_an_answer(tiny_tokenizer: Any) -> None:
     encoder = PairEncoder(tiny_tokenizer, None)
-    encoded = encoder.encode([pair("Say something nice.", "  Nice. ")])[0]
+    encoded = encoder.encode([pair("Say something nice.", "Nice.")])[0]
     assert encoder.kind == "chat"
     assert tiny_tokenizer.decode(encoded.prompt) == (
         "<|im_start|>user\nSay something nice.<|im_end|>\n<|im_start|>assistant\n"

@@ -20,7 +20,7 @@ from dpo_cli.console.text import duration, plural, safe_text, shell_word, signif
 from dpo_cli.data.files import local_path
 from dpo_cli.data.formats import FinishReason
 from dpo_cli.data.samples import Sample, read_samples, samples_fingerprint, templates_of
-from dpo_cli.data.tokens import Truncation
+from dpo_cli.data.truncation import Truncation
 from dpo_cli.errors import ConfigError, DataError, StoppedError
 from dpo_cli.labelling.annotate import annotate, write_labels
 from dpo_cli.labelling.judges import Judge, ModelJudge, describe_truncation, load_judge

@@ -12,7 +12,7 @@ from dpo_cli.config.schema import SampleConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural, safe_text, shell_word, significant
 from dpo_cli.data.formats import FinishReason
-from dpo_cli.data.prompts import PromptReport, PromptRow, read_prompts
+from dpo_cli.data.prompts import PromptReport, PromptRow, accepted_prompts, read_prompts
 from dpo_cli.data.samples import as_stored, sample_id
 from dpo_cli.errors import DataError, StoppedError
 from dpo_cli.generation.generate import CompletionText
@@ -38,6 +38,7 @@ def sample(config: SampleConfig, reporter: Reporter) -> Path:
     output = _output(config)
     with StopSignals(reporter.warn) as signals:
         model = load_generation_model(config, reporter)
+        prompts = accepted_prompts(prompts, model.encoder, report, config.on_bad_row == "skip")
         ids = model.encoder.encode_prompts([prompt.read for prompt in prompts])
         kept = [index for index, tokens in enumerate(ids) if len(tokens) <= config.max_prompt_length]
         report.dropped.update({"prompt_too_long": len(ids) - len(kept)} if len(kept) < len(ids) else {})
@@ -63,7 +64,7 @@ def sample(config: SampleConfig, reporter: Reporter) -> Path:
                 raise type(stop)(f"{stop}; to resume, run the same command with output={output}") from None
             of_all = {key: job[key] for key in ("model", "weights", "template", "temperature", "top_p", "seed")}
             rows = [
-                {**_row(prompt, texts), **of_all}
+                {**_row(prompt, texts, job["template"]), **of_all}
                 for prompt, texts in zip(prompts, completions, strict=True)
                 if len(texts) >= min(2, config.n)
             ]
@@ -99,8 +100,8 @@ def _job(
     }
 
 
-def _row(prompt: PromptRow, completions: Sequence[CompletionText]) -> dict[str, Any]:
-    responses = [as_stored(prompt.written, completion.text) for completion in completions]
+def _row(prompt: PromptRow, completions: Sequence[CompletionText], template: str) -> dict[str, Any]:
+    responses = [as_stored(prompt.written, completion.text, template) for completion in completions]
     return {
         "id": sample_id(prompt.written, responses),
         "prompt": prompt.written,

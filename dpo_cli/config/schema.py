@@ -134,6 +134,7 @@ class DataConfig:
     template: Template | None
     max_length: int = Field(ge=2)
     max_prompt_length: int | None = Field(ge=1)
+    prompt_truncation: Literal["turns", "tokens"]
     limit: int | None = Field(ge=1)
     eval_limit: int | None = Field(ge=1)
     shuffle: bool

@@ -110,6 +110,7 @@ MIGRATIONS: dict[int, tuple[Change, ...]] = {
         Added("data.tied", []),
         Added("data.ties", "drop"),
         Added("data.roles", {}),
+        Added("data.prompt_truncation", "tokens"),
     ),
 }  # fmt: skip
 VERSION = max(MIGRATIONS)

@@ -225,7 +225,7 @@ def messages(row: Row) -> PreferencePair:
             found = ", ".join(message.role for message in answer) or "nothing"
             raise BadRowError(f"'{name}' must answer the prompt with one assistant message; it has {found}")
     notes = (PROMPT_REPEATED,) if chosen_repeats or rejected_repeats else ()
-    # HH's plain form has a space after the colon; a chat template strips it.
+    # HH's plain form has a space after the colon; under a chat template the encoder takes it away.
     return PreferencePair(given, dialogue_text(given), f" {chosen[0].content}", f" {rejected[0].content}", notes)
 
 

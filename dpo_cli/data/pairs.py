@@ -4,114 +4,36 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from itertools import islice
 
 from dpo_cli.config.schema import DataConfig
-from dpo_cli.console.text import plural, safe_text
+from dpo_cli.console.text import safe_text
+from dpo_cli.data.chat_template import ChatTemplate, RefusedRowError
 from dpo_cli.data.files import SourceRow, local_path, open_source
 from dpo_cli.data.formats import BadRowError, PreferencePair, fields_read, pairs_of
 from dpo_cli.data.groups import first_human_turn, prompt_group
 from dpo_cli.data.known_forms import form_of
 from dpo_cli.data.leaks import NO_LEAKS, REMEDY, Leaks, TrainedOn, pair_hash
 from dpo_cli.data.mapping import RowMapping, canonical, not_used, source_of
+from dpo_cli.data.report import Report, count, dropped
 from dpo_cli.data.splits import SPLITS, is_held_out
-from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_ids, truncate
+from dpo_cli.data.tokens import PairEncoder, RenderedPair, TokenizedPair, token_ids
+from dpo_cli.data.truncation import Truncation, truncate
 from dpo_cli.errors import DataError
 from dpo_cli.storage.hashing import fingerprint_of_texts
 
 CHUNK = 512  # pairs that are encoded together
-NAMES_KEPT = 100  # columns and sources that are counted by name: those of a broken file could be endless
-NAMES_SHOWN = 12
 TEXTS_KEPT = 64  # training pairs whose texts stay in memory
-
-# Why a pair is dropped: the key in the manifest, the console and report.json, and what it means.
-REASONS = {
-    "bad_row": "that could not be read",
-    "tie": "whose two responses are equally good (a tie)",
-    "identical": "whose two responses are the same text",
-    "empty_response": "with an empty response",
-    "prompt_too_long": "whose prompt leaves no room for a response",
-    "identical_after_truncation": "whose responses are the same text after truncation",
-    "trained_on": "found in training",
-    "prompt_trained_on": "with a first human turn found in training",
-}
-
-
-@dataclass
-class Report:
-    """The rows of one side: how many pairs were kept, dropped for which reason, and changed."""
-
-    source: str
-    rows: int = 0
-    kept: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    notes: Counter[str] = field(default_factory=Counter)
-    truncation: Truncation = field(default_factory=Truncation)
-    not_used: Counter[str] = field(default_factory=Counter)  # rows by the column that nothing reads
-    not_used_form: str = ""  # another YAML that reads such columns
-    sources: Counter[str] = field(default_factory=Counter)  # rows by where they are from
-    leaks: Leaks | None = None  # of the held-out pairs that were kept; None: of training, or not known
-
-    def sentences(self, max_length: int) -> list[str]:
-        """The counts as sentences, one a line."""
-        lines = [f"kept {plural(self.kept, 'pair')} of {plural(self.rows, 'row')} from {self.source}"]
-        lines += [
-            f"dropped {plural(number, 'pair')} {REASONS[reason]}"
-            + (f" (max_length={max_length})" if reason in ("prompt_too_long", "identical_after_truncation") else "")
-            for reason, number in self.dropped.items()
-        ]
-        lines += [f"{plural(number, 'pair')} {note}" for note, number in self.notes.items()]
-        if self.sources:
-            shown = [f"{safe_text(name, 40)} {number:,}" for name, number in self.sources.most_common()]
-            lines.append(f"rows by source: {_first(shown)}")
-        if self.not_used:
-            by_rows: dict[int, list[str]] = {}
-            for name, number in self.not_used.most_common():
-                by_rows.setdefault(number, []).append(safe_text(name, 40))
-            shown = [f"{_first(names)} ({plural(number, 'row')})" for number, names in by_rows.items()]
-            lines.append(f"not used: {_first(shown)}{self.not_used_form}")
-        lines += [f"also in training: {self.leaks}"] if self.leaks else []
-        if self.truncation.prompts_cut:
-            lines.append(
-                f"{plural(self.truncation.prompts_cut, 'prompt')} lost their oldest part (max_length={max_length})"
-            )
-        if self.truncation.responses_cut:
-            cut = plural(self.truncation.responses_cut, "response")
-            lines.append(f"{cut} cut at the end, without the closing EOS (max_length={max_length})")
-        return lines
-
-    def as_dict(self) -> dict[str, Any]:
-        """The counts under their keys, for the manifest."""
-        return {
-            "source": self.source,
-            "rows": self.rows,
-            "kept": self.kept,
-            "dropped": dict(self.dropped),
-            "notes": dict(self.notes),
-            "not_used": {safe_text(name, 40): number for name, number in self.not_used.items()},
-            "sources": {safe_text(name, 40): number for name, number in self.sources.items()},
-            "prompts_cut": self.truncation.prompts_cut,
-            "responses_cut": self.truncation.responses_cut,
-            **({"leaks": self.leaks.as_dict()} if self.leaks is not None else {}),
-        }
-
-
-def _first(names: list[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _count(counts: Counter[str], name: str) -> None:
-    counts[name if name in counts or len(counts) < NAMES_KEPT else "others"] += 1
 
 
 @dataclass(frozen=True)
 class TextPair:
-    """A pair as text, with the index of its row."""
+    """A pair as text, with its row."""
 
     pair: PreferencePair
     index: int
+    location: str  # file and line
 
 
 @dataclass(frozen=True)
@@ -138,51 +60,68 @@ def content_key(pair: PreferencePair) -> str:
     return fingerprint_of_texts(pair.prompt_text, pair.chosen, pair.rejected)
 
 
-def _text_pairs(rows: Iterator[SourceRow], config: DataConfig, limit: int | None, report: Report) -> Iterator[TextPair]:
+def _text_pairs(
+    rows: Iterator[SourceRow], encoder: PairEncoder, config: DataConfig, limit: int | None, report: Report
+) -> Iterator[tuple[TextPair, RenderedPair]]:
     mapping = RowMapping.of(config)
     for row in rows:
         if limit is not None and row.index >= limit:
             return
         report.rows += 1
-        problem = row.problem
+        problem, reason = row.problem, "bad_row"
         if row.value is not None:
             try:
                 read = canonical(row.value, mapping)
                 pairs = pairs_of(read, config.format)
+                rendered = [encoder.render(pair) for pair in pairs if not pair.tied]
             except BadRowError as error:
                 problem = safe_text(error, limit=300)
+                reason = "refused_by_template" if isinstance(error, RefusedRowError) else reason
             else:
                 unused = not_used(row.value, config.columns, fields_read(read, config.format))
                 if unused and not report.not_used:
                     report.not_used_form = form_of(row.value, config.columns, "; {form} reads {columns}, too")
                 for name in unused:
-                    _count(report.not_used, name)
+                    count(report.not_used, name)
                 if source := source_of(read, config.columns):
-                    _count(report.sources, source)
-                for pair in pairs:
-                    if pair.tied:
-                        report.dropped["tie"] += 1
-                        continue
-                    report.notes.update(pair.notes)
-                    yield TextPair(pair, row.index)
+                    count(report.sources, source)
+                report.pairs += len(pairs)
+                if len(rendered) < len(pairs):
+                    report.dropped["tie"] += len(pairs) - len(rendered)
+                for one in rendered:
+                    report.notes.update(one.pair.notes)
+                    yield TextPair(one.pair, row.index, row.location), one
                 continue
         if config.on_bad_row == "error":
-            form = form_of(row.value or {}, config.columns, "; {form} reads such rows")
+            misread = row.value if reason == "bad_row" and row.value else {}
+            form = form_of(misread, config.columns, "; {form} reads such rows")
             raise DataError(f"{row.location}: {problem}{form} (data.on_bad_row=skip counts and drops such rows)")
-        report.dropped["bad_row"] += 1
+        report.dropped[reason] += 1
 
 
 def _tokenize(
-    texts: Iterator[TextPair],
+    texts: Iterator[tuple[TextPair, RenderedPair]],
     encoder: PairEncoder,
     config: DataConfig,
     report: Report,
     poll: Callable[[], None],
 ) -> Iterator[tuple[TokenizedPair, TextPair]]:
-    def finish(chunk: list[TextPair]) -> Iterator[tuple[TokenizedPair, TextPair]]:
+    for number, chunk in enumerate(iter(lambda: list(islice(texts, CHUNK)), [])):
         poll()
-        for text, encoded in zip(chunk, encoder.encode([text.pair for text in chunk]), strict=True):
+        if encoder.template is not None:
+            _look_for_markers([text for text, _ in chunk], encoder.template, report, refuses=number == 0)
+        usable = []
+        for text, rendered in chunk:
+            # Not the rendered text: a template may put words of its own before an answer.
+            if not text.pair.chosen.strip() or not text.pair.rejected.strip():
+                report.dropped["empty_response"] += 1
+            elif rendered.chosen == rendered.rejected:
+                report.dropped["identical"] += 1
+            else:
+                usable.append((text, rendered))
+        for (text, _), encoded in zip(usable, encoder.encode_rendered([one for _, one in usable]), strict=True):
             tally = Truncation()
+            encoded = encoded if config.prompt_truncation == "turns" else encoded.by_tokens()
             cut = truncate(encoded, config.max_length, config.max_prompt_length, tally)
             if cut is None:
                 report.dropped["prompt_too_long"] += 1
@@ -196,20 +135,16 @@ def _tokenize(
                 key, group = content_key(text.pair), prompt_group(text.pair.prompt)
                 yield TokenizedPair(*ids, index=text.index, key=key, group=group), text
 
-    chunk: list[TextPair] = []
-    for text in texts:
-        chosen, rejected = (encoder.response_text(words) for words in (text.pair.chosen, text.pair.rejected))
-        if not chosen.strip() or not rejected.strip():
-            report.dropped["empty_response"] += 1
-        elif chosen == rejected:
-            report.dropped["identical"] += 1
-        else:
-            chunk.append(text)
-        if len(chunk) == CHUNK:
-            yield from finish(chunk)
-            chunk = []
-    if chunk:
-        yield from finish(chunk)
+
+def _look_for_markers(texts: list[TextPair], template: ChatTemplate, report: Report, refuses: bool) -> None:
+    """Count prompts with a chat template's marker in their text; DataError where most begin with one."""
+    if refuses:
+        template.refuse_rendered({text.location: text.pair.messages for text in texts}, "data.template")
+    found = Counter(template.marker_in(text.pair.messages) for text in texts)
+    report.notes.update(
+        {f"with {safe_text(marker)}, the marker of a chat template, in the text of the prompt": number
+         for marker, number in found.items() if marker is not None}
+    )  # fmt: skip
 
 
 def check_sources(config: DataConfig) -> None:
@@ -248,7 +183,7 @@ def load_pairs(
     if not (held_out_only and held_source):
         source = open_source(config.train, config.subset, config.train_split)
         train.source = source.name
-        texts = _text_pairs(source.rows(), config, config.limit, train)
+        texts = _text_pairs(source.rows(), encoder, config, config.limit, train)
         for item in _tokenize(texts, encoder, config, train, poll):
             tokenized, text = item
             by_hash = held_source is None and is_held_out(
@@ -261,14 +196,18 @@ def load_pairs(
             trained_on = TrainedOn.of(train_hashes, (tokenized.group for tokenized, _ in train_rows))
         if held_source is None and config.eval_fraction > 0:
             train.kept -= len(held_rows)
-            held_rows = held_rows[: config.eval_limit]
+            held_out_pairs, held_rows = len(held_rows), held_rows[: config.eval_limit]
+            train.held_out, train.over_eval_limit = len(held_rows), held_out_pairs - len(held_rows)
             held_out = Report(
-                f"{train.source} (held out by a hash of the {split.name})", len(held_rows), len(held_rows)
+                f"{train.source} (held out by a hash of the {split.name})",
+                rows=len({text.index for _, text in held_rows}),
+                pairs=len(held_rows),
+                kept=len(held_rows),
             )
     if held_source is not None:
         source = open_source(held_source, config.subset, held_split)
         held_out.source = source.name
-        texts = _text_pairs(source.rows(), config, config.eval_limit, held_out)
+        texts = _text_pairs(source.rows(), encoder, config, config.eval_limit, held_out)
         held_rows = list(_tokenize(texts, encoder, config, held_out, poll))
     if trained_on is not None:
         held_rows = _look_for_leaks(held_rows, trained_on, config, held_out)
@@ -316,9 +255,11 @@ def _require_pairs(rows: list[tuple[TokenizedPair, TextPair]], report: Report) -
     source = report.source or "held-out data"
     if not report.dropped:
         raise DataError(f"{source}: has no pairs; name another file, or change data.eval_fraction")
-    reasons = ", ".join(f"{plural(number, 'pair')} {REASONS[reason]}" for reason, number in report.dropped.items())
+    reasons = ", ".join(dropped(reason, number) for reason, number in report.dropped.items())
     lengthy = report.dropped.keys() & {"prompt_too_long", "identical_after_truncation"}
-    raise DataError(f"{source}: no pair can be used: {reasons}{'; raise data.max_length' if lengthy else ''}")
+    refused = "refused_by_template" in report.dropped
+    remedy = "; raise data.max_length" if lengthy else "; choose data.template=plain" if refused else ""
+    raise DataError(f"{source}: no pair can be used: {reasons}{remedy}")
 
 
 def data_fingerprint(pairs: list[TokenizedPair]) -> str:

@@ -2,19 +2,22 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.console.text import plural, safe_text
+from dpo_cli.data.chat_template import RefusedRowError
 from dpo_cli.data.files import SourceRow, local_path, read_rows
 from dpo_cli.data.formats import BadRowError, Prompt, prompt_of
+from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import DataError
 
 # Why a prompt is dropped, and what that means.
 REASONS = {
     "bad_row": "not readable",
+    "refused_by_template": "refused by the chat template",
     "empty": "empty",
     "duplicate": "repeated",
     "prompt_too_long": "longer than max_prompt_length",
@@ -26,6 +29,7 @@ class PromptRow:
     """A prompt, as it is stored and in both forms."""
 
     index: int  # its row in the file, from 0
+    location: str  # file and line
     written: Any  # text or a list of messages, for the file of samples
     read: Prompt
 
@@ -81,7 +85,7 @@ def read_prompts(source: str, limit: int | None, skip_bad: bool) -> tuple[list[P
             report.dropped["duplicate"] += 1
         else:
             seen.add(key)
-            found.append(PromptRow(row.index, written, prompt))
+            found.append(PromptRow(row.index, row.location, written, prompt))
     report.kept = len(found)
     if not found:
         if not report.dropped:
@@ -89,6 +93,32 @@ def read_prompts(source: str, limit: int | None, skip_bad: bool) -> tuple[list[P
         reasons = ", ".join(f"{number:,} {REASONS[reason]}" for reason, number in report.dropped.items())
         raise DataError(f"{report.source}: all prompts were dropped: {reasons}")
     return found, report
+
+
+def accepted_prompts(
+    prompts: Sequence[PromptRow], encoder: PairEncoder, report: PromptReport, skip_bad: bool
+) -> list[PromptRow]:
+    """The prompts that the encoder's chat template accepts; the others are dropped and counted.
+
+    DataError names file and line of one that it refuses (unless `skip_bad`), or says that it refuses all, or that they
+    are rendered already.
+    """
+    if encoder.template is not None:
+        encoder.template.refuse_rendered({prompt.location: prompt.read.messages for prompt in prompts}, "template")
+    found = []
+    for prompt in prompts:
+        try:
+            encoder.prompt_text(prompt.read)
+        except RefusedRowError as error:
+            if not skip_bad:
+                raise DataError(f"{prompt.location}: {error} (on_bad_row=skip counts and drops such rows)") from None
+            report.dropped["refused_by_template"] += 1
+        else:
+            found.append(prompt)
+    report.kept = len(found)
+    if not found:
+        raise DataError(f"{report.source}: the chat template refuses all prompts; choose template=plain")
+    return found
 
 
 def _written(prompt: Prompt) -> Any:

@@ -82,16 +82,16 @@ def _sample_of(row: SourceRow) -> Sample:
     return Sample(sample_id(prompt, responses), prompt, tuple(responses), reasons)
 
 
-def as_stored(prompt: Any, completion: str) -> str:
+def as_stored(prompt: Any, completion: str, template: str) -> str:
     """A completion as it is stored in a file of samples.
 
     Messages rendered as plain text end with a colon, after which a completion begins with a space. It is not stored.
     """
-    return completion.removeprefix(" ") if isinstance(prompt, list) else completion
+    return completion.removeprefix(" ") if isinstance(prompt, list) and template == "plain" else completion
 
 
 def as_continuation(prompt: Any, response: str) -> str:
-    """The inverse of `as_stored`: a response as it follows its prompt."""
+    """A response as it follows its prompt's text: a chat template takes the space away again."""
     return f" {response}" if isinstance(prompt, list) else response
 
 

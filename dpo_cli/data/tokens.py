@@ -8,13 +8,15 @@ log p(response | prompt) is a probability of something the model can do.
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_cli.data.formats import FinishReason, Message, PreferencePair, Prompt
+from dpo_cli.data.chat_template import ChatTemplate
+from dpo_cli.data.formats import ASSISTANT, FinishReason, PreferencePair, Prompt
+from dpo_cli.data.truncation import Encoded, shorten
 from dpo_cli.errors import CheckpointError, ConfigError
 
 TokenIds = NDArray[np.int32]
@@ -49,21 +51,15 @@ def _tokens_key(*sequences: TokenIds) -> bytes:
     return digest.digest()
 
 
-@dataclass
-class Truncation:
-    """What max_length cost, counted over all pairs that were kept."""
-
-    prompts_cut: int = 0
-    responses_cut: int = 0  # each lost its closing EOS with the cut
-
-
 @dataclass(frozen=True)
-class Encoded:
-    """A pair's token ids before truncation."""
+class RenderedPair:
+    """A pair as text: both responses follow the prompt, without the closing token."""
 
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+    prompt: str
+    chosen: str
+    rejected: str
+    pair: PreferencePair
+    otherwise: int = 0  # responses that the template renders otherwise than it asks for them
 
 
 @dataclass
@@ -78,12 +74,14 @@ class PairEncoder:
     tokenizer: Any
     kind: str | None
     always_closes: bool = False
+    template: ChatTemplate | None = field(init=False, default=None)  # None: plain
     closing: int = field(init=False)
     reason: str = field(init=False)  # why this template
     opening: list[int] = field(init=False)  # ids before a plain prompt: BOS, where the tokenizer adds one
     borders_merged: int = 0  # responses whose first token would have straddled the border
     length_limited: int = 0  # responses that stopped at a limit (finish_reason length)
     closing_inside: int = 0  # responses that hold the closing token in their middle
+    rendered_otherwise: int = 0  # responses before which the template renders another prompt than it asks with
 
     def __post_init__(self) -> None:
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
@@ -93,95 +91,106 @@ class PairEncoder:
             "as requested" if self.kind else "the model has a chat template" if has_template else "no chat template"
         )
         self.kind = self.kind or ("chat" if has_template else "plain")
+        if self.kind == "chat":
+            self.template = ChatTemplate(self.tokenizer)
+            self.reason += self.template.notes
         self.closing = self._closing_token()
         bos = self.tokenizer.bos_token_id
         adds_bos = bos is not None and self.tokenizer("a").input_ids[:1] == [bos]
         self.opening = [bos] if adds_bos else []
 
     def _closing_token(self) -> int:
-        if self.kind == "chat":
-            question = Message("user", "question")
-            try:
-                prompt = self._render((question,), True)
-                whole = self._render((question, Message("assistant", "answer")), False)
-            except Exception as error:
-                raise ConfigError(f"the model's chat template fails ({error}); choose data.template=plain") from None
-            if "question" not in prompt or "answer" not in whole:
-                raise ConfigError(
-                    "the model's chat template leaves out what user or assistant say; choose data.template=plain"
-                )
-            before, after = whole.rsplit("answer", 1)
-            if before != prompt:  # an empty thought before every answer, say: how the model is asked is what counts
-                self.reason += ", which opens an answer otherwise when it is asked for one: so it is trained"
-            # Not all_special_ids: the token that ends a turn often has no role of its own.
-            added = self.tokenizer.added_tokens_decoder
-            special = [token for token in self._encode(after) if token in added and added[token].special]
-            if special:
-                return int(special[0])
+        if self.template is not None and self.template.closing is not None:
+            return self.template.closing
         if self.tokenizer.eos_token_id is None:
             raise CheckpointError("the tokenizer has no EOS token, so no response can be closed; set its eos_token")
         return int(self.tokenizer.eos_token_id)
 
-    def _render(self, messages: tuple[Message, ...], add_generation_prompt: bool) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        text: str = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        return text
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids
-
     def prompt_text(self, prompt: Prompt) -> str:
-        """The text whose continuation is a response; ConfigError where the chat template refuses the prompt."""
-        if self.kind == "plain":
-            return prompt.text
-        try:
-            return self._render(prompt.messages, True)
-        except Exception as error:  # raised by the template, a program of the model's author
-            raise ConfigError(f"the chat template refuses a prompt ({error}); choose data.template=plain") from None
+        """The text whose continuation is a response; RefusedRowError where the chat template refuses the prompt."""
+        return prompt.text if self.template is None else self.template.prompt(prompt.messages)
 
-    def response_text(self, text: str) -> str:
-        """A response as it is encoded; under a chat template the white space around it goes, as in the template."""
-        return text.strip() if self.kind == "chat" else text
+    def render(self, pair: PreferencePair) -> RenderedPair:
+        """The pair as text; RefusedRowError where the chat template refuses it.
+
+        Under a chat template prompt + response is its rendering of the whole conversation, up to the closing token.
+        """
+        prompt = self.prompt_text(pair.prompt)
+        responses = []
+        otherwise = 0
+        for text, finish_reason in (
+            (pair.chosen, pair.chosen_finish_reason), (pair.rejected, pair.rejected_finish_reason)
+        ):  # fmt: skip
+            if self.template is not None:
+                # In HH form a space stands between the colon and what is said.
+                text = text.removeprefix(" ") if pair.prompt_text.endswith(ASSISTANT) else text
+                closes = self._closes(finish_reason)
+                rendered = self.template.response(pair.messages, prompt, text, closes)
+                otherwise += rendered is None and self.template.lead is not None  # without a lead `reason` says it
+                text = self.template.as_asked(text, closes) if rendered is None else rendered
+            responses.append(text)
+        return RenderedPair(prompt, responses[0], responses[1], pair, otherwise)
+
+    def _closes(self, finish_reason: FinishReason) -> bool:
+        return self.always_closes or finish_reason is FinishReason.STOP
+
+    def completion_text(self, text: str, finish_reason: FinishReason) -> str:
+        """What a model wrote, as the response of which training makes the same text again."""
+        return text if self.template is None else self.template.content(text, finish_reason is FinishReason.STOP)
 
     def encode_prompts(self, prompts: list[Prompt]) -> list[list[int]]:
-        """Token ids of prompts, as the model is asked with them."""
+        """Token ids of prompts, as the model is asked with them; RefusedRowError as in `prompt_text`."""
         ids = self._encode_many([self.prompt_text(prompt) for prompt in prompts])
         return [self._opened(prompt) for prompt in ids]
 
     def _opened(self, prompt: list[int]) -> list[int]:
         # An empty prompt still needs one token, from which the first response token is predicted.
-        return (self.opening if self.kind == "plain" else []) + prompt or [self.closing]
+        opening = (
+            self.opening if self.kind == "plain" and prompt[:1] != self.opening else []
+        )  # a text may bring its BOS
+        return opening + prompt or [self.closing]
 
     def encode(self, pairs: list[PreferencePair]) -> list[Encoded]:
         """Token ids of many pairs at once: prompt, and both responses with the closing token of those that ended."""
-        prompts = [self.prompt_text(pair.prompt) for pair in pairs]
-        prompt_ids = self._encode_many(prompts)
+        return self.encode_rendered([self.render(pair) for pair in pairs])
+
+    def encode_rendered(self, rendered: list[RenderedPair]) -> list[Encoded]:
+        """The same for pairs that are rendered already."""
+        prompt_ids = self._encode_many([one.prompt for one in rendered])
         responses: list[list[list[int]]] = []
         for answers in (
-            [(pair.chosen, pair.chosen_finish_reason is FinishReason.STOP) for pair in pairs],
-            [(pair.rejected, pair.rejected_finish_reason is FinishReason.STOP) for pair in pairs],
+            [(one.chosen, one.pair.chosen_finish_reason) for one in rendered],
+            [(one.rejected, one.pair.rejected_finish_reason) for one in rendered],
         ):
-            shown = [self.response_text(text) for text, _ in answers]
-            whole = self._encode_many([prompt + text for prompt, text in zip(prompts, shown, strict=True)])
+            whole = self._encode_many([one.prompt + text for one, (text, _) in zip(rendered, answers, strict=True)])
             responses.append(
                 [
-                    self._after_border(prompt, ids, text, finished)
-                    for prompt, ids, text, (_, finished) in zip(prompt_ids, whole, shown, answers, strict=True)
+                    self._after_border(prompt, ids, text, finish_reason)
+                    for prompt, ids, (text, finish_reason) in zip(prompt_ids, whole, answers, strict=True)
                 ]
             )
+        self.rendered_otherwise += sum(one.otherwise for one in rendered)
         return [
-            Encoded(self._opened(prompt), chosen, rejected)
-            for prompt, chosen, rejected in zip(prompt_ids, *responses, strict=True)
+            Encoded(self._opened(prompt), chosen, rejected, partial(self.shorten, one.pair.prompt))
+            for prompt, chosen, rejected, one in zip(prompt_ids, *responses, rendered, strict=True)
         ]
 
-    def _encode_many(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
-    def _after_border(self, prompt: list[int], whole: list[int], response: str, finished: bool) -> list[int]:
+    def _encode_many(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        return ids
+
+    def shorten(self, prompt: Prompt, length: int) -> list[int]:
+        """The prompt in at most `length` tokens, by whole turns where that is possible."""
+        is_plain = self.template is None
+        return shorten(
+            prompt, length, lambda part: self.encode_prompts([part])[0], is_plain, self.tokenizer.bos_token_id
+        )
+
+    def _after_border(self, prompt: list[int], whole: list[int], response: str, reason: FinishReason) -> list[int]:
         if whole[: len(prompt)] == prompt:
             ids = whole[len(prompt) :]
         else:
@@ -194,33 +203,8 @@ class PairEncoder:
         if ids and ids[-1] == self.closing:  # the text brought its own
             ids = ids[:-1]
         self.closing_inside += self.closing in ids
-        self.length_limited += not finished
-        return [*ids, self.closing] if finished or self.always_closes or not ids else ids
-
-
-def truncate(encoded: Encoded, max_length: int, max_prompt_length: int | None, tally: Truncation) -> Encoded | None:
-    """A pair cut to `max_length` tokens (prompt + longer response), or None if the prompt leaves no room.
-
-    1. A prompt over `max_prompt_length` keeps its last tokens; without that limit one of max_length tokens or
-       more is refused.
-    2. If prompt and longer response do not fit, the prompt loses its oldest part, down to half of max_length.
-    3. Only then is the end of a response cut, and its closing EOS with it: to train on an EOS after a cut would
-       teach the model to stop in mid-sentence.
-    """
-    prompt = encoded.prompt
-    if max_prompt_length is not None:
-        prompt = prompt[-max_prompt_length:]
-    elif len(prompt) >= max_length:
-        return None
-    longer = max(len(encoded.chosen), len(encoded.rejected))
-    if len(prompt) + longer > max_length:
-        prompt = prompt[-max(max_length - longer, min(len(prompt), max_length // 2)) :]
-    room = max_length - len(prompt)
-    chosen, rejected = encoded.chosen[:room], encoded.rejected[:room]
-    tally.prompts_cut += len(prompt) < len(encoded.prompt)
-    tally.responses_cut += len(chosen) < len(encoded.chosen)
-    tally.responses_cut += len(rejected) < len(encoded.rejected)
-    return Encoded(prompt, chosen, rejected)
+        self.length_limited += reason is not FinishReason.STOP
+        return [*ids, self.closing] if self._closes(reason) or not ids else ids
 
 
 def token_ids(ids: Iterable[int]) -> TokenIds:

@@ -52,12 +52,13 @@ def greedy_completions(
 def completion_text(encoder: PairEncoder, completion: Completion) -> CompletionText:
     """Decode a completion without special tokens, which as text could act as commands to whoever reads it.
 
-    A chat template strips white space around it, as in training. A completion of finish reason `length` may end within
-    a character of several tokens; that part is dropped.
+    White space that the chat template puts around an answer is no part of it. A completion of finish reason `length`
+    may end within a character of several tokens; that part is dropped.
     """
     text = encoder.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
     text = text.rstrip("\ufffd") if completion.finish_reason is FinishReason.LENGTH else text
-    return CompletionText(encoder.response_text(text), len(completion.token_ids), completion.finish_reason)
+    text = encoder.completion_text(text, completion.finish_reason)
+    return CompletionText(text, len(completion.token_ids), completion.finish_reason)
 
 
 def prompt_batches(

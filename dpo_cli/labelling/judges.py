@@ -14,11 +14,13 @@ import torch
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.batches import SplitByTokens
+from dpo_cli.data.chat_template import RefusedRowError
 from dpo_cli.data.formats import FinishReason, PreferencePair
 from dpo_cli.data.groups import prompt_group
 from dpo_cli.data.samples import Sample, as_continuation
-from dpo_cli.data.tokens import PairEncoder, TokenizedPair, Truncation, token_ids, truncate
-from dpo_cli.errors import CheckpointError, ConfigError
+from dpo_cli.data.tokens import PairEncoder, RenderedPair, TokenizedPair, token_ids
+from dpo_cli.data.truncation import Truncation, truncate
+from dpo_cli.errors import CheckpointError, ConfigError, DataError
 from dpo_cli.evaluation.scores import Scorer, score_pairs
 from dpo_cli.labelling.classifier import conversation_ids, is_classifier, load_classifier, scores
 from dpo_cli.labelling.rules import RULES
@@ -130,6 +132,12 @@ class ModelJudge:
             rewards[:] = [rewards[responses.index(response)] for response in responses]
         return finite(found, self.name)
 
+    def _rendered(self, sample: Sample, first: int, second: int) -> RenderedPair:
+        try:
+            return self.encoder.render(_pair(sample, first, second))
+        except RefusedRowError as error:
+            raise DataError(f"sample {safe_text(sample.id)}: {error}; remove it from the samples") from None
+
     def _pairs(self, samples: Sequence[Sample]) -> tuple[list[TokenizedPair], list[tuple[int, int, int]]]:
         """The responses in pairs, an odd last one with the one before it, and their (sample, first, second) indices."""
         owners = [
@@ -137,7 +145,8 @@ class ModelJudge:
             for number, sample in enumerate(samples)
             for first in range(0, len(sample.responses), 2)
         ]
-        encoded = self.encoder.encode([_pair(samples[number], first, second) for number, first, second in owners])
+        rendered = [self._rendered(samples[number], first, second) for number, first, second in owners]
+        encoded = self.encoder.encode_rendered(rendered)
         longest = [0] * len(samples)  # tokens
         for (number, _, __), one in zip(owners, encoded, strict=True):
             longest[number] = max(longest[number], len(one.chosen), len(one.rejected))

@@ -13,8 +13,9 @@ from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text
 from dpo_cli.data.files import read_rows
 from dpo_cli.data.formats import FinishReason
-from dpo_cli.data.prompts import PromptReport, PromptRow, read_prompts
+from dpo_cli.data.prompts import PromptReport, PromptRow, accepted_prompts, read_prompts
 from dpo_cli.data.samples import Sample, as_stored, sample_id
+from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import ConfigError, DataError, StoppedError
 from dpo_cli.generation.generate import CompletionText
 from dpo_cli.generation.sampler import (
@@ -78,7 +79,10 @@ def play(config: RankConfig, kept: Path | None, reporter: Reporter) -> Match:
     judging = find_judge(config.judge, None, trusted)
     prompts, report = read_prompts(config.prompts, config.limit, config.on_bad_row == "skip")
     device = choose_device(config.device).value
-    _check_players(config, refs, judging, prompts)
+    encoders = [ref_encoder(ref, config.template) for ref in refs]
+    for encoder in encoders:
+        prompts = accepted_prompts(prompts, encoder, report, config.on_bad_row == "skip")
+    _check_players(config, encoders, judging, prompts)
     job = _job(config, refs, judging, prompts, device) if kept is not None else {}
     if kept is not None and is_done(kept, job):
         reporter.say(f"already complete: {kept}")
@@ -87,7 +91,7 @@ def play(config: RankConfig, kept: Path | None, reporter: Reporter) -> Match:
     with StopSignals(reporter.warn) as signals, open_job_log(kept, job, LOG_KEYS, reporter.warn) as log:
         try:
             completions = _complete(config, refs, prompts, device, log, reporter, signals)
-            match = _judge(config, prompts, completions, reporter, signals)
+            match = _judge(config, prompts, completions, str(encoders[0].kind), reporter, signals)
         except StoppedError as stop:
             raise type(stop)(f"{stop}; to resume, run the same command" if kept is not None else f"{stop}") from None
         if kept is not None:
@@ -110,13 +114,12 @@ def _show_header(
 
 
 def _check_players(
-    config: RankConfig, refs: Sequence[ModelRef], judging: ModelRef | None, prompts: Sequence[PromptRow]
+    config: RankConfig, encoders: Sequence[PairEncoder], judging: ModelRef | None, prompts: Sequence[PromptRow]
 ) -> None:
     """ConfigError where models or judge use different templates, DataError where a prompt is too long for a model."""
     assert config.checkpoints is not None
     kinds: dict[str | None, str] = {}
-    for name, ref in zip(config.checkpoints, refs, strict=True):
-        encoder = ref_encoder(ref, config.template)
+    for name, encoder in zip(config.checkpoints, encoders, strict=True):
         kinds.setdefault(encoder.kind, name)
         _check_lengths(prompts, encoder.encode_prompts([prompt.read for prompt in prompts]), config)
     if len(kinds) > 1:
@@ -189,12 +192,13 @@ def _judge(
     config: RankConfig,
     prompts: Sequence[PromptRow],
     completions: list[list[CompletionText]],
+    template: str,
     reporter: Reporter,
     signals: StopSignals,
 ) -> Match:
     assert config.checkpoints is not None and config.judge is not None
     rows = list(zip(*completions, strict=True))
-    samples = [_sample(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+    samples = [_sample(prompt, row, template) for prompt, row in zip(prompts, rows, strict=True)]
     judge = load_judge(config.judge, None, "auto", config.device, config.trust_remote_code, reporter)
     rewards = judge.rewards(samples, signals.poll)
     for line in describe_truncation(judge.truncation):
@@ -202,8 +206,8 @@ def _judge(
     return Match(short_names(config.checkpoints), samples, [[one.tokens for one in row] for row in rows], rewards)
 
 
-def _sample(prompt: PromptRow, completions: Sequence[CompletionText]) -> Sample:
-    responses = tuple(as_stored(prompt.written, completion.text) for completion in completions)
+def _sample(prompt: PromptRow, completions: Sequence[CompletionText], template: str) -> Sample:
+    responses = tuple(as_stored(prompt.written, completion.text, template) for completion in completions)
     reasons = tuple(completion.finish_reason for completion in completions)
     return Sample(sample_id(prompt.written, responses), prompt.written, responses, reasons)
 

@@ -38,6 +38,7 @@ from dpo_cli.storage.line_log import MetricsLog
 from dpo_cli.storage.locks import opened_alone
 
 MAX_TRAINED_ON_BYTES = 2**30  # 64 million pairs
+AS_BEGUN = ("split_by", "prompt_truncation")  # keys of `data` that hold to the end of a run
 
 
 def default_directory(job: str, now: float) -> Path:
@@ -248,10 +249,14 @@ def find_checkpoint(config: RunConfig, directory: RunDirectory) -> tuple[Path | 
 
 
 def as_begun(config: RunConfig, directory: RunDirectory) -> RunConfig:
-    """The config with the split that the run in `directory` began with: no resumed run trains on what it held out."""
+    """The config with how the run in `directory` began to split and cut its data.
+
+    So no resumed run trains on what it held out, or on other tokens.
+    """
     if not directory.config.is_file():
         return config
-    return replace(config, data=replace(config.data, split_by=read_config(directory.config).data.split_by))
+    begun = read_config(directory.config).data
+    return replace(config, data=replace(config.data, **{key: getattr(begun, key) for key in AS_BEGUN}))
 
 
 @dataclass(frozen=True)

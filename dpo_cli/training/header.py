@@ -65,6 +65,10 @@ def show_header(context: Context, learner: Learner, material: Material, choices:
     )
     for number, words in (
         (encoder.borders_merged, "encoded apart from the prompt, so that no token spans the border"),
+        (
+            encoder.rendered_otherwise,
+            "whose prompt the template renders otherwise with an answer: trained as it is asked",
+        ),
         (encoder.length_limited, f"with finish_reason length: {closed}"),
         (encoder.closing_inside, f"with the closing token {safe_text(closing)} in the middle"),
     ):

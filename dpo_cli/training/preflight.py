@@ -265,12 +265,13 @@ def check_round_trip(subject: PreflightSubject) -> str:
     decode = subject.encoder.tokenizer.decode
     closing = decode([subject.encoder.closing])
     for pair, text in zip(subject.pairs, subject.texts, strict=True):
-        for ids, original in ((pair.chosen, text.pair.chosen), (pair.rejected, text.pair.rejected)):
+        rendered = subject.encoder.render(text.pair)
+        for ids, original in ((pair.chosen, rendered.chosen), (pair.rejected, rendered.rejected)):
             if int(ids[-1]) != subject.encoder.closing:
                 continue  # cut
             read = "".join(decode(ids[:-1].tolist()).split())
             # A closing token that the text brings along is taken once.
-            expected = subject.encoder.response_text(original).removesuffix(closing)
+            expected = original.removesuffix(closing)
             if read != "".join(expected.split()):
                 raise CheckpointError(
                     f"preflight: row {pair.index} does not read back from its tokens ({safe_text(read, 60)}): "

@@ -30,7 +30,7 @@ from dpo_cli.models.dtype import wait_for
 from dpo_cli.models.generators import rng_states
 from dpo_cli.models.memory import one_forward_pass
 from dpo_cli.runs.replay import determinism
-from dpo_cli.runs.run_directory import RunDirectory, as_begun, config_changes, directory_of
+from dpo_cli.runs.run_directory import AS_BEGUN, RunDirectory, as_begun, config_changes, directory_of
 from dpo_cli.signals import StopSignals
 from dpo_cli.trackers.trackers import check_installed
 from dpo_cli.training.build import build, complete_reference, describe_source
@@ -54,8 +54,9 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
     path, resumed = engine.same(lambda: directory_of(config, job, time.time()))
     directory = RunDirectory(path)
     begun = engine.same(lambda: as_begun(config, directory)) if resumed else config
-    if begun != config:
-        reporter.say(f"data.split_by={begun.data.split_by}, as when the run began")
+    for key in AS_BEGUN:
+        if getattr(begun.data, key) != getattr(config.data, key):
+            reporter.say(f"data.{key}={getattr(begun.data, key)}, as when the run began")
     config = begun
     if directory.finished and resumed:
         reporter.say(f"already complete: {directory.final}")

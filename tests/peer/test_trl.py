@@ -26,7 +26,8 @@ from torch import Tensor
 from dpo_cli.config.schema import LoraConfig
 from dpo_cli.data.batches import Layout
 from dpo_cli.data.formats import PreferencePair
-from dpo_cli.data.tokens import Encoded, PairEncoder, TokenizedPair, token_ids
+from dpo_cli.data.tokens import PairEncoder, TokenizedPair, token_ids
+from dpo_cli.data.truncation import Encoded
 from dpo_cli.models.adapters import attach_lora
 from dpo_cli.models.logps import make_micro_batch, pair_logps
 from dpo_cli.models.reference import AdapterOffReference

@@ -1,0 +1,357 @@
+"""Prompt + response is the chat template's rendering, token for token, also without its oldest turns."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chat_templates import FORMS, chat_tokenizer
+from conftest import write_jsonl
+
+from dpo_cli.config.composition import composed, parse_overrides
+from dpo_cli.config.schema import DataConfig, RunConfig, run_config
+from dpo_cli.data.chat_template import RefusedRowError
+from dpo_cli.data.formats import FinishReason, Message, PreferencePair, dialogue_text, messages, standard
+from dpo_cli.data.pairs import load_pairs
+from dpo_cli.data.prompts import accepted_prompts, read_prompts
+from dpo_cli.data.samples import Sample, as_stored
+from dpo_cli.data.tokens import PairEncoder
+from dpo_cli.data.truncation import Truncation, truncate
+from dpo_cli.errors import DataError
+from dpo_cli.labelling.judges import ModelJudge
+
+TURNS = [("user", "first words"), ("assistant", "an answer"), ("user", "more words"), ("assistant", "well then"),
+         ("user", "the last question")]  # fmt: skip
+SYSTEM = ("system", "Be brief.")
+CODE = "    if a:\n        return b\n"
+
+
+def rendered(tokenizer: Any, turns: list[tuple[str, str]], asks: bool) -> list[int]:
+    conversation = [{"role": role, "content": content} for role, content in turns]
+    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=asks)
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return ids
+
+
+def pair_of(turns: list[tuple[str, str]], chosen: str = "yes", rejected: str = "no") -> PreferencePair:
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    sides = {"chosen": chosen, "rejected": rejected}
+    return messages({"prompt": prompt} | {k: [{"role": "assistant", "content": text}] for k, text in sides.items()})
+
+
+def with_system(form: str) -> list[list[tuple[str, str]]]:
+    return [TURNS] if form == "gemma" else [TURNS, [SYSTEM, *TURNS]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("answer", ["yes", CODE, "  two spaces", "ends in a line\n"])
+def test_prompt_and_response_are_the_rendering_of_the_whole_conversation(form: str, answer: str) -> None:
+    tokenizer = chat_tokenizer(form)
+    encoder = PairEncoder(tokenizer, None)
+    for turns in with_system(form):
+        encoded = encoder.encode([pair_of(turns, answer)])[0]
+        assert encoded.prompt == rendered(tokenizer, turns, True)
+        whole = rendered(tokenizer, [*turns, ("assistant", answer)], False)
+        after = whole[len(encoded.prompt) + len(encoded.chosen) :]
+        assert encoded.prompt + encoded.chosen + after == whole
+        assert tokenizer.decode(after).strip() == ""  # ChatML and Gemma put a line break behind the closing token
+    assert encoder.borders_merged == encoder.rendered_otherwise == 0
+
+
+@pytest.mark.parametrize(
+    ("form", "code"),
+    [
+        ("chatml", CODE + "<|im_end|>"),
+        ("llama-2", " if a:\n        return b </s>"),
+        ("mistral", f" {CODE}</s>"),
+        ("llama-3", "if a:\n        return b<|eot_id|>"),
+        ("gemma", "if a:\n        return b<end_of_turn>"),
+    ],
+)
+def test_white_space_is_trained_where_the_template_has_it(form: str, code: str) -> None:
+    tokenizer = chat_tokenizer(form)
+    encoded = PairEncoder(tokenizer, None).encode([pair_of(TURNS, CODE)])[0]
+    assert tokenizer.decode(encoded.chosen) == code
+
+
+def test_the_space_before_an_answer_is_part_of_its_first_token() -> None:
+    tokenizer = chat_tokenizer("mistral")
+    encoder = PairEncoder(tokenizer, None)
+    encoded = encoder.encode([standard({"prompt": "q", "chosen": "yes", "rejected": "no"})])[0]
+    assert encoded.chosen[0] == tokenizer.convert_tokens_to_ids("Ġy")
+    assert encoder.reason == ("the model has a chat template, which begins an answer with ' ': that is trained, too")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_model_wrote_is_trained_as_it_wrote_it(form: str) -> None:
+    tokenizer = chat_tokenizer(form)
+    encoder = PairEncoder(tokenizer, None)
+    for wanted in ("yes", "if a:\n    b"):
+        encoded = encoder.encode([pair_of(TURNS, wanted)])[0]
+        text = tokenizer.decode(encoded.chosen, skip_special_tokens=True)
+        assert encoder.completion_text(text, FinishReason.STOP) == wanted
+
+
+def test_a_space_that_a_model_wrote_first_comes_back_from_a_file_of_samples() -> None:
+    tokenizer = chat_tokenizer("chatml")
+    prompt = [{"role": "user", "content": "q"}]
+    stored = as_stored(prompt, " yes", "chat")
+    pair = messages({"prompt": prompt, "chosen": [{"role": "assistant", "content": stored}], "rejected": "no"})
+    assert tokenizer.decode(PairEncoder(tokenizer, None).encode([pair])[0].chosen) == " yes<|im_end|>"
+    assert as_stored(prompt, " yes", "plain") == "yes"  # there the space follows `Assistant:`
+    assert PairEncoder(tokenizer, "plain").render(pair).chosen == "  yes"
+
+
+def test_a_response_of_finish_reason_length_ends_with_its_own_text() -> None:
+    tokenizer = chat_tokenizer("llama-2")
+    row = {"prompt": "q", "chosen": "yes", "rejected": "no"}
+    pair = PreferencePair(standard(row).messages, "q", "yes", "no", chosen_finish_reason=FinishReason.LENGTH)
+    encoded = PairEncoder(tokenizer, None).encode([pair])[0]
+    assert [tokenizer.decode(ids) for ids in (encoded.chosen, encoded.rejected)] == [" yes", " no </s>"]
+
+
+def test_an_answer_that_a_template_opens_otherwise_when_asked_is_trained_as_asked_and_that_is_said() -> None:
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    encoder = PairEncoder(tokenizer, None)
+    encoded = encoder.encode([pair_of([("user", "q")], CODE)])[0]
+    assert tokenizer.decode(encoded.prompt).endswith("<think>\n")
+    assert tokenizer.decode(encoded.chosen) == CODE + "<|im_end|>"
+    assert encoder.reason.endswith("which opens an answer otherwise when it is asked for one: so it is trained")
+    assert encoder.rendered_otherwise == 0
+
+
+def test_a_prompt_that_the_template_renders_otherwise_with_an_answer_is_counted() -> None:
+    tokenizer = chat_tokenizer("mistral")  # some put the system message before the newest turn, where that is a user's
+    tokenizer.chat_template = tokenizer.chat_template.replace("if loop.first and", "if loop.last and")
+    encoder = PairEncoder(tokenizer, None)
+    encoded = encoder.encode([pair_of([SYSTEM, *TURNS])])[0]
+    assert encoded.prompt == rendered(tokenizer, [SYSTEM, *TURNS], True)
+    assert tokenizer.decode(encoded.chosen) == " yes</s>"
+    assert encoder.rendered_otherwise == 2
+
+
+def test_a_conversation_that_the_template_refuses_is_named_in_its_words_escaped() -> None:
+    tokenizer = chat_tokenizer("mistral")
+    twice = [("user", "a"), ("user", "b")]
+    with pytest.raises(RefusedRowError) as error:
+        PairEncoder(tokenizer, None).render(pair_of(twice))
+    assert str(error.value) == "the chat template refuses it (roles must alternate)"
+    tokenizer.chat_template = tokenizer.chat_template.replace("roles must", "\x1b[2J roles must")
+    with pytest.raises(RefusedRowError, match=r"refuses it \(\\x1b\[2J roles must alternate\)$"):
+        PairEncoder(tokenizer, None).render(pair_of(twice))
+
+
+# Rows that the template refuses
+
+
+def dials(file: Path, *words: str) -> DataConfig:
+    words = ("data=jsonl", f"data.train={file}", "data.eval_fraction=0", *words)
+    return run_config(composed("train", parse_overrides(list(words)), RunConfig).container).data
+
+
+def row(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {
+        "prompt": [{"role": role, "content": content} for role, content in turns],
+        "chosen": "yes",
+        "rejected": "no",
+    }
+
+
+TWICE = row(("user", "a"), ("user", "b"))
+
+
+def test_a_row_that_the_template_refuses_ends_with_file_line_and_its_words(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("mistral")
+    tokenizer.chat_template = tokenizer.chat_template.replace("roles must", "\x1b[2J roles must")
+    file = write_jsonl(tmp_path / "rows.jsonl", [row(*TURNS), TWICE])
+    with pytest.raises(DataError) as error:
+        load_pairs(dials(file), PairEncoder(tokenizer, None), 0)
+    assert str(error.value) == (
+        f"{file} line 2: the chat template refuses it (\\x1b[2J roles must alternate) "
+        "(data.on_bad_row=skip counts and drops such rows)"
+    )
+
+
+def test_skip_counts_and_drops_the_rows_that_the_template_refuses(tmp_path: Path) -> None:
+    encoder = PairEncoder(chat_tokenizer("mistral"), None)
+    file = write_jsonl(tmp_path / "rows.jsonl", [TWICE, row(*TURNS), {"prompt": "q"}])
+    report = load_pairs(dials(file, "data.on_bad_row=skip"), encoder, 0).train_report
+    assert (report.rows, report.kept) == (3, 1)
+    assert dict(report.dropped) == {"refused_by_template": 1, "bad_row": 1}
+    assert "dropped 1 row that the chat template refuses" in report.sentences(512)
+    only = write_jsonl(tmp_path / "only.jsonl", [TWICE])
+    with pytest.raises(DataError, match=r"1 row that the chat template refuses; choose data\.template=plain$"):
+        load_pairs(dials(only, "data.on_bad_row=skip"), encoder, 0)
+
+
+def test_a_prompt_to_complete_that_the_template_refuses_is_named_or_dropped(tmp_path: Path) -> None:
+    encoder = PairEncoder(chat_tokenizer("mistral"), None)
+    file = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "q"}, TWICE])
+    prompts, report = read_prompts(str(file), None, skip_bad=True)
+    with pytest.raises(DataError) as error:
+        accepted_prompts(prompts, encoder, report, skip_bad=False)
+    assert str(error.value) == (
+        f"{file} line 2: the chat template refuses it (roles must alternate) "
+        "(on_bad_row=skip counts and drops such rows)"
+    )
+    assert accepted_prompts(prompts, encoder, report, skip_bad=True) == prompts[:1]
+    assert (report.kept, dict(report.dropped)) == (1, {"refused_by_template": 1})
+    with pytest.raises(DataError, match="the chat template refuses all prompts; choose template=plain"):
+        accepted_prompts(prompts[1:], encoder, report, skip_bad=True)
+
+
+def test_a_sample_that_the_judges_template_refuses_is_named() -> None:
+    encoder = PairEncoder(chat_tokenizer("mistral"), None)
+    judge = ModelJudge("j", {}, None, None, encoder, 60, torch.device("cpu"), "auto", "")  # type: ignore[arg-type]
+    sample = Sample("1f" * 16, TWICE["prompt"], ("yes", "no"))
+    with pytest.raises(DataError) as error:
+        judge.rewards([sample], lambda: None)
+    assert str(error.value) == (
+        f"sample {sample.id}: the chat template refuses it (roles must alternate); remove it from the samples"
+    )
+
+
+# Texts that a template has rendered already
+
+MANY = [row(("user", f"question {number}")) for number in range(9)]
+
+
+def chatml(text: str) -> str:
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_text_that_is_rendered_already_is_refused_with_file_line_and_what_to_do(tmp_path: Path) -> None:
+    rows = [MANY[0], *({"prompt": chatml(f"q {n}"), "chosen": "yes", "rejected": "no"} for n in range(3))]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    encoder = PairEncoder(chat_tokenizer("chatml"), None)
+    with pytest.raises(DataError) as error:
+        load_pairs(dials(file), encoder, 0)
+    assert str(error.value) == (
+        f"{file} line 2: the prompt begins with <|im_start|>, as 3 of the first 4 do: a chat template has rendered "
+        "it already, and data.template=chat would do so again; choose data.template=plain"
+    )
+    plain = load_pairs(dials(file), PairEncoder(encoder.tokenizer, "plain"), 0)
+    assert plain.train_report.kept == 4 and not plain.train_report.notes
+    with pytest.raises(DataError, match=r"and template=chat would do so again; choose template=plain$"):
+        prompts, report = read_prompts(str(file), None, skip_bad=False)
+        accepted_prompts(prompts, encoder, report, skip_bad=False)
+
+
+def test_a_row_of_several_pairs_is_one_prompt_there(tmp_path: Path) -> None:
+    ranked = {"prompt": chatml("q"), "responses": ["yes", "well", "no"]}
+    file = write_jsonl(tmp_path / "rows.jsonl", [ranked, MANY[0], MANY[1]])
+    report = load_pairs(dials(file), PairEncoder(chat_tokenizer("chatml"), None), 0).train_report
+    assert (report.rows, report.kept) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    "text", ["[INST] q [/INST]", " <|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>", "<start_of_turn>user\nq",
+             "<s>[INST] q [/INST]", chatml("q")]
+)  # fmt: skip
+def test_the_markers_of_every_common_template_are_known(tmp_path: Path, text: str) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": text, "chosen": "yes", "rejected": "no"}])
+    with pytest.raises(DataError, match=r"line 1: the prompt begins with .*, as 1 of the first 1 do"):
+        load_pairs(dials(file), PairEncoder(chat_tokenizer("mistral"), None), 0)
+
+
+def test_a_marker_here_and_there_is_counted_and_stops_nothing(tmp_path: Path) -> None:
+    spoken = [row(("user", "What does <|im_start|> mean?")), row(("user", chatml("q"))), row(("user", "[INST]?"))]
+    file = write_jsonl(tmp_path / "rows.jsonl", [*spoken, *MANY])
+    report = load_pairs(dials(file), PairEncoder(chat_tokenizer("chatml"), None), 0).train_report
+    assert report.sentences(512)[1:] == [
+        "2 pairs with <|im_start|>, the marker of a chat template, in the text of the prompt",
+        "1 pair with [INST], the marker of a chat template, in the text of the prompt",
+    ]
+
+
+# Cut prompts
+
+
+def cut(encoder: PairEncoder, pair: PreferencePair, max_length: int, tally: Truncation | None = None) -> list[int]:
+    short = truncate(encoder.encode([pair])[0], max_length, max_length - 20, tally or Truncation())
+    assert short is not None and len(short.prompt) <= max_length - 20
+    return short.prompt
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_prompt_that_loses_turns_is_the_rendering_of_those_that_stay(form: str) -> None:
+    tokenizer = chat_tokenizer(form)
+    encoder = PairEncoder(tokenizer, None)
+    for turns in with_system(form):
+        system = [turn for turn in turns if turn == SYSTEM]
+        kept = [rendered(tokenizer, [*system, *TURNS[start:]], True) for start in (0, 2, 4)]
+        assert len(kept[0]) > len(kept[1]) > len(kept[2])
+        for longer, shorter in pairwise(kept):
+            # One token too few for the longer one, and just enough for the shorter.
+            assert cut(encoder, pair_of(turns), len(longer) - 1 + 20) == shorter
+            assert cut(encoder, pair_of(turns), len(shorter) + 20) == shorter
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_single_turn_is_cut_inside_and_keeps_bos_and_header(form: str) -> None:
+    tokenizer = chat_tokenizer(form)
+    encoder = PairEncoder(tokenizer, None)
+    long = "".join(f"word{number} " for number in range(40)) + "the end"
+    for turns in ([("user", long)], [*TURNS[:2], ("user", long)]):
+        whole = rendered(tokenizer, [("user", long)], True)
+        header = rendered(tokenizer, [("user", "@")], True)
+        header = header[: next(i for i, (one, other) in enumerate(zip(header, whole, strict=False)) if one != other)]
+        prompt = cut(encoder, pair_of(turns), 120)
+        assert len(prompt) == 100
+        assert prompt == header + whole[-(100 - len(header)) :]
+    bos = tokenizer.bos_token_id
+    for length in range(22, 40):
+        prompt = cut(encoder, pair_of([("user", long)]), length)
+        assert bos is None or prompt[0] == bos
+        assert prompt[-1] == whole[-1] or len(prompt) == 1
+
+
+def test_a_system_message_stays_unless_it_would_fill_more_than_half() -> None:
+    tokenizer = chat_tokenizer("llama-3")
+    encoder = PairEncoder(tokenizer, None)
+    long = "".join(f"word{number} " for number in range(40))
+    prompt = tokenizer.decode(cut(encoder, pair_of([SYSTEM, ("user", long)]), 120))
+    assert prompt.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>")
+    short = cut(encoder, pair_of([("system", long), ("user", "and so?")]), 120)
+    assert short == rendered(tokenizer, [("user", "and so?")], True)
+
+
+def test_a_plain_dialogue_loses_whole_turns_and_keeps_bos() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = chat_tokenizer("mistral")
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    encoder = PairEncoder(tokenizer, "plain")
+    plain = [dialogue_text(tuple(Message(*turn) for turn in TURNS[start:])) for start in (0, 2, 4)]
+    ids = [[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids] for text in plain]
+    assert cut(encoder, pair_of(TURNS), len(ids[1]) + 21) == ids[1]
+    assert cut(encoder, pair_of(TURNS), len(ids[1]) + 19) == ids[2]
+    text = standard({"prompt": "word " * 60, "chosen": "yes", "rejected": "no"})
+    prompt = cut(encoder, text, 60)
+    assert len(prompt) == 40 and tokenizer.decode(prompt).startswith("<s>") and prompt[1] != prompt[0]
+    already = standard({"prompt": "<s>[INST] q [/INST]", "chosen": "yes", "rejected": "no"})
+    assert tokenizer.decode(encoder.encode([already])[0].prompt) == "<s>[INST] q [/INST]"  # BOS once
+
+
+def test_cut_prompts_are_counted_once_each() -> None:
+    encoder = PairEncoder(chat_tokenizer("llama-2"), None)
+    tally = Truncation()
+    for length in (400, 80, 60, 40):
+        cut(encoder, pair_of(TURNS), length, tally)
+    assert (tally.prompts_cut, tally.responses_cut) == (3, 0)
+
+
+def test_the_oldest_tokens_alone_are_cut_where_a_run_began_so(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("llama-3")
+    encoder = PairEncoder(tokenizer, None)
+    file = write_jsonl(tmp_path / "rows.jsonl", [row(*TURNS)])
+    words = ("data.max_length=60", "data.max_prompt_length=50")
+    turns, tokens = (
+        load_pairs(dials(file, *words, *more), encoder, 0).train[0].prompt.tolist()
+        for more in ((), ("data.prompt_truncation=tokens",))
+    )
+    assert turns == rendered(tokenizer, TURNS[4:], True)
+    assert tokens == rendered(tokenizer, TURNS, True)[-50:]
