@@ -145,9 +145,8 @@ class PairEncoder:
 
     def _opened(self, prompt: list[int]) -> list[int]:
         # An empty prompt still needs one token, from which the first response token is predicted.
-        opening = (
-            self.opening if self.kind == "plain" and prompt[:1] != self.opening else []
-        )  # a text may bring its BOS
+        brings_its_own = prompt[:1] == self.opening
+        opening = self.opening if self.kind == "plain" and not brings_its_own else []
         return opening + prompt or [self.closing]
 
     def encode(self, pairs: list[PreferencePair]) -> list[Encoded]:
