@@ -95,6 +95,8 @@ MUTANTS_OF_FILES = [
      "else {configured} - {None})", "return {closing}", "tests/test_decoding.py -k stop_token"),
     ("a stopped row writes on", DECODING, "            if not self._stopped(row):\n                completion.token_ids",
      "            if token not in self.stop_ids:\n                completion.token_ids", "tests/test_decoding.py -k generate_gives"),
+    ("a resumed job makes other batches", SAMPLER, 'parts[0]["batch_size"] if parts else options.batch_size',
+     "options.batch_size", "tests/test_sample.py -k keeps_the_batch"),
     ("the seed of a command is not used", SAMPLER, "options.n, options.params, options.seed,", "options.n, options.params, 0,",
      "tests/test_sample.py -k seed"),
     # Storage

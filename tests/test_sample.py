@@ -1,24 +1,27 @@
 """dpo-sample: the rows, the prompts, the model, and how a stopped job resumes."""
 
 import fcntl
+import io
 import json
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import Ended, sample_rows, write_jsonl
 
 from dpo_cli.commands import sample as command_module
+from dpo_cli.console.reporter import Reporter
 from dpo_cli.data.formats import FinishReason
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.generation import sampler as sampling
 from dpo_cli.generation.decoding import Completion, SamplingParams
 from dpo_cli.generation.generate import MAX_RETRIES, completion_text, distinct_completions
-from dpo_cli.storage.job_log import finish_job, is_done, job_log_path, manifest_path, open_job_log
+from dpo_cli.storage.job_log import JobLog, finish_job, is_done, job_log_path, manifest_path, open_job_log
 
 Command = Callable[..., Ended]
 Trained = Callable[..., Path]
@@ -503,3 +506,14 @@ def test_the_output_of_another_job_is_not_taken_as_done(tmp_path: Path) -> None:
     assert is_done(output, JOB)
     with pytest.raises(ConfigError, match=r"was started with other settings \(seed was 0, is 1\)"):
         is_done(output, {**JOB, "seed": 1})
+
+
+def test_a_resumed_job_keeps_the_batch_size_of_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(sampling, "prompt_batches", lambda *arguments: asked.append(arguments[-1]) or [[0]])
+    part = {"model_index": 0, "batch_size": 3, "seconds": 1.0, "completions": [[0, [["hi", 2, "stop"]]]]}
+    options = sampling.GenerationOptions(1, SamplingParams(8), seed=0, batch_size=None)
+    model: Any = SimpleNamespace(model=None, device=None)
+    log, reporter = JobLog(done=[part]), Reporter(io.StringIO())
+    found = sampling.generate_all(model, [[1, 2]], options, log, reporter, lambda: None)
+    assert asked == [3] and found[0][0].text == "hi"
