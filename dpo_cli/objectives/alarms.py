@@ -41,7 +41,7 @@ class Limits:
     the second for short ones; passing one of them is enough.
     """
 
-    fallen: tuple[tuple[float, float], ...] = ((0.3, 20.0), (0.8, 5.0))  # loss of log-prob of chosen
+    fallen: tuple[tuple[float, float], ...] = ((0.3, 20.0), (0.5, 4.0))  # loss of log-prob of chosen
     far: tuple[tuple[float, float], ...] = ((0.25, 40.0), (1.0, 8.0))  # KL estimate, and mean change of both responses
 
     def has_fallen(self, chosen_per_token: float, chosen_nats: float) -> bool:
