@@ -147,7 +147,9 @@ def test_another_device_measures_anew(command: Command, pairs_file: Path, tmp_pa
     _seal(checkpoint)
     resumed = command("dpo-train", *words, "layout=padded", "resume=auto", "max_steps=4")
     assert resumed.code == 0, resumed.err
-    assert "padded rows: as requested" in resumed.out and "as when the run began" not in resumed.out.split("batches")[1]
+    assert (
+        "padded rows: as requested" in resumed.out and "as when the run began" not in resumed.out.split("\nbatches ")[1]
+    )
 
 
 def test_how_a_batch_is_split_and_laid_out_changes_nothing_beyond_rounding(

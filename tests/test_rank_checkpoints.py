@@ -285,7 +285,7 @@ def test_the_space_after_the_colon_of_a_conversation_in_plain_text_is_not_stored
         return [[CompletionText(" Hi there", 3, FinishReason.STOP)] for _ in prompts]
 
     monkeypatch.setattr(match_module, "generate_all", completed)
-    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    turns = [{"role": "user", "content": "Why? "}]  # with a space that a dialogue in plain text does not keep
     asked = write_jsonl(tmp_path / "p.jsonl", [{"prompt": turns}, {"prompt": "Why is it so?"}])
     words = (f"checkpoints=[{BASE},{brief}]", "judge=shorter", "prior=1", "template=plain")
     ended = ranked(command, tmp_path / "r.json", asked, *words)

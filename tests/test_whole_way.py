@@ -14,6 +14,7 @@ import yaml
 from conftest import Ended, sample_rows, write_jsonl
 
 from dpo_cli.config.composition import conf_dir
+from dpo_cli.data.formats import prompt_of
 
 Command = Callable[..., Ended]
 PROMPTS = [
@@ -311,7 +312,8 @@ def test_a_system_message_is_in_the_samples_that_were_drawn_under_it(command: Co
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [answers])
     out = tmp_path / "out.jsonl"
     assert command("dpo-sample", *DRAWING, f"prompts={pairs}", f"output={out}").code == 0
-    assert rows(out)[0]["prompt"] == turns
+    stored = rows(out)[0]["prompt"]
+    assert [vars(message) for message in prompt_of({"prompt": stored}).messages] == turns
 
 
 @pytest.mark.parametrize(
