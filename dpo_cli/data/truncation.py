@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dpo_cli.data.formats import HUMAN, BadRowError, Message, Prompt
 
@@ -22,7 +22,8 @@ class Encoded:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
-    shorten: Callable[[int], list[int]] | None = None  # the prompt in at most so many tokens; None: its last tokens
+    # The prompt in at most so many tokens; None: its last tokens.
+    shorten: Callable[[int], list[int]] | None = field(default=None, compare=False, repr=False)
 
     def by_tokens(self) -> "Encoded":
         """The same, of which the prompt loses its oldest tokens: how configs of version 3 and earlier cut."""
