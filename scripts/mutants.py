@@ -94,7 +94,7 @@ MUTANTS = [
            "(gap >= 0).double().mean()", OF_VERDICTS),
     Mutant("gradient weight upside down", LOSSES, "_slope(loss, ratios) / (2 * _slope(loss, start))",
            "_slope(loss, start) / (2 * _slope(loss, ratios))", OF_LOSSES),
-    Mutant("a tie counts nothing", METRICS, "0.5 * (margins == 0)", "0.0 * (margins == 0)", "tests/test_theory.py"),
+    Mutant("a tie counts nothing", METRICS, "0.5 * (differences == 0)", "0.0 * (differences == 0)", "tests/test_theory.py"),
     Mutant("mean of batch means", METRICS, "self.pairs += next(iter(metrics.values())).shape[0]", "self.pairs += 1",
            "tests/test_theory.py"),
     Mutant("mask shifted by one", LOGPS, "np.arange(len(prompt) - 1, end - 1)", "np.arange(len(prompt), end)",

@@ -16,6 +16,7 @@ from dpo_cli.models.memory import each_micro_batch
 from dpo_cli.models.reference import Reference
 from dpo_cli.objectives.objective import Objective
 from dpo_cli.theory.losses import LogRatios, ResponseScores
+from dpo_cli.theory.metrics import wins
 from dpo_cli.theory.statistics import Clusters, Estimate
 
 WINDOW = 64  # pairs that micro-batches of like size are split from
@@ -100,10 +101,9 @@ def summarize(scores: ScoredPairs, objective: Objective, prompts: Clusters) -> d
         metrics["logps_change_per_token/chosen"] = ratios.chosen / ratios.chosen_tokens
         metrics["logps_change_per_token/rejected"] = ratios.rejected / ratios.rejected_tokens
         for who, logps in (("policy", scores.policy.pairs()), ("reference", scores.reference.pairs())):
-            difference = logps.chosen - logps.rejected
-            shares[f"accuracy_without_reference/{who}"] = (difference.sign() + 1) / 2
+            shares[f"accuracy_without_reference/{who}"] = wins(logps.chosen - logps.rejected)
     means = {name: prompts.mean(values.double().numpy()) for name, values in metrics.items()}
-    return means | {name: prompts.share(wins.double().numpy()) for name, wins in shares.items()}
+    return means | {name: prompts.share(values.double().numpy()) for name, values in shares.items()}
 
 
 def prompts_of(pairs: list[TokenizedPair]) -> Clusters:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dpo_cli.data.formats import FinishReason, PreferencePair, Prompt
+from dpo_cli.data.formats import FinishReason, PreferencePair
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.generation.decoding import (
     Completion,
@@ -39,7 +39,7 @@ def greedy_completions(
     poll: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Generate the greedy completion of each pair's prompt, at most `max_new_tokens` tokens long, as text."""
-    prompts = encoder.encode_prompts([Prompt(pair.messages, pair.prompt_text) for pair in pairs])
+    prompts = encoder.encode_prompts([pair.prompt for pair in pairs])
     stop_ids = stop_token_ids(model, encoder.closing)
     texts: list[str] = []
     for start in range(0, len(prompts), GREEDY_BATCH):

@@ -21,11 +21,16 @@ def pair_metrics(
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
+        "rewards/accuracies": wins(margins),
         "logps/chosen": policy.chosen,
         "logps/rejected": policy.rejected,
         "gradient_weight": weights,
     }
+
+
+def wins(differences: Tensor) -> Tensor:
+    """1 where a difference is above 0, 1/2 where it is 0, else 0; (B,) to (B,) float32."""
+    return (differences > 0).float() + 0.5 * (differences == 0).float()
 
 
 def reward_metrics(ratios: LogRatios, losses: Tensor, weights: Tensor) -> dict[str, Tensor]:
