@@ -38,7 +38,8 @@ class Limits:
     """How far responses may change under a loss before generated answers tend to be damaged.
 
     A limit is (nats per token, nats per response), and both must be passed. The first of a field is for long responses,
-    the second for short ones; passing one of them is enough.
+    the second for short ones; passing one of them is enough. The numbers lie between those of the healthy and of the
+    ruined runs of scripts/verdicts.py.
     """
 
     fallen: tuple[tuple[float, float], ...] = ((0.3, 20.0), (0.5, 4.0))  # loss of log-prob of chosen

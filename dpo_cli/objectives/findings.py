@@ -2,7 +2,8 @@
 
 The rules are a table that belongs to the objective. Each looks at the history alone and, where it holds, gives a reason
 with its numbers and the next experiment. One red finding makes the run red, one yellow makes it yellow; none makes it
-green. Green claims that the held-out loss is lower than at the start, beyond its 95% interval, by a size that matters.
+green. Green claims that on held-out pairs the loss is lower than at the start, the margin above 0 and the accuracy
+above one half, each beyond its 95% interval, and that the margin is large enough to matter.
 """
 
 from collections.abc import Callable, Sequence
