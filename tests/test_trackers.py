@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
@@ -227,6 +228,8 @@ def test_wandb_offline_holds_the_run_and_a_resumed_one_has_its_id(
     kinds = {record.WhichOneof("record_type") for record in records}
     assert kinds <= {"header", "request", "run", "telemetry", "summary", "history", "exit"}
 
+    while time.strftime("%Y%m%d_%H%M%S") in folder.name:  # the name of its folder has seconds
+        time.sleep(0.05)
     resumed = start(chosen, resumed_at=1, warnings=told)
     resumed.record(train(2))
     resumed.finish(SUMMARY | {"status": "stopped"})

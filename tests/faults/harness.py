@@ -212,6 +212,7 @@ def start(
 ) -> Child:
     """Begin a command in a forked child that works in `folder`; `prepare` runs in it first."""
     folder.mkdir(parents=True, exist_ok=True)
+    cache = cache_for(folder)  # not in the child: a kill must not leave half a model
     place = mmap.mmap(-1, 1)
     (folder / "stderr").write_bytes(b"")  # `heard` may look before the child has opened it
     sys.stdout.flush()
@@ -229,7 +230,7 @@ def start(
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.environ["DPO_CACHE"] = str(cache_for(folder))
+        os.environ["DPO_CACHE"] = str(cache)
         watch_phases(place)
         prepare()
         sys.argv = [command, *words]
