@@ -177,13 +177,13 @@ def test_a_row_that_the_template_refuses_ends_with_file_line_and_its_words(tmp_p
 def test_skip_counts_and_drops_the_rows_that_the_template_refuses(tmp_path: Path) -> None:
     encoder = PairEncoder(chat_tokenizer("mistral"), None)
     file = write_jsonl(tmp_path / "rows.jsonl", [TWICE, row(*TURNS), {"prompt": "q"}])
-    report = load_pairs(dials(file, "data.on_bad_row=skip"), encoder, 0).train_report
+    report = load_pairs(dials(file, "data.on_bad_row=skip", "data.max_bad_fraction=1"), encoder, 0).train_report
     assert (report.rows, report.kept) == (3, 1)
     assert dict(report.dropped) == {"refused_by_template": 1, "bad_row": 1}
     assert "dropped 1 row that the chat template refuses" in report.sentences(512)
     only = write_jsonl(tmp_path / "only.jsonl", [TWICE])
     with pytest.raises(DataError, match=r"1 row that the chat template refuses; choose data\.template=plain$"):
-        load_pairs(dials(only, "data.on_bad_row=skip"), encoder, 0)
+        load_pairs(dials(only, "data.on_bad_row=skip", "data.max_bad_fraction=1"), encoder, 0)
 
 
 def test_a_prompt_to_complete_that_the_template_refuses_is_named_or_dropped(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 from conftest import Ended
 
 from dpo_cli.data.formats import standard
-from dpo_cli.data.pairs import content_key, data_fingerprint
+from dpo_cli.data.prepare import content_key
 from dpo_cli.data.samples import sample_id
-from dpo_cli.data.splits import SPLITS, is_held_out
+from dpo_cli.data.splits import data_fingerprint, is_held_out
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import ConfigError, DataError, StorageError
 from dpo_cli.models.builtin import TINY, resolve_builtin
@@ -285,10 +285,8 @@ def test_the_hashes_that_stored_files_depend_on_are_as_they_were(tmp_path: Path)
     pairs = [standard({"prompt": f"Grüße {n} \U0001f600", "chosen": f"a{n}", "rejected": "b"}) for n in range(40)]
     assert content_key(pairs[0]) == "fb806a78c2d100be5017d81bf4eb1683d605b87768cade21a9429b489f3c8fd3"
     tokenized = TokenizedPair(token_ids([1, 2]), token_ids([3]), token_ids([4, 5]), 0, "k", 2**64 - 1)
-    shared = [SPLITS["prompt"].shared(tokenized, pair) for pair in pairs]
-    sides = "".join(str(int(is_held_out(text, 0.3, 5))) for text in shared)
+    sides = "".join(str(int(is_held_out(pair.prompt_text, 0.3, 5))) for pair in pairs)
     assert sides == "0010110000000100010110101010100000000010"
-    assert SPLITS["first_turn"].shared(tokenized, pairs[0]) == "ffffffffffffffff"
     assert sample_id("hé", ["a", "b"]) == "21dff2fd47642918828a261d76a4903b"
     assert sample_id([{"role": "user", "content": "x"}], ["y"]) == "f3f3917b2f2ae8fe5d9725502c0b4a95"
     assert data_fingerprint([tokenized]) == "5d0b22d9201f9484bda39e25ba41f09a72d9f42c0c80a3b55a596b519639afb3"

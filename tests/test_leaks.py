@@ -19,8 +19,8 @@ from dpo_cli.config.schema import RunConfig, read_config, run_config
 from dpo_cli.data.formats import standard
 from dpo_cli.data.leaks import Leaks, TrainedOn, pair_hash
 from dpo_cli.data.pairs import PairData, load_pairs
-from dpo_cli.data.splits import SPLITS, is_held_out
-from dpo_cli.data.tokens import PairEncoder, TokenizedPair, token_ids
+from dpo_cli.data.splits import is_held_out
+from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import DataError
 from dpo_cli.runs.run_directory import RunDirectory
 
@@ -76,9 +76,7 @@ def test_the_side_of_a_prompt_is_that_of_its_twins(text: str, space: str, upper:
 
     def held_out(prompt: str) -> bool:
         pair = standard({"prompt": prompt, "chosen": "yes", "rejected": "no"})
-        ids = [token_ids([1])] * 3
-        tokenized = TokenizedPair(*ids, index=0, key="", group=prompt_group(pair.prompt))
-        return is_held_out(SPLITS["first_turn"].shared(tokenized, pair), 0.5, seed)
+        return is_held_out(f"{prompt_group(pair.prompt):016x}", 0.5, seed)
 
     assert held_out(space + (text.upper() if upper else text) + space) == held_out(text)
     assert held_out(f"{HUMAN}{text}{ASSISTANT} x{HUMAN}y{ASSISTANT}") == held_out(text)
@@ -165,12 +163,13 @@ def test_error_names_counts_and_an_example(load: Load) -> None:
 
 def test_a_record_of_training_pairs_reads_back(load: Load, tmp_path: Path) -> None:
     data = load(sample_rows(5) * 2, "data.eval_fraction=0")
-    assert data.trained_on is not None
-    assert len(data.trained_on.pairs) == len(data.trained_on.groups) == 5  # each once
-    content = data.trained_on.to_bytes()
+    record = data.train.trained_on
+    assert len(record.pairs) == len(record.groups) == 5  # each once
+    content = record.to_bytes()
     assert len(content) < 200 + 16 * 5
-    again = TrainedOn.from_bytes(content)
-    assert (again.pairs == data.trained_on.pairs).all() and (again.groups == data.trained_on.groups).all()
+    (tmp_path / "record").write_bytes(content)
+    again = TrainedOn.mapped(tmp_path / "record")
+    assert (again.pairs == record.pairs).all() and (again.groups == record.groups).all()
 
 
 @pytest.mark.parametrize(
@@ -179,8 +178,9 @@ def test_a_record_of_training_pairs_reads_back(load: Load, tmp_path: Path) -> No
      save({"pairs": np.zeros(1, np.uint64), "groups": np.zeros(1, np.float32)})],
 )  # fmt: skip
 def test_what_is_no_such_record_is_not_read(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "record").write_bytes(content)
     with pytest.raises(ValueError):
-        TrainedOn.from_bytes(content)
+        TrainedOn.mapped(tmp_path / "record")
     directory = RunDirectory(tmp_path)
     assert directory.read_trained_on() is None
     directory.trained_on.write_bytes(content)
@@ -188,11 +188,13 @@ def test_what_is_no_such_record_is_not_read(content: bytes, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "BF16", "C64", "F4"])
-def test_a_record_of_another_dtype_is_not_read(dtype: str) -> None:
+def test_a_record_of_another_dtype_is_not_read(dtype: str, tmp_path: Path) -> None:
     one = {"dtype": dtype, "shape": [8], "data_offsets": [0, {"F8_E4M3": 8, "BF16": 16, "C64": 64, "F4": 4}[dtype]]}
-    header = json.dumps({"pairs": one}).encode()
+    header = json.dumps({"pairs": one, "groups": one}).encode()
+    file = tmp_path / "record"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(one["data_offsets"][1]))
     with pytest.raises(ValueError):
-        TrainedOn.from_bytes(len(header).to_bytes(8, "little") + header + bytes(one["data_offsets"][1]))
+        TrainedOn.mapped(file)
 
 
 def test_a_record_that_is_no_file_of_its_own_or_has_no_end_is_not_read(tmp_path: Path) -> None:

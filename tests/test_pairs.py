@@ -24,6 +24,7 @@ from dpo_cli.data.batches import (
 )
 from dpo_cli.data.pairs import PairData, load_pairs
 from dpo_cli.data.report import Report
+from dpo_cli.data.splits import row_sizes
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair, token_ids
 from dpo_cli.errors import DataError
 
@@ -57,7 +58,7 @@ def test_every_dropped_pair_is_counted_under_its_reason(load: Load) -> None:
         row(prompt="short", chosen="a" * 30 + "b", rejected="a" * 30 + "c"),
         {"prompt": "p"},
     ]
-    data = load(rows, "data.max_length=20", "data.on_bad_row=skip")
+    data = load(rows, "data.max_length=20", "data.on_bad_row=skip", "data.max_bad_fraction=1")
     assert dict(data.train_report.dropped) == {
         "identical": 1, "empty_response": 1, "prompt_too_long": 1, "identical_after_truncation": 1, "bad_row": 1,
     }  # fmt: skip
@@ -81,7 +82,7 @@ def adds_up(report: Report) -> bool:
 
 def test_the_numbers_of_the_header_and_the_manifest_add_up(load: Load) -> None:
     rows = [*sample_rows(40), row(chosen="same", rejected="same"), {"prompt": "p"}]
-    data = load(rows, "data.eval_fraction=0.5", "data.eval_limit=3", "data.on_bad_row=skip")
+    data = load(rows, "data.eval_fraction=0.5", "data.eval_limit=3", "data.on_bad_row=skip", "data.max_bad_fraction=1")
     train = data.train_report
     kept, held_out = len(data.train), 40 - len(data.train)
     assert train.sentences(512) == [
@@ -187,10 +188,10 @@ def test_a_file_of_its_own_is_held_out_whole(load: Load, tmp_path: Path) -> None
 
 def test_the_fingerprint_changes_with_any_token(load: Load) -> None:
     rows = sample_rows(4)
-    before = load(rows).fingerprint
-    assert load(rows).fingerprint == before
+    before = load(rows).train.fingerprint
+    assert load(rows).train.fingerprint == before
     rows[2]["rejected"] += "!"
-    assert load(rows).fingerprint != before
+    assert load(rows).train.fingerprint != before
 
 
 def test_hub_data_that_cannot_be_reached_says_what_to_do(tiny_tokenizer: Any) -> None:
@@ -271,11 +272,12 @@ def test_cutting_by_size_keeps_the_order_and_leaves_a_short_rest() -> None:
 def test_pairs_of_one_ranked_row_stay_together_in_a_shuffled_order() -> None:
     pairs = [TokenizedPair(token_ids([row]), token_ids([n]), token_ids([9]), index=row, key="", group=row)
              for row, size in enumerate([1, 3, 1, 6, 3]) for n in range(size)]  # fmt: skip
-    schedule = Schedule.of(pairs, batch_size=4, seed=1, shuffle=True)
+    index = np.array([pair.index for pair in pairs])
+    schedule = Schedule(len(pairs), batch_size=4, seed=1, shuffle=True, rows=row_sizes(index))
     orders = [np.concatenate(list(schedule.batches(4 * epoch, 4 * epoch + 4))).tolist() for epoch in (0, 1)]
     assert orders[0] != orders[1]
     for order in orders:
         assert sorted(order) == list(range(14))
         rows = [pairs[place].index for place in order]
         assert len(rows) - sum(a == b for a, b in pairwise(rows)) == 5  # each row begins once
-    assert Schedule.of(pairs[:2], 4, 1, shuffle=True).rows is None  # a pair a row: the order is as it ever was
+    assert row_sizes(index[:2]) is None  # a pair a row: the order is as it ever was

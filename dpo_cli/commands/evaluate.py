@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from dpo_cli.config.schema import EvalConfig, data_config, to_container
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import interval, plural, safe_text, significant
-from dpo_cli.data.batches import Layout, Split, SplitByPairs, SplitByTokens
+from dpo_cli.data.batches import Layout, Split, SplitByPairs, SplitByTokens, longest_side
 from dpo_cli.data.pairs import PairData, check_sources, load_pairs
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
@@ -76,10 +76,13 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         seed = ref.run.seed if ref.run else 0
         reporter.doing("reading pairs")
         trained_on = ref.directory.read_trained_on() if ref.directory else None
-        data = load_pairs(options, encoder, seed, held_out_only=True, trained_on=trained_on, poll=signals.poll)
+        data = load_pairs(
+            options, encoder, seed, held_out_only=True, trained_on=trained_on, poll=signals.poll, working=reporter.bar
+        )
+        reporter.stop()
         reporter.doing("loading the model")
         base = load_model(source, dtype.value, device.value)
-        check_positions(base, data.held_out, options.max_length)
+        check_positions(base, max(map(longest_side, data.held_out)), options.max_length)
         fingerprint = model_fingerprint(base)
         _warn_of_other_weights(ref, config, dtype.value, fingerprint, reporter)
         policy, reference = _load(ref, base, dtype.value, device.value)
@@ -192,7 +195,7 @@ def _warn_of_other_weights(
 
 
 def _layout(
-    config: EvalConfig, ref: ModelRef, policy: Any, base: Any, pairs: list[TokenizedPair], fingerprint: str
+    config: EvalConfig, ref: ModelRef, policy: Any, base: Any, pairs: Sequence[TokenizedPair], fingerprint: str
 ) -> Layout:
     """The layout that the run used, so that the numbers are its own; else one that both models can take."""
     device = next(base.parameters()).device
@@ -215,7 +218,7 @@ def _split(config: EvalConfig, device: torch.device, layout: Layout) -> Split:
 
 def _known(
     key: str,
-    pairs: list[TokenizedPair],
+    pairs: Sequence[TokenizedPair],
     batcher: MicroBatcher,
     dtype: torch.dtype,
     reference: Reference,
@@ -224,7 +227,7 @@ def _known(
     """The reference's log-probs, read from disk where a training run or an earlier evaluation has left them."""
     cache, (reporter, poll) = ReferenceCache(cache_path(key)), console
     how = FillOptions(batcher, dtype, lambda: reference, reference, reporter, poll)
-    there = len(pairs) - complete(cache, windows(pairs), how)
+    there = len(pairs) - complete(cache, list(windows(pairs)), how)
     reporter.say(f"reference log-probs: those of {there:,} of {len(pairs):,} pairs were in {cache.path}")
     return CachedReference(cache)
 

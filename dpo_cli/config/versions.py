@@ -112,6 +112,10 @@ MIGRATIONS: dict[int, tuple[Change, ...]] = {
         Added("data.roles", {}),
         Added("data.prompt_truncation", "tokens"),
     ),
+    5: (
+        Added("data.max_bad_fraction", 1.0),
+        Added("data.processes", "auto"),
+    ),
 }  # fmt: skip
 VERSION = max(MIGRATIONS)
 

@@ -264,6 +264,11 @@ class Reporter:
                 left = f", about {duration(self._pace.left)} left" if self._pace.left else ""
                 self.say(f"{self._unit} {self._pace.done}/{self._pace.total}{left}")
 
+    def bar(self, what: str, total: int) -> Callable[[int], None]:
+        """Start a progress view; returns what advances it."""
+        self.start(what, total)
+        return self.advance
+
     def working(self, what: str, total: int) -> Callable[[int], None]:
         """A function that counts work between two steps: a second bar, or off a terminal a line every half minute."""
         pace, last, bars = Pace(total), time.monotonic(), self._progress

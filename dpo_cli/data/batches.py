@@ -8,15 +8,19 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import groupby
+from itertools import islice, pairwise
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dpo_cli.data.tokens import TokenizedPair
 
+Order = NDArray[np.int64]
+BLOCK = 2**19  # pairs
 
-def epoch_order(pairs: int, seed: int, epoch: int, shuffle: bool) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+
+def epoch_order(pairs: int, seed: int, epoch: int, shuffle: bool) -> Order:
     """The order of the pairs in one epoch, (pairs,): a permutation of 0..pairs-1.
 
     From the raw stream of a counter-based generator, which NumPy keeps the same in every version; its shuffles
@@ -24,8 +28,35 @@ def epoch_order(pairs: int, seed: int, epoch: int, shuffle: bool) -> "np.ndarray
     """
     if not shuffle:
         return np.arange(pairs)
-    raw = np.random.Philox(key=[seed, epoch]).random_raw(pairs)
+    raw = _generator(seed, epoch).random_raw(pairs)
     return np.argsort(raw, kind="stable")
+
+
+def _generator(seed: int, epoch: int) -> np.random.Philox:
+    return np.random.Philox(key=[seed, epoch])
+
+
+def epoch_blocks(pairs: int, seed: int, epoch: int, shuffle: bool) -> Iterator[Order]:
+    """The same order in blocks of some BLOCK pairs, so that ten million of them are never sorted at once.
+
+    Each block is what lies between two bounds of the random numbers, which are drawn again for it.
+    """
+    if not shuffle:
+        yield from (np.arange(start, min(start + BLOCK, pairs)) for start in range(0, pairs, BLOCK))
+        return
+    if pairs <= 2 * BLOCK:
+        yield epoch_order(pairs, seed, epoch, shuffle)
+        return
+    blocks = math.ceil(pairs / BLOCK)
+    for low, high in pairwise(2**64 * number // blocks for number in range(blocks + 1)):
+        generator = _generator(seed, epoch)
+        numbers, places = [], []
+        for start in range(0, pairs, BLOCK):
+            raw = generator.random_raw(min(BLOCK, pairs - start))
+            inside = np.flatnonzero((raw >= np.uint64(low)) & (raw <= np.uint64(high - 1)))
+            numbers.append(raw[inside])
+            places.append(start + inside)
+        yield np.concatenate(places)[np.argsort(np.concatenate(numbers), kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -36,20 +67,17 @@ class Schedule:
     batch_size: int
     seed: int
     shuffle: bool
-    rows: tuple[int, ...] | None = None  # pairs of each row, in order, where rows hold several; they stay together
+    rows: NDArray[np.int32] | None = None  # pairs of each row, in order, where rows hold several; they stay together
 
-    @classmethod
-    def of(cls, pairs: Sequence[TokenizedPair], batch_size: int, seed: int, shuffle: bool) -> "Schedule":
-        """For these pairs: those of one row of the file follow each other."""
-        rows = [len(list(row)) for _, row in groupby(pairs, key=lambda pair: pair.index)]
-        return cls(len(pairs), batch_size, seed, shuffle, tuple(rows) if len(rows) < len(pairs) else None)
-
-    def _order(self, epoch: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    def _blocks(self, epoch: int) -> Iterator[Order]:
         if self.rows is None:
-            return epoch_order(self.pairs, self.seed, epoch, self.shuffle)
-        ends = np.cumsum(self.rows)
-        order = epoch_order(len(self.rows), self.seed, epoch, self.shuffle)
-        return np.concatenate([np.arange(ends[row] - self.rows[row], ends[row]) for row in order])
+            yield from epoch_blocks(self.pairs, self.seed, epoch, self.shuffle)
+            return
+        ends = np.cumsum(self.rows, dtype=np.int64)
+        for order in epoch_blocks(len(self.rows), self.seed, epoch, self.shuffle):
+            sizes = self.rows[order]
+            within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            yield np.repeat(ends[order] - sizes, sizes) + within
 
     @property
     def steps_per_epoch(self) -> int:
@@ -64,15 +92,21 @@ class Schedule:
         """The epoch, from 0, of the update numbered `update` from 0."""
         return update // self.steps_per_epoch
 
-    def batches(self, first: int, last: int) -> Iterator["np.ndarray[tuple[int], np.dtype[np.int64]]"]:
+    def batches(self, first: int, last: int) -> Iterator[Order]:
         """The pairs of updates first..last-1, each (batch,): the last of an epoch may be shorter."""
-        epoch, order = -1, np.arange(0)
-        for update in range(first, last):
-            if self.epoch(update) != epoch:
-                epoch = self.epoch(update)
-                order = self._order(epoch)
-            start = update % self.steps_per_epoch * self.batch_size
-            yield order[start : start + self.batch_size]
+        for epoch in range(self.epoch(first), self.epoch(max(first, last - 1)) + 1):
+            start = epoch * self.steps_per_epoch  # the number of the epoch's first update
+            yield from islice(self._batches(epoch), max(0, first - start), min(last - start, self.steps_per_epoch))
+
+    def _batches(self, epoch: int) -> Iterator[Order]:
+        left = np.arange(0)
+        for block in self._blocks(epoch):
+            order = np.concatenate([left, block])
+            whole = len(order) // self.batch_size * self.batch_size
+            yield from order[:whole].reshape(-1, self.batch_size)
+            left = order[whole:]
+        if len(left):
+            yield left
 
 
 class Layout(StrEnum):

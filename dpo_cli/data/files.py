@@ -6,11 +6,13 @@ A row that cannot be read is yielded with its problem; the caller decides whethe
 import csv
 import difflib
 import gzip
+import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +21,7 @@ from dpo_cli.errors import DataError
 from dpo_cli.paths import user_path
 
 MAX_LINE_BYTES = 16 * 2**20  # a longer line is not a pair
+WHOLE, BLOCK, BLOCKS = 64 * 2**20, 2**16, 256  # files up to this many bytes are hashed whole, others at places
 SHIPPED = {"sample:train": "sample/train.jsonl", "sample:test": "sample/test.jsonl"}
 
 
@@ -102,7 +105,7 @@ def _parse(line: bytes) -> tuple[dict[str, Any] | None, str | None]:
 
 
 def _jsonl(path: Path) -> Iterator[SourceRow]:
-    index = 0
+    index, shown = 0, safe_text(path)
     with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
         # Lines end at \n only: a string may contain U+2028 and other line separators.
         for number, line in enumerate(file, start=1):
@@ -110,7 +113,7 @@ def _jsonl(path: Path) -> Iterator[SourceRow]:
             if not content.strip():
                 continue
             value, problem = _parse(content.rstrip(b"\r\n"))
-            yield SourceRow(index, f"{safe_text(path)} line {number}", value, problem)
+            yield SourceRow(index, f"{shown} line {number}", value, problem)
             index += 1
 
 
@@ -193,20 +196,87 @@ class Source(Protocol):
         ...
 
     def rows(self) -> Iterator[SourceRow]:
-        """Every row, in order."""
+        """Every row, in order; DataError where the source changes meanwhile."""
+        ...
+
+    def identity(self) -> list[Any]:
+        """What JSON can hold, and what differs where the rows do; found without reading all of them."""
+        ...
+
+    def count(self) -> int | None:
+        """How many rows there are, about; None where only reading them all would say."""
         ...
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """A local file."""
+    """Local files, their rows one after the other."""
 
     name: str
-    path: Path
+    paths: tuple[Path, ...]
 
     def rows(self) -> Iterator[SourceRow]:
-        """Every row of the file."""
-        return read_rows(self.path)
+        """Every row of the files."""
+        index = 0
+        for path in self.paths:
+            before = _state(path)
+            for row in read_rows(path):
+                yield row if len(self.paths) == 1 else replace(row, index=index)
+                index += 1
+            if _state(path) != before:
+                raise DataError(f"{safe_text(path)}: changed while it was read; start again when it is written")
+
+    def identity(self) -> list[Any]:
+        """Of each file its name, and a hash of what is in it."""
+        return [[str(path), *_content(path)] for path in self.paths]
+
+    def count(self) -> int | None:
+        """The rows of JSON lines and Parquet files."""
+        counts = [COUNTS.get(path.suffix.lower(), lambda _: None)(path) for path in self.paths]
+        return None if None in counts else sum(filter(None, counts))
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """What changes when a file does."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{safe_text(path)}: cannot be read ({error.strerror})") from None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _content(path: Path) -> list[Any]:
+    """A hash of a file; of a large one the hash of blocks all over it, its size, and when it was last written."""
+    size, written, _ = _state(path)
+    try:
+        with path.open("rb") as file:
+            if size <= WHOLE:
+                return [hashlib.file_digest(file, "sha256").hexdigest()]
+            digest = hashlib.sha256()
+            for place in range(0, size, size // BLOCKS):
+                file.seek(place)
+                digest.update(file.read(BLOCK))
+    except OSError as error:
+        raise DataError(f"{safe_text(path)}: cannot be read ({error.strerror})") from None
+    return [digest.hexdigest(), size, written]
+
+
+def _lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
+
+
+def _parquet_rows(path: Path) -> int | None:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
+    except (OSError, pyarrow.ArrowException):
+        return None  # reading it will say why
+
+
+COUNTS: dict[str, Callable[[Path], int | None]] = {".jsonl": _lines, ".parquet": _parquet_rows}
 
 
 @dataclass(frozen=True)
@@ -220,24 +290,35 @@ class HubSource:
 
     def rows(self) -> Iterator[SourceRow]:
         """Every row of the split; DataError where it cannot be loaded."""
+        for index, value in enumerate(self._loaded):
+            yield SourceRow(index, f"{safe_text(self.data_set)} {safe_text(self.split)} row {index + 1}", value)
+
+    def identity(self) -> list[Any]:
+        """What `datasets` calls these rows: it changes with the hub's revision."""
+        return [self.data_set, self.subset, self.split, self._loaded._fingerprint]
+
+    def count(self) -> int:
+        """The rows of the split."""
+        return len(self._loaded)
+
+    @cached_property
+    def _loaded(self) -> Any:
         import datasets
 
         datasets.disable_progress_bars()
         try:
             try:
-                rows = datasets.load_dataset(self.data_set, name=self.subset, split=self.split)
+                return datasets.load_dataset(self.data_set, name=self.subset, split=self.split)
             except ValueError:
                 if self.subset is None:
                     raise
                 # A folder, such as harmless-base.
-                rows = datasets.load_dataset(self.data_set, data_dir=self.subset, split=self.split)
+                return datasets.load_dataset(self.data_set, data_dir=self.subset, split=self.split)
         except Exception as error:  # whatever the hub's client raises, the remedy is the same
             raise DataError(
                 f"{safe_text(self.data_set)} (split {safe_text(self.split)}): cannot be loaded from the hub "
                 f"({safe_text(error, limit=160)}); to read a local file, set data.train=PATH"
             ) from None
-        for index, value in enumerate(rows):
-            yield SourceRow(index, f"{safe_text(self.data_set)} {safe_text(self.split)} row {index + 1}", value)
 
 
 def open_source(source: str, subset: str | None, split: str) -> Source:
@@ -245,4 +326,4 @@ def open_source(source: str, subset: str | None, split: str) -> Source:
     path = local_path(source)
     if path is None:
         return HubSource(safe_text(f"{source} ({split})"), source, subset, split)
-    return FileSource(safe_text(source), path)
+    return FileSource(safe_text(source), (path,))

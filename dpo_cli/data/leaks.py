@@ -4,13 +4,14 @@ Pairs are compared by 64-bit hashes, so a run can keep what it was trained on in
 held-out pairs and ten million training pairs, the chance of one false match is below 1 in 100 million.
 """
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from dpo_cli.console.text import plural
 from dpo_cli.data.formats import PreferencePair
@@ -46,22 +47,40 @@ class TrainedOn:
         return save({"pairs": self.pairs, "groups": self.groups})
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "TrainedOn":
-        """From the content of such a file; ValueError where it is something else."""
+    def mapped(cls, file: Path) -> "TrainedOn":
+        """From such a file, mapped into memory; ValueError where it is something else, OSError where there is none."""
+        size = file.stat().st_size
         try:
-            found = load(data)
-        except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(str(error)) from None
-        if found.keys() != {"pairs", "groups"} or any(
-            one.dtype != np.uint64 or one.ndim != 1 for one in found.values()
-        ):
-            raise ValueError("not a record of training pairs")
-        return cls(found["pairs"], found["groups"])
+            with file.open("rb") as content:
+                begin = 8 + int.from_bytes(content.read(8), "little")
+                header = json.loads(content.read(begin - 8)) if begin <= size else {}
+            found = {}
+            for name in ("pairs", "groups"):
+                (start, stop), (length,) = header[name]["data_offsets"], header[name]["shape"]
+                if (
+                    header[name]["dtype"] != "U64"
+                    or stop - start != 8 * length
+                    or not 0 <= start <= stop <= size - begin
+                ):
+                    raise ValueError
+                found[name] = np.memmap(file, "<u8", "r", begin + start, (length,)) if length else np.zeros(0, "<u8")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError("not a record of training pairs") from None
+        return cls(**found)
 
-    def find(self, pairs: Sequence[int], groups: Sequence[int]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    def find(self, pairs: Hashes, groups: Hashes) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Which held-out pairs were trained on, and of which only the first human turn was: (B,) each."""
-        same = np.isin(np.fromiter(pairs, dtype=np.uint64), self.pairs)
-        return same, np.isin(np.fromiter(groups, dtype=np.uint64), self.groups) & ~same
+        same = _among(pairs, self.pairs)
+        return same, _among(groups, self.groups) & ~same
+
+
+def _among(hashes: Hashes, known: Hashes) -> NDArray[np.bool_]:
+    """Which hashes are among the known ones, which are sorted: by search, so that a mapped file is not read whole."""
+    if not len(known):
+        return np.zeros(len(hashes), dtype=np.bool_)
+    places = np.searchsorted(known, hashes).clip(max=len(known) - 1)
+    found: NDArray[np.bool_] = np.asarray(known[places]) == hashes
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Where every row of a source went, as counts for the manifest and as sentences for the header."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dpo_cli.console.text import plural, safe_text
@@ -44,6 +44,7 @@ class Report:
     not_used: Counter[str] = field(default_factory=Counter)  # rows by the column that nothing reads
     not_used_form: str = ""  # another YAML that reads such columns
     sources: Counter[str] = field(default_factory=Counter)  # rows by where they are from
+    first_bad: str = ""  # the first row that could not be read, and why
     leaks: Leaks | None = None  # of the held-out pairs that were kept; None: of training, or not known
 
     def sentences(self, max_length: int) -> list[str]:
@@ -80,6 +81,35 @@ class Report:
             lines.append(f"{cut} cut at the end, without the closing EOS (max_length={max_length})")
         return lines
 
+    def add(self, other: "Report") -> None:
+        """Count what another part of the same source has counted."""
+        for name in ("rows", "pairs", "kept", "held_out", "over_eval_limit"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("dropped", "notes", "not_used", "sources"):
+            for key, number in getattr(other, name).items():
+                count(getattr(self, name), key, number)
+        self.truncation.prompts_cut += other.truncation.prompts_cut
+        self.truncation.responses_cut += other.truncation.responses_cut
+        self.not_used_form = self.not_used_form or other.not_used_form
+        self.first_bad = self.first_bad or other.first_bad
+
+    def stored(self) -> dict[str, Any]:
+        """The counts of a part, for `restored`."""
+        names = ("rows", "pairs", "kept", "not_used_form", "first_bad")
+        counters = ("dropped", "notes", "not_used", "sources")
+        return {
+            **{name: getattr(self, name) for name in names},
+            **{name: dict(getattr(self, name)) for name in counters},
+            "truncation": asdict(self.truncation),
+        }
+
+    @classmethod
+    def restored(cls, source: str, stored: dict[str, Any]) -> "Report":
+        """The inverse of `stored`."""
+        counters = {name: Counter(value) for name, value in stored.items() if isinstance(value, dict)}
+        truncation = Truncation(**counters.pop("truncation"))
+        return cls(source, **{**stored, **counters, "truncation": truncation})
+
     def as_dict(self) -> dict[str, Any]:
         """The counts under their keys, for the manifest."""
         return {
@@ -109,6 +139,6 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def count(counts: Counter[str], name: str) -> None:
+def count(counts: Counter[str], name: str, number: int = 1) -> None:
     """Count a name; those of a broken file, which could be endless, are counted as others."""
-    counts[name if name in counts or len(counts) < NAMES_KEPT else "others"] += 1
+    counts[name if name in counts or len(counts) < NAMES_KEPT else "others"] += number

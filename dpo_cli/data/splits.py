@@ -1,25 +1,32 @@
-"""Which side of a split a pair is on: decided by a seeded hash of what it has in common with others."""
+"""Which pairs are trained on, and which are held out by a seeded hash of what they have in common with others.
 
-from collections.abc import Callable
+What goes through all training pairs (the split, a fingerprint, what leaks are looked for in, the longest pairs) is done
+once and kept beside the stored pairs: a later run begins at once, whatever their number.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from dpo_cli.data.formats import PreferencePair
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_cli.data.leaks import TrainedOn
+from dpo_cli.data.store import Indices, PairStore, StoredPairs
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.storage.hashing import fingerprint_of_texts
+from dpo_cli.storage.durable import make_once
+from dpo_cli.storage.hashing import fingerprint, fingerprint_of_texts
 
+VERSION = 1  # of what is kept
+LONGEST = 1024  # pairs
 
-@dataclass(frozen=True)
-class SplitBy:
-    """What pairs that stay on one side have in common."""
-
-    name: str  # shown to the user
-    shared: Callable[[TokenizedPair, PreferencePair], str]  # what is hashed
-
-
-# Chosen by `data.split_by`.
+# What pairs that stay on one side have in common, by `data.split_by`.
 SPLITS = {
-    "first_turn": SplitBy("first human turn", lambda tokenized, _: f"{tokenized.group:016x}"),
-    "prompt": SplitBy("prompt", lambda _, pair: pair.prompt_text),  # as configs up to version 2
+    "first_turn": "first human turn",
+    "prompt": "prompt",  # as configs up to version 2
 }
 
 
@@ -30,3 +37,101 @@ def is_held_out(shared: str, fraction: float, seed: int) -> bool:
     """
     value = int(fingerprint_of_texts(f"split {seed}", shared)[:16], 16)
     return value < fraction * 2**64
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a source is split: by `data.split_by`, the share of groups that are held out, and the seed."""
+
+    by: str
+    fraction: float
+    seed: int
+    prompt_of_rows: Callable[[], dict[int, str]]  # the text of each row's prompt, where whole prompts are compared
+
+    def held_out(self, store: PairStore) -> NDArray[np.bool_]:
+        """Which pairs of a store are held out: (pairs,)."""
+        if self.by == "prompt":
+            prompts = self.prompt_of_rows()
+            held = [is_held_out(prompts[index], self.fraction, self.seed) for index in store.numbers("index").tolist()]
+            return np.array(held, dtype=np.bool_)
+        groups, which = np.unique(store.numbers("group"), return_inverse=True)
+        held = [is_held_out(f"{group:016x}", self.fraction, self.seed) for group in groups.tolist()]
+        return np.array(held, dtype=np.bool_)[which]
+
+
+class TrainingPairs(StoredPairs):
+    """The pairs that a run trains on, with what is known of all of them."""
+
+    def __init__(self, store: PairStore, chosen: Indices | None, folder: Path) -> None:
+        """`folder` holds what `_facts` found."""
+        super().__init__(store, chosen)
+        facts = json.loads((folder / "facts.json").read_bytes())
+        self.fingerprint: str = facts["fingerprint"]  # of every token of every pair, in order
+        self.largest_token: int = facts["largest_token"]
+        self.most_tokens: int = facts["most_tokens"]  # of a prompt with both its responses
+        self._longest: list[int] = facts["longest"]
+        self.rows = np.load(folder / "rows.npy", "r") if (folder / "rows.npy").exists() else None
+        self.trained_on = TrainedOn.mapped(folder / "trained_on.safetensors")
+
+    def longest(self, number: int) -> list[TokenizedPair]:
+        """The pairs with the longest side, at most so many of them (and of 1,024), the longest first."""
+        return [self[place] for place in self._longest[:number]]
+
+
+def training_side(
+    store: PairStore, split: Split | None, working: Callable[[str, int], Callable[[int], None]]
+) -> tuple[TrainingPairs, StoredPairs | None]:
+    """The pairs that are trained on, and those that the split holds out; `working` starts a progress bar."""
+    key = [VERSION] if split is None else [VERSION, split.by, split.fraction, split.seed]
+    folder = store.folder / f"training-{fingerprint(key)}"
+
+    def write(beside: Path) -> None:
+        chosen = None
+        if split is not None:
+            held_out = split.held_out(store)
+            chosen = np.flatnonzero(~held_out)
+            np.save(beside / "chosen.npy", chosen)
+            np.save(beside / "held_out.npy", np.flatnonzero(held_out))
+        advance = working("pair", len(store)) if len(store) > LONGEST else lambda _: None
+        _facts(StoredPairs(store, chosen), beside, advance)
+
+    make_once(folder, write)
+    if split is None:
+        return TrainingPairs(store, None, folder), None
+    chosen, held_out = (np.load(folder / f"{name}.npy", "r") for name in ("chosen", "held_out"))
+    return TrainingPairs(store, chosen, folder), StoredPairs(store, held_out)
+
+
+def _facts(pairs: StoredPairs, folder: Path, advance: Callable[[int], None]) -> None:
+    """Go once through all pairs, and keep what is found."""
+    lengths = pairs.lengths()
+    longest_side = lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0)
+    facts: dict[str, Any] = {
+        "fingerprint": data_fingerprint(pairs.each(advance)),
+        "largest_token": max((part.largest_token() for part, _ in pairs.store.parts(pairs.chosen)), default=-1),
+        "most_tokens": int(lengths.sum(axis=1).max(initial=0)),
+        "longest": np.argsort(-longest_side, kind="stable")[:LONGEST].tolist(),
+    }
+    (folder / "facts.json").write_text(json.dumps(facts), encoding="ascii")
+    rows = row_sizes(pairs.numbers("index"))
+    if rows is not None:
+        np.save(folder / "rows.npy", rows)
+    content = TrainedOn.of(pairs.numbers("hash"), pairs.numbers("group")).to_bytes()
+    (folder / "trained_on.safetensors").write_bytes(content)
+
+
+def row_sizes(index: NDArray[np.int64]) -> NDArray[np.int32] | None:
+    """Pairs of each row, in order, from the row of each pair, (pairs,); None where every row makes one."""
+    starts = np.flatnonzero(np.diff(index, prepend=-1))
+    if len(starts) == len(index):
+        return None
+    return np.diff(starts, append=len(index)).astype(np.int32)
+
+
+def data_fingerprint(pairs: Iterable[TokenizedPair]) -> str:
+    """A hash of every token of every pair, in order."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for ids in (pair.prompt, pair.chosen, pair.rejected):
+            digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+    return digest.hexdigest()

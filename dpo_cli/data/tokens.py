@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from dpo_cli.data.chat_template import ChatTemplate
 from dpo_cli.data.formats import ASSISTANT, FinishReason, PreferencePair, Prompt
 from dpo_cli.data.truncation import Encoded, shorten
 from dpo_cli.errors import CheckpointError, ConfigError
+from dpo_cli.storage.hashing import fingerprint
 
 TokenIds = NDArray[np.int32]
 
@@ -78,6 +79,9 @@ class PairEncoder:
     closing: int = field(init=False)
     reason: str = field(init=False)  # why this template
     opening: list[int] = field(init=False)  # ids before a plain prompt: BOS, where the tokenizer adds one
+    COUNTERS: ClassVar[tuple[str, ...]] = (
+        "borders_merged", "length_limited", "closing_inside", "rendered_otherwise",
+    )  # fmt: skip
     borders_merged: int = 0  # responses whose first token would have straddled the border
     length_limited: int = 0  # responses that stopped at a limit (finish_reason length)
     closing_inside: int = 0  # responses that hold the closing token in their middle
@@ -98,6 +102,16 @@ class PairEncoder:
         bos = self.tokenizer.bos_token_id
         adds_bos = bos is not None and self.tokenizer("a").input_ids[:1] == [bos]
         self.opening = [bos] if adds_bos else []
+
+    def identity(self) -> str:
+        """A hash of all that decides which tokens a pair becomes."""
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+        template = getattr(tokenizer, "chat_template", None)
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        facts = [type(tokenizer).__name__, rules, template, special, self.kind, self.always_closes]
+        return fingerprint(facts)
 
     def _closing_token(self) -> int:
         if self.template is not None and self.template.closing is not None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def write_report(
     folder: Path,
     facts: dict[str, Any],
     estimates: dict[str, Estimate],
-    pairs: list[TokenizedPair],
+    pairs: Sequence[TokenizedPair],
     scores: ScoredPairs,
     objective: Objective,
     page: str,

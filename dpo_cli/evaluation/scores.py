@@ -3,7 +3,7 @@
 The numbers are per pair and in the order of the pairs, so they cannot depend on how the pairs were batched.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,21 +46,21 @@ class ScoredPairs:
         return LogRatios.between(self.policy.pairs(), self.reference.pairs())
 
 
-def windows(pairs: list[TokenizedPair]) -> list[list[TokenizedPair]]:
+def windows(pairs: Sequence[TokenizedPair]) -> Iterator[list[TokenizedPair]]:
     """The pairs in the batches in which they are scored."""
-    return [pairs[start : start + WINDOW] for start in range(0, len(pairs), WINDOW)]
+    return (list(pairs[start : start + WINDOW]) for start in range(0, len(pairs), WINDOW))
 
 
 def score_pairs(
     scorer: Scorer,
-    pairs: list[TokenizedPair],
+    pairs: Sequence[TokenizedPair],
     poll: Callable[[], None] = lambda: None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> ScoredPairs:
     """Score every pair without gradient and without dropout; `advance` hears how many are done."""
     policy, engine = scorer.policy, scorer.engine
-    column = {id(pair): number for number, pair in enumerate(pairs)}
     table = torch.zeros(2, len(pairs), 2)  # of policy and reference, chosen and rejected
+    tokens = torch.zeros(len(pairs), 2, dtype=torch.int64)
     was_training = policy.training
 
     def score(micro_batch: MicroBatch) -> tuple[tuple[TokenizedPair, ...], torch.Tensor]:
@@ -72,8 +72,11 @@ def score_pairs(
 
     policy.eval()
     try:
-        for window in windows(pairs):
+        for number, window in enumerate(windows(pairs)):
             poll()
+            column = {id(pair): WINDOW * number + place for place, pair in enumerate(window)}
+            counted = torch.tensor([[len(response) for response in pair.responses] for pair in window])
+            tokens[WINDOW * number : WINDOW * number + len(window)] = counted
             mine = [window[index] for index in engine.share(window)]
             for scored, values in each_micro_batch(scorer.batcher, mine, score):
                 table[:, [column[id(pair)] for pair in scored]] = values
@@ -81,7 +84,7 @@ def score_pairs(
     finally:
         policy.train(was_training)
     of_policy, of_reference = engine.sum(table).flatten(1)  # (2 B,) each
-    tokens = torch.tensor([len(response) for pair in pairs for response in pair.responses])
+    tokens = tokens.flatten()
     units = torch.arange(2 * len(pairs)).view(-1, 2)
     return ScoredPairs(ResponseScores(of_policy, tokens, units), ResponseScores(of_reference, tokens, units))
 
@@ -106,6 +109,6 @@ def summarize(scores: ScoredPairs, objective: Objective, prompts: Clusters) -> d
     return means | {name: prompts.share(values.double().numpy()) for name, values in shares.items()}
 
 
-def prompts_of(pairs: list[TokenizedPair]) -> Clusters:
+def prompts_of(pairs: Sequence[TokenizedPair]) -> Clusters:
     """Which pairs share a prompt: what counts as independent."""
     return Clusters([pair.group for pair in pairs])

@@ -21,7 +21,7 @@ from transformers import (
 from dpo_cli.console.text import safe_text
 from dpo_cli.errors import StorageError
 from dpo_cli.paths import cache_dir
-from dpo_cli.storage.durable import write_folder
+from dpo_cli.storage.durable import make_once
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TINY = "dpo-cli/tiny-random"
@@ -59,17 +59,15 @@ def resolve_builtin(name: str, say: Callable[[str], None]) -> tuple[str, str]:
 def _once(name: str, write: Callable[[Path], None]) -> Path:
     """The cached folder `name`, written beside and renamed, so that a half-written one is never read."""
     folder = cache_dir() / name
-    if not folder.is_dir():
-        try:
-            write_folder(folder, write)
-        except OSError as error:
-            if error.strerror is None:  # not of the disk
-                raise
-            if not folder.is_dir():  # else another process was first
-                shown = safe_text(folder.parent)
-                raise StorageError(
-                    f"{shown}: no model can be kept here ({error.strerror}); set DPO_CACHE to a folder"
-                ) from None
+    try:
+        make_once(folder, write)
+    except OSError as error:
+        if error.strerror is None:  # not of the disk
+            raise
+        shown = safe_text(folder.parent)
+        raise StorageError(
+            f"{shown}: no model can be kept here ({error.strerror}); set DPO_CACHE to a folder"
+        ) from None
     return folder
 
 

@@ -6,7 +6,7 @@ that before the first update every log-ratio is exactly zero.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dpo_cli.console.text import first_line, safe_text
-from dpo_cli.data.batches import longest_side
-from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.models.adapters import fold_adapter
 from dpo_cli.models.builtin import resolve_builtin
@@ -187,10 +185,9 @@ def position_limit(model: Any) -> int | None:
     return None
 
 
-def check_positions(model: Any, pairs: Sequence[TokenizedPair], max_length: int) -> None:
-    """ConfigError where a pair is longer than the positions that a model has learned."""
+def check_positions(model: Any, longest: int, max_length: int) -> None:
+    """ConfigError where the longest pair has more tokens than a model has learned positions."""
     limit = position_limit(model)
-    longest = max((longest_side(pair) for pair in pairs), default=0)
     if limit is not None and longest > limit:
         raise ConfigError(
             f"data.max_length={max_length}: there are pairs of {longest:,} tokens, and this model has learned "

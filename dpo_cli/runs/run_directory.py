@@ -185,7 +185,7 @@ class RunDirectory:
         try:
             if file.is_symlink() or not file.is_file() or file.stat().st_size > MAX_TRAINED_ON_BYTES:
                 return None
-            return TrainedOn.from_bytes(file.read_bytes())
+            return TrainedOn.mapped(file)
         except (OSError, ValueError):
             return None
 

@@ -68,6 +68,16 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     sync(target.parent)
 
 
+def make_once(target: Path, write: Callable[[Path], None]) -> None:
+    """As `write_folder`, where there is no such folder yet, also if another process makes the same one meanwhile."""
+    if not target.is_dir():
+        try:
+            write_folder(target, write)
+        except OSError:
+            if not target.is_dir():
+                raise
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder, renamed first: a kill in the middle leaves no half of it under its name."""
     doomed = folder.with_name(f"{UNFINISHED}removed-{folder.name}")

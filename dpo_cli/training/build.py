@@ -9,7 +9,7 @@ import torch
 from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural, safe_text
-from dpo_cli.data.batches import Layout, Schedule, Split, SplitByPairs, SplitByTokens
+from dpo_cli.data.batches import Layout, Schedule, Split, SplitByPairs, SplitByTokens, longest_side
 from dpo_cli.data.pairs import load_pairs
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.errors import CheckpointError
@@ -43,6 +43,8 @@ from dpo_cli.training.optimizers import OPTIMIZERS
 from dpo_cli.training.parts import Choices, Context, Learner, Material
 from dpo_cli.training.preflight import check_distinct, choose_pairs
 
+SOME = 256  # pairs that a layout and the size of micro-batches are tried on
+
 
 def build(
     context: Context, state: TrainingState | None, settings: ResolvedSettings | None
@@ -60,7 +62,7 @@ def build(
     reporter.doing(f"loading the tokenizer of {safe_text(source.name)}")
     objective = make_objective(config)
     material = _material(context, source, objective.always_closes)
-    if state is not None and state.data_fingerprint != material.data.fingerprint:
+    if state is not None and state.data_fingerprint != material.data.train.fingerprint:
         raise CheckpointError(
             f"resume={safe_text(config.resume)}: was trained on other data than "
             f"data.train={safe_text(config.data.train)} gives now"
@@ -118,8 +120,9 @@ def _material(context: Context, source: ModelSource, always_closes: bool) -> Mat
     config = context.config
     encoder = PairEncoder(load_tokenizer(source), config.data.template, always_closes=always_closes)
     context.reporter.doing(f"reading pairs from {safe_text(config.data.train)}")
-    data = load_pairs(config.data, encoder, config.seed, poll=context.poll)
-    schedule = Schedule.of(data.train, config.batch_size, config.seed, config.data.shuffle)
+    data = load_pairs(config.data, encoder, config.seed, poll=context.poll, working=context.reporter.bar)
+    context.reporter.stop()
+    schedule = Schedule(len(data.train), config.batch_size, config.seed, config.data.shuffle, data.train.rows)
     return Material(source, encoder, data, schedule, schedule.total_steps(config.epochs, config.max_steps))
 
 
@@ -132,13 +135,13 @@ def _check_fit(config: RunConfig, model: Any, material: Material) -> None:
     """CheckpointError or ConfigError where tokens lie outside the model's vocabulary or positions."""
     data, tokenizer = material.data, material.encoder.tokenizer
     rows = model.get_input_embeddings().num_embeddings
-    largest = max(int(ids.max()) for pair in data.train for ids in (pair.prompt, *pair.responses))
+    largest = data.train.largest_token
     if largest >= rows:
         raise CheckpointError(
             f"token {largest} ({safe_text(tokenizer.decode([largest]))}) of the tokenizer lies outside the model's "
             f"{rows:,} embeddings: tokenizer and model do not belong together"
         )
-    check_positions(model, [*data.train, *data.held_out], config.data.max_length)
+    check_positions(model, max(map(longest_side, [*data.train.longest(1), *data.held_out])), config.data.max_length)
 
 
 def _layout(
@@ -147,7 +150,8 @@ def _layout(
 ) -> Decision:  # fmt: skip
     if measured is not None:
         return Decision(Layout(measured.layout), "as when the run began")
-    return remembered_layout(config.layout, model, material.data.train, device, fingerprint, keep=not config.dry_run)
+    pairs = [*material.data.train.longest(1), *material.data.train[:SOME]]
+    return remembered_layout(config.layout, model, pairs, device, fingerprint, keep=not config.dry_run)
 
 
 def _split(
@@ -165,13 +169,12 @@ def _split(
         return split, f"{split}, as when the run began"
     with undisturbed(policy):
         policy.train()
-        budget = measure_budget(policy, pairs, batcher.device, layout)
-    _warn_of_long_pairs(pairs, budget, context.reporter)
+        budget = measure_budget(policy, pairs[:SOME], batcher.device, layout)
+    _warn_of_long_pairs(pairs.most_tokens, budget, context.reporter)
     return SplitByTokens(context.engine.least(budget.tokens), layout), str(budget)
 
 
-def _warn_of_long_pairs(pairs: list[TokenizedPair], budget: Budget, reporter: Reporter) -> None:
-    longest = max(len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
+def _warn_of_long_pairs(longest: int, budget: Budget, reporter: Reporter) -> None:
     if longest > budget.fits:
         reporter.warn(
             f"the longest pair has {longest:,} tokens, and the memory that is free holds some {budget.fits:,}: it may "
@@ -185,7 +188,7 @@ def _warn_of_long_pairs(pairs: list[TokenizedPair], budget: Budget, reporter: Re
 def _reference(context: Context, policy: Any, source: ModelSource, key: str) -> Reference:
     """The reference: a cache of its log-probs, completed later, or a model that computes them in every step."""
     config = context.config
-    if config.reference.cache != "off" and not config.dry_run:  # a dry run writes nothing
+    if config.reference.cache != "off" and not config.dry_run:  # a dry run keeps no log-probs
         path = cache_path(key) if config.reference.cache == "auto" else None
         return CachedReference(ReferenceCache(path, context.engine))
     return load_reference(config, policy, source)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from heapq import nlargest
 from typing import TypeVar
 
 import numpy as np
@@ -19,6 +20,8 @@ from dpo_cli.training.optimizers import STATE_VALUES
 from dpo_cli.training.parts import Context, Learner, Material
 
 T = TypeVar("T")
+FEW = 1024  # batches
+LENGTHS = ("prompt", "chosen", "rejected", "prompt + longer")
 ForwardBackward = Callable[[Context, Learner, list[TokenizedPair]], object]
 
 
@@ -50,8 +53,12 @@ def probe_memory(context: Context, learner: Learner, material: Material, forward
     The batch is split finer until it fits; weights and random generators stay as they were. OutOfMemoryError where the
     longest pair alone does not fit.
     """
-    trained_on = (pair for batch in trained_batches(material) for pair in batch)
-    longest = sorted(trained_on, key=longest_side, reverse=True)[: context.config.batch_size]
+    batches = range(min(material.total_steps, material.schedule.steps_per_epoch))
+    if len(batches) > FEW:  # then the longest of all is most likely among them
+        longest = material.data.train.longest(context.config.batch_size)
+    else:
+        trained_on = (pair for batch in trained_batches(material) for pair in batch)
+        longest = nlargest(context.config.batch_size, trained_on, key=longest_side)
     largest = longest[:1]
     for pair in longest[1:]:  # as many of the longest as still make one micro-batch
         if len(learner.batcher.split([*largest, pair])) == 1:
@@ -69,11 +76,13 @@ def dry_run(context: Context, learner: Learner, material: Material, forward_back
     """Show the lengths of the pairs, try the longest batch, and estimate time and memory of the whole run."""
     config, reporter, train, held_out = context.config, context.reporter, material.data.train, material.data.held_out
     rows = []
-    for name, lengths in _lengths(train):
+    tokens = train.lengths()
+    longest_sides = tokens[:, 0] + tokens[:, 1:].max(axis=1)
+    for name, lengths in zip(LENGTHS, [*tokens.T, longest_sides], strict=True):
         quantiles = np.percentile(lengths, [50, 90, 99, 100], method="nearest").astype(int)
         rows.append([name, *(f"{value:,}" for value in quantiles)])
     reporter.grid(["tokens", "p50", "p90", "p99", "max"], rows)
-    longest = sorted(train, key=longest_side, reverse=True)[: config.batch_size]
+    longest = train.longest(config.batch_size)
     _work(context, learner, longest, forward_backward)
     peak = describe_peak_memory(learner.batcher.device)
     typical = material.batch(next(material.schedule.batches(0, 1)))
@@ -97,18 +106,9 @@ def dry_run(context: Context, learner: Learner, material: Material, forward_back
                 f"{plural(len(held_out), 'held-out pair')}"
                 + ("; less where reference log-probs are on disk" if config.reference.cache != "off" else ""),
             ),
-            ("dry run", "nothing was trained and nothing written; leave dry_run out to start"),
+            ("dry run", "nothing was trained, and only tokens were kept in the cache; leave dry_run out to start"),
         ]
     )
-
-
-def _lengths(pairs: list[TokenizedPair]) -> list[tuple[str, list[int]]]:
-    return [
-        ("prompt", [len(pair.prompt) for pair in pairs]),
-        ("chosen", [len(pair.chosen) for pair in pairs]),
-        ("rejected", [len(pair.rejected) for pair in pairs]),
-        ("prompt + longer", [longest_side(pair) for pair in pairs]),
-    ]
 
 
 def _work(context: Context, learner: Learner, batch: list[TokenizedPair], forward_backward: ForwardBackward) -> None:

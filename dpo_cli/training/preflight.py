@@ -6,7 +6,7 @@ random generators are left unchanged.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -88,7 +88,7 @@ def run_checks(subject: PreflightSubject) -> str:
     return f"preflight passed in {time.perf_counter() - started:.1f} s: " + "; ".join(filter(None, said))
 
 
-def choose_pairs(train: list[TokenizedPair], texts: list[TextPair]) -> tuple[list[TokenizedPair], list[TextPair]]:
+def choose_pairs(train: Sequence[TokenizedPair], texts: list[TextPair]) -> tuple[list[TokenizedPair], list[TextPair]]:
     """Two batches of real pairs: the shortest of those whose texts are kept, to save time and memory."""
     indices = sorted(range(len(texts)), key=lambda index: longest_side(train[index]))[: 2 * PAIRS_IN_A_BATCH]
     return [train[index] for index in indices], [texts[index] for index in indices]

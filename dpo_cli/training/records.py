@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class Recorder:
             self.reporter.warn(f"step {step}: the held-out loss is not finite")
         return means
 
-    def _score(self, what: str, pairs: list[TokenizedPair]) -> ScoredPairs:
+    def _score(self, what: str, pairs: Sequence[TokenizedPair]) -> ScoredPairs:
         learner, context = self.learner, self.context
         scorer = Scorer(learner.policy, learner.objective, learner.reference, learner.batcher, context.engine)
         return score_pairs(scorer, pairs, context.poll, self.reporter.working(what, len(pairs)))
@@ -159,7 +160,7 @@ class Recorder:
             sums_seconds=window.seconds,
             records=records,
             skipped_steps=progress.skipped_steps,
-            data_fingerprint=self.material.data.fingerprint,
+            data_fingerprint=self.material.data.train.fingerprint,
             model_fingerprint=learner.fingerprint,
             settings=learner.settings,
             alarms_sounded=learner.monitor.sounded,

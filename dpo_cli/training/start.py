@@ -125,7 +125,7 @@ def manifest_of(context: Context, learner: Learner, material: Material, choices:
             "max_pairs": settings.max_pairs,
         },
         "template": {"kind": material.encoder.kind, "closing_token": material.encoder.closing},
-        "data_fingerprint": material.data.fingerprint,
+        "data_fingerprint": material.data.train.fingerprint,
         "data": {name.replace(" ", "_"): report.as_dict() for name, report in material.data.reports()},
         "total_steps": material.total_steps,
     }
@@ -168,9 +168,7 @@ def open_records(
         resumed_with = [*before.get("resumed_with", []), *start.changes]
         engine.same(lambda: directory.write_manifest({**before, "resumed_with": resumed_with}))
         engine.same(lambda: directory.write_config(context.config))
-    trained_on = material.data.trained_on
-    assert trained_on is not None
-    engine.same(lambda: directory.write(directory.trained_on, trained_on.to_bytes()))
+    engine.same(lambda: directory.write(directory.trained_on, material.data.train.trained_on.to_bytes()))
 
 
 @contextmanager

@@ -131,7 +131,7 @@ data('all empty', 13, J(prompt='q', chosen='', rejected='a') * 3, 'no pair can b
 data('all blank', 13, J(prompt='q', chosen=' \n ', rejected='a') * 3, 'no pair can be used: 3 pairs with an empty response')
 data('identical after truncation', 13, J(prompt='q' * 10, chosen='a' * 300 + 'b', rejected='a' * 300 + 'c') * 3, 'no pair can be used: 3 pairs whose responses are the same text after truncation; raise data.max_length', 'data.max_length=64')
 data('prompt too long', 13, J(prompt='q' * 3000, chosen='a', rejected='b') * 3, 'no pair can be used: 3 pairs whose prompt leaves no room for a response; raise data.max_length')
-data('everything skipped', 13, b'oops\n' * 3, 'no pair can be used: 3 rows that could not be read', 'data.on_bad_row=skip')
+data('everything skipped', 13, b'oops\n' * 3, 'no pair can be used: 3 rows that could not be read', 'data.on_bad_row=skip', 'data.max_bad_fraction=1')
 
 # Fault 15: models and adapters that are not there
 command_line('model that is not there', 15, 4, 'model.name_or_path={dir}/model: no such folder', ['model.name_or_path={dir}/model', 'data=jsonl', 'data.train={dir}/a.jsonl'], files={'a.jsonl': OK})

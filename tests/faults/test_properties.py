@@ -78,7 +78,13 @@ def test_any_texts_become_pairs_that_fit_and_differ_or_are_counted(
     file: Path = tmp_path_factory.mktemp("texts") / "a.jsonl"
     lines = [dict(zip(("prompt", "chosen", "rejected"), triple, strict=True)) for triple in triples]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    words = ["data=jsonl", f"data.train={file}", "data.eval_fraction=0", "data.on_bad_row=skip"]
+    words = [
+        "data=jsonl",
+        f"data.train={file}",
+        "data.eval_fraction=0",
+        "data.on_bad_row=skip",
+        "data.max_bad_fraction=1",
+    ]
     words += [f"data.max_length={max_length}", f"data.template={template}"]
     dials = run_config(composed("train", parse_overrides(words), RunConfig).container).data
     with fault(13):

@@ -1,0 +1,204 @@
+"""Tokenized pairs on disk: Arrow files that are mapped into memory, so that a data set of any size takes little of it.
+
+A store is a folder in the cache, named by a hash of all that decides its tokens. Its parts `part-00000.arrow`, ... hold
+the pairs of so many rows each, as a stream of one record batch (`datasets.Dataset.from_file` reads one, too);
+`store.json` is written last. So a preparation that was interrupted goes on behind its last whole part.
+"""
+
+import io
+import json
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dpo_cli.console.text import safe_text
+from dpo_cli.data.tokens import TokenIds, TokenizedPair
+from dpo_cli.errors import StorageError
+
+COMPLETE = "store.json"
+LISTS = ("prompt", "chosen", "rejected")
+SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("key", pa.binary(32)),
+        ("group", pa.uint64()),
+        ("hash", pa.uint64()),
+        *((name, pa.list_(pa.int32())) for name in LISTS),
+    ]
+)
+Indices = NDArray[np.int64]
+
+
+def part_name(number: int) -> str:
+    """The file name of a part."""
+    return f"part-{number:05d}.arrow"
+
+
+def part_bytes(pairs: Sequence[TokenizedPair], hashes: Sequence[int], facts: dict[str, Any]) -> bytes:
+    """A part as a file holds it. `hashes` are the pairs' `pair_hash`, `facts` whatever JSON can hold."""
+    columns: list[pa.Array] = [
+        pa.array([pair.index for pair in pairs], pa.int64()),
+        pa.array([bytes.fromhex(pair.key) for pair in pairs], pa.binary(32)),
+        pa.array([pair.group for pair in pairs], pa.uint64()),
+        pa.array(hashes, pa.uint64()),
+        *(_lists([getattr(pair, name) for pair in pairs]) for name in LISTS),
+    ]
+    metadata = {"facts": json.dumps(facts), "check": str(_check(columns))}
+    schema = SCHEMA.with_metadata(metadata)
+    file = io.BytesIO()
+    with pa.ipc.new_stream(file, schema) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=schema))
+    return file.getvalue()
+
+
+def _lists(arrays: Sequence[TokenIds]) -> pa.Array:
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    values = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()))
+
+
+def _check(columns: Sequence[pa.Array]) -> int:
+    """A checksum of everything in the columns: not against malice, but against torn and flipped bytes."""
+    check = 0
+    for column in columns:
+        for buffer in column.buffers():
+            check = check if buffer is None else zlib.crc32(buffer, check)
+    return check
+
+
+def mapped(path: Path) -> NDArray[np.uint8]:
+    """A file, mapped: it stays readable when somebody removes it, and no file is held open."""
+    try:
+        return np.memmap(path, dtype=np.uint8, mode="r")
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{safe_text(path)}: cannot be read ({safe_text(error, limit=120)})") from None
+
+
+class Part:
+    """A part, from its mapped file."""
+
+    def __init__(self, path: Path, content: NDArray[np.uint8]) -> None:
+        """StorageError where the file is damaged."""
+        try:
+            batch = pa.ipc.open_stream(pa.py_buffer(content)).read_next_batch()
+            metadata = batch.schema.metadata
+            if batch.schema.names != SCHEMA.names or int(metadata[b"check"]) != _check(batch.columns):
+                raise ValueError
+            self.facts: dict[str, Any] = json.loads(metadata[b"facts"])
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, StopIteration):
+            raise StorageError(f"{safe_text(path)}: damaged; remove it, and it is made again") from None
+        self._columns = {name: batch.column(name) for name in SCHEMA.names}
+        self._offsets = {name: self._columns[name].offsets.to_numpy() for name in LISTS}
+        self._values = {name: self._columns[name].values.to_numpy() for name in LISTS}
+
+    def __len__(self) -> int:
+        return len(self._columns["index"])
+
+    def numbers(self, name: str) -> NDArray[Any]:
+        """A column of numbers, (pairs,): index, group or hash."""
+        found: NDArray[Any] = self._columns[name].to_numpy()
+        return found
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of prompt, chosen and rejected, (pairs, 3)."""
+        return np.stack([np.diff(self._offsets[name]) for name in LISTS], axis=1).astype(np.int64)
+
+    def largest_token(self) -> int:
+        """The largest id of any token; -1 where there are none."""
+        return max((int(values.max()) for values in self._values.values() if len(values)), default=-1)
+
+    def pair(self, number: int) -> TokenizedPair:
+        """The pair at a place of this part, its ids copied out of the mapped file."""
+        prompt, chosen, rejected = (self._ids(name, number) for name in LISTS)
+        key = self._columns["key"][number].as_py().hex()
+        index, group = (int(self.numbers(name)[number]) for name in ("index", "group"))
+        return TokenizedPair(prompt, chosen, rejected, index, key, group)
+
+    def _ids(self, name: str, number: int) -> TokenIds:
+        start, stop = self._offsets[name][number : number + 2]
+        return np.array(self._values[name][start:stop])
+
+
+class PairStore:
+    """The tokenized pairs of a source, by number. Parts are mapped at once, and checked when they are first needed."""
+
+    def __init__(self, folder: Path, sizes: Sequence[int]) -> None:
+        """`sizes`: pairs of each part."""
+        self.folder, self.sizes = folder, sizes
+        self._ends: list[int] = np.cumsum(sizes, dtype=np.int64).tolist()
+        self._mapped = [mapped(folder / part_name(number)) for number in range(len(sizes))]
+        self._parts: dict[int, Part] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, number: int) -> TokenizedPair:
+        part = bisect_right(self._ends, number)
+        return self._part(part).pair(number - (self._ends[part] - self.sizes[part]))
+
+    def _part(self, number: int) -> Part:
+        if number not in self._parts:
+            self._parts[number] = Part(self.folder / part_name(number), self._mapped[number])
+        return self._parts[number]
+
+    def parts(self, chosen: Indices | None) -> Iterator[tuple[Part, Indices]]:
+        """Each part with the chosen pairs in it, by their places there; `chosen` is in order, None for all."""
+        start = 0
+        for number, size in enumerate(self.sizes):
+            if chosen is None:
+                places = np.arange(size)
+            else:
+                first, last = np.searchsorted(chosen, [start, start + size])
+                places = np.asarray(chosen[first:last]) - start
+            if len(places):
+                yield self._part(number), places
+            start += size
+
+    def numbers(self, name: str, chosen: Indices | None = None) -> NDArray[Any]:
+        """A column of numbers of the chosen pairs: index, group or hash."""
+        found = [part.numbers(name)[places] for part, places in self.parts(chosen)]
+        return np.concatenate(found) if found else np.zeros(0, dtype=SCHEMA.field(name).type.to_pandas_dtype())
+
+
+class StoredPairs(Sequence[TokenizedPair]):
+    """Pairs of a store: all of them, or those that are chosen. Each is made when it is asked for."""
+
+    def __init__(self, store: PairStore, chosen: Indices | None = None) -> None:
+        """`chosen`: (pairs,) numbers in the store, in order; may be mapped."""
+        self.store, self.chosen = store, chosen
+
+    def __len__(self) -> int:
+        return len(self.store) if self.chosen is None else len(self.chosen)
+
+    @overload
+    def __getitem__(self, number: int) -> TokenizedPair: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[TokenizedPair]: ...
+    def __getitem__(self, number: int | slice) -> TokenizedPair | list[TokenizedPair]:
+        if isinstance(number, slice):
+            return [self[place] for place in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        place = int(number) % len(self)
+        return self.store[place if self.chosen is None else int(self.chosen[place])]
+
+    def numbers(self, name: str) -> NDArray[Any]:
+        """A column of numbers, (pairs,): index, group or hash."""
+        return self.store.numbers(name, self.chosen)
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of prompt, chosen and rejected, (pairs, 3)."""
+        found = [part.lengths()[places] for part, places in self.store.parts(self.chosen)]
+        return np.concatenate(found) if found else np.zeros((0, 3), dtype=np.int64)
+
+    def each(self, advance: Callable[[int], None] = lambda _: None) -> Iterator[TokenizedPair]:
+        """Every pair in order, faster than by number; `advance` hears how many were gone through."""
+        for part, places in self.store.parts(self.chosen):
+            yield from (part.pair(place) for place in places.tolist())
+            advance(len(places))
