@@ -88,20 +88,20 @@ def _parse(line: bytes) -> tuple[dict[str, Any] | None, str | None]:
             None,
             f"the line is {len(line) / 2**20:.0f} MiB long; the limit is {MAX_LINE_BYTES // 2**20} MiB",
         )
-    excerpt = safe_text(line[:60].decode("utf-8", errors="replace"), limit=60)
     try:
         value = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+        if isinstance(value, dict):
+            return value, None
+        problem = "not a JSON object"
     except UnicodeDecodeError as error:
-        return None, f"not UTF-8 at byte {error.start + 1}: {excerpt}"
+        problem = f"not UTF-8 at byte {error.start + 1}"
     except json.JSONDecodeError as error:
-        return None, f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno}): {excerpt}"
+        problem = f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
     except ValueError as error:
-        return None, f"not JSON ({error}): {excerpt}"
+        problem = f"not JSON ({error})"
     except RecursionError:
-        return None, f"nested too deeply: {excerpt}"
-    if not isinstance(value, dict):
-        return None, f"not a JSON object: {excerpt}"
-    return value, None
+        problem = "nested too deeply"
+    return None, f"{problem}: {safe_text(line[:60].decode('utf-8', errors='replace'), limit=60)}"
 
 
 def _jsonl(path: Path) -> Iterator[SourceRow]:

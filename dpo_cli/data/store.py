@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
         *((name, pa.list_(pa.int32())) for name in LISTS),
     ]
 )
+NUMBERS = {"index": np.int64, "group": np.uint64, "hash": np.uint64}
 Indices = NDArray[np.int64]
 
 
@@ -42,11 +43,11 @@ def part_name(number: int) -> str:
 
 def part_bytes(pairs: Sequence[TokenizedPair], hashes: Sequence[int], facts: dict[str, Any]) -> bytes:
     """A part as a file holds it. `hashes` are the pairs' `pair_hash`, `facts` whatever JSON can hold."""
-    columns: list[pa.Array] = [
-        pa.array([pair.index for pair in pairs], pa.int64()),
-        pa.array([bytes.fromhex(pair.key) for pair in pairs], pa.binary(32)),
-        pa.array([pair.group for pair in pairs], pa.uint64()),
-        pa.array(hashes, pa.uint64()),
+    columns = [
+        _array(pa.int64(), np.array([pair.index for pair in pairs], dtype=np.int64)),
+        _array(pa.binary(32), np.frombuffer(bytes.fromhex("".join(pair.key for pair in pairs)), dtype="V32")),
+        _array(pa.uint64(), np.array([pair.group for pair in pairs], dtype=np.uint64)),
+        _array(pa.uint64(), np.array(hashes, dtype=np.uint64)),
         *(_lists([getattr(pair, name) for pair in pairs]) for name in LISTS),
     ]
     metadata = {"facts": json.dumps(facts), "check": str(_check(columns))}
@@ -57,10 +58,20 @@ def part_bytes(pairs: Sequence[TokenizedPair], hashes: Sequence[int], facts: dic
     return file.getvalue()
 
 
+def _array(kind: pa.DataType, values: "NDArray[Any]") -> pa.Array:
+    """An array without copying; `pa.array` would import pandas."""
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
+def _numpy(array: pa.Array, dtype: Any) -> NDArray[Any]:
+    """The values of an array without copying; its own `to_numpy` would import pandas."""
+    return np.frombuffer(array.buffers()[-1], dtype=dtype, count=len(array))
+
+
 def _lists(arrays: Sequence[TokenIds]) -> pa.Array:
     offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
-    values = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()))
+    values = np.concatenate([np.zeros(0, dtype=np.int32), *arrays])
+    return pa.ListArray.from_arrays(_array(pa.int32(), offsets), _array(pa.int32(), values))
 
 
 def _check(columns: Sequence[pa.Array]) -> int:
@@ -93,17 +104,18 @@ class Part:
             self.facts: dict[str, Any] = json.loads(metadata[b"facts"])
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, StopIteration):
             raise StorageError(f"{safe_text(path)}: damaged; remove it, and it is made again") from None
-        self._columns = {name: batch.column(name) for name in SCHEMA.names}
-        self._offsets = {name: self._columns[name].offsets.to_numpy() for name in LISTS}
-        self._values = {name: self._columns[name].values.to_numpy() for name in LISTS}
+        self._length = len(batch)
+        self._numbers = {name: _numpy(batch.column(name), dtype) for name, dtype in NUMBERS.items()}
+        self._keys = _numpy(batch.column("key"), "V32")
+        self._offsets = {name: _numpy(batch.column(name).offsets, np.int32) for name in LISTS}
+        self._values = {name: _numpy(batch.column(name).values, np.int32) for name in LISTS}
 
     def __len__(self) -> int:
-        return len(self._columns["index"])
+        return self._length
 
     def numbers(self, name: str) -> NDArray[Any]:
         """A column of numbers, (pairs,): index, group or hash."""
-        found: NDArray[Any] = self._columns[name].to_numpy()
-        return found
+        return self._numbers[name]
 
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of prompt, chosen and rejected, (pairs, 3)."""
@@ -116,7 +128,7 @@ class Part:
     def pair(self, number: int) -> TokenizedPair:
         """The pair at a place of this part, its ids copied out of the mapped file."""
         prompt, chosen, rejected = (self._ids(name, number) for name in LISTS)
-        key = self._columns["key"][number].as_py().hex()
+        key = self._keys[number].tobytes().hex()
         index, group = (int(self.numbers(name)[number]) for name in ("index", "group"))
         return TokenizedPair(prompt, chosen, rejected, index, key, group)
 
@@ -163,7 +175,7 @@ class PairStore:
     def numbers(self, name: str, chosen: Indices | None = None) -> NDArray[Any]:
         """A column of numbers of the chosen pairs: index, group or hash."""
         found = [part.numbers(name)[places] for part, places in self.parts(chosen)]
-        return np.concatenate(found) if found else np.zeros(0, dtype=SCHEMA.field(name).type.to_pandas_dtype())
+        return np.concatenate(found) if found else np.zeros(0, dtype=NUMBERS[name])
 
 
 class StoredPairs(Sequence[TokenizedPair]):
