@@ -33,6 +33,7 @@ class TokenizedPair:
     index: int  # the row in its file, from 0
     key: str  # hash of the pair's texts
     group: int  # of its prompt (data/groups.py), 64 bits: pairs of one group are not independent
+    probability: float = 1.0  # that the chosen response is better
 
     @property
     def responses(self) -> tuple[TokenIds, TokenIds]:

@@ -11,7 +11,7 @@ import torch
 
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.engine.engine import SINGLE, Engine
-from dpo_cli.models.logps import MicroBatch, MicroBatcher
+from dpo_cli.models.logps import MicroBatch, MicroBatcher, soft_labels
 from dpo_cli.models.memory import each_micro_batch
 from dpo_cli.models.reference import Reference
 from dpo_cli.objectives.objective import Objective
@@ -86,7 +86,8 @@ def score_pairs(
     of_policy, of_reference = engine.sum(table).flatten(1)  # (2 B,) each
     tokens = tokens.flatten()
     units = torch.arange(2 * len(pairs)).view(-1, 2)
-    return ScoredPairs(ResponseScores(of_policy, tokens, units), ResponseScores(of_reference, tokens, units))
+    what = (tokens, units, soft_labels(pairs, torch.device("cpu")))
+    return ScoredPairs(ResponseScores(of_policy, *what), ResponseScores(of_reference, *what))
 
 
 def summarize(scores: ScoredPairs, objective: Objective, prompts: Clusters) -> dict[str, Estimate]:
@@ -104,7 +105,7 @@ def summarize(scores: ScoredPairs, objective: Objective, prompts: Clusters) -> d
         metrics["logps_change_per_token/chosen"] = ratios.chosen / ratios.chosen_tokens
         metrics["logps_change_per_token/rejected"] = ratios.rejected / ratios.rejected_tokens
         for who, logps in (("policy", scores.policy.pairs()), ("reference", scores.reference.pairs())):
-            shares[f"accuracy_without_reference/{who}"] = wins(logps.chosen - logps.rejected)
+            shares[f"accuracy_without_reference/{who}"] = wins(logps.chosen - logps.rejected, logps.probabilities)
     means = {name: prompts.mean(values.double().numpy()) for name, values in metrics.items()}
     return means | {name: prompts.share(values.double().numpy()) for name, values in shares.items()}
 

@@ -66,10 +66,11 @@ class MicroBatch:
     owners: Tensor  # (N,) the response it belongs to, 0..M-1
     ends: Tensor  # (M,) into the flattened input_ids: the last token of each response
     tokens: Tensor  # (M,) tokens of each response
+    probabilities: Tensor | None = None  # (U,) float32: soft labels of the examples; None: all are certain
 
     def scores(self, values: Tensor) -> ResponseScores:
         """The values (M,) of a model, with what the responses are."""
-        return ResponseScores(values, self.tokens, self.units)
+        return ResponseScores(values, self.tokens, self.units, self.probabilities)
 
 
 ROW_TENSORS = ("positions_in_group", "group_ids", "response_ids", "key_order", "query_starts", "key_starts")
@@ -113,7 +114,14 @@ def make_micro_batch(examples: Sequence[TokenizedPair], device: torch.device, la
         mask = torch.ones_like(tensors["input_ids"])
     real = sum(len(example.prompt) + len(response) for example in examples for response in example.responses)
     return MicroBatch(tuple(examples), tuple(responses), layout=layout, real_tokens=real, attention_mask=mask, row=row,
-                      **tensors)  # fmt: skip
+                      probabilities=soft_labels(examples, device), **tensors)  # fmt: skip
+
+
+def soft_labels(examples: Sequence[TokenizedPair], device: torch.device) -> Tensor | None:
+    """The probability of each example that its chosen response is better, (U,) float32; None where all are 1."""
+    if all(example.probability == 1 for example in examples):
+        return None
+    return torch.tensor([example.probability for example in examples], dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)

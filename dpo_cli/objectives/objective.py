@@ -90,6 +90,9 @@ class Objective(ABC):
     def __call__(self, policy: ResponseScores, reference: ResponseScores) -> Outcome:
         """Losses and metrics of each unit."""
 
+    def check_soft_labels(self, location: str) -> None:  # noqa: B027 - most losses take them
+        """DataError where the row at `location` has a soft label and the loss takes none; "" where no row has one."""
+
     @property
     def start_loss(self) -> float:
         """The loss before the first update, ln 2 for DPO: policy and reference score alike, so its scores are 0."""

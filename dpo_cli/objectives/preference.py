@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from dpo_cli.console.text import safe_text, significant
+from dpo_cli.errors import DataError
 from dpo_cli.models.adapters import attach_lora
 from dpo_cli.objectives.alarms import preference_alarms
 from dpo_cli.objectives.drift import Drift, measure_drift
 from dpo_cli.objectives.findings import finding_rules
 from dpo_cli.objectives.objective import Card, Objective, Outcome, loading_code
-from dpo_cli.theory.losses import LogRatios, PreferenceLoss, ResponseScores, gradient_weight, make_loss
+from dpo_cli.theory.losses import TWO_SIDED, LogRatios, PreferenceLoss, ResponseScores, gradient_weight, make_loss
 from dpo_cli.theory.metrics import pair_metrics
 
 if TYPE_CHECKING:
@@ -65,6 +66,14 @@ class Preference(Objective):
         losses = self.loss(policy_logps, ratios)
         weights = gradient_weight(self.loss.loss, ratios)
         return Outcome(losses, pair_metrics(policy_logps, ratios, losses, weights, self.beta), columns_of(ratios))
+
+    def check_soft_labels(self, location: str) -> None:
+        """DataError where the loss has no form for a label that may be wrong."""
+        if location and self.loss_name not in TWO_SIDED:
+            raise DataError(
+                f"{location}: has a soft label, which the loss {self.loss_name} does not take; choose one of "
+                f"{', '.join(TWO_SIDED)}, or data.soft_labels=false and data.ties=drop"
+            )
 
     def drift(self, watched: Tensor) -> Drift:
         """Where the policy has moved on the last W pairs."""

@@ -31,7 +31,7 @@ from dpo_cli.objectives.drift import Drift, measure_drift
 from dpo_cli.objectives.findings import finding_rules
 from dpo_cli.objectives.objective import Card, Objective, Outcome, loading_code
 from dpo_cli.objectives.preference import columns_of
-from dpo_cli.theory.losses import LogRatios, ResponseScores, gradient_weight, sigmoid
+from dpo_cli.theory.losses import LogRatios, ResponseScores, expected_loss, gradient_weight, sigmoid
 from dpo_cli.theory.metrics import reward_metrics
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class Reward(Objective):
     def __call__(self, policy: ResponseScores, reference: ResponseScores) -> Outcome:
         """The loss of each pair; the reference is 0."""
         ratios = LogRatios.between(policy.pairs(), reference.pairs())
-        losses, weights = bradley_terry(ratios), gradient_weight(bradley_terry, ratios)
+        losses, weights = expected_loss(bradley_terry, ratios), gradient_weight(bradley_terry, ratios)
         return Outcome(losses, reward_metrics(ratios, losses, weights), columns_of(ratios))
 
     def drift(self, watched: Tensor) -> Drift:

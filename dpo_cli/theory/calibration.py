@@ -25,17 +25,21 @@ class Bin:
     right: Estimate  # share of pairs whose chosen response has the higher reward; a tie is one half
 
 
-def reliability(margins: Sequence[float], prompts: Sequence[int] | None = None) -> list[Bin]:
+def reliability(
+    margins: Sequence[float], prompts: Sequence[int] | None = None, probabilities: Sequence[float] | None = None
+) -> list[Bin]:
     """The pairs by confidence, in bins of equal width. Empty bins and NaN margins are left out.
 
     `margins` are those of N pairs. `prompts` has an id for the prompt of each, (N,); None: no two pairs share one.
+    `probabilities` are soft labels, (N,): a pair is right with that probability where its chosen response is ahead.
     """
     of_pairs = np.asarray(margins, dtype=float)
     known = ~np.isnan(of_pairs)
     of_pairs = of_pairs[known]
     of_prompts = np.asarray(range(len(known)) if prompts is None else prompts, dtype=np.uint64)[known]
     confidence = 1 / (1 + np.exp(-np.minimum(np.abs(of_pairs), 700.0)))
-    right = (np.sign(of_pairs) + 1) / 2
+    certain = np.ones(len(known)) if probabilities is None else np.asarray(probabilities, dtype=float)
+    right = (1 + (2 * certain[known] - 1) * np.sign(of_pairs)) / 2
     bins = np.minimum(BINS - 1, ((confidence - 0.5) * 2 * BINS).astype(int))
     found = []
     for index in np.unique(bins).tolist():

@@ -4,13 +4,13 @@ One idea to keep in mind: DPO uses of a pair only the ratio of each response's p
 under the reference. That is `LogRatios`, and every loss, reward and diagnostic is a function of it.
 
 Letters: y+ the chosen response, y- the rejected one, x their prompt; c = log pi(y+|x)/pi_ref(y+|x), r the same
-for y-, d = c - r their margin; b = beta; e = label smoothing. B pairs.
+for y-, d = c - r their margin; b = beta; e = label smoothing; w = the probability that y+ is the better one. B pairs.
 """
 
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,11 +25,13 @@ class ResponseScores:
     values: Tensor  # (M,) float32
     tokens: Tensor  # (M,) how many tokens each response has, the closing EOS included
     units: Tensor  # (U, R) into the responses: what an objective looks at together, R = 2 for pairs
+    probabilities: Tensor | None = None  # (U,) soft labels: that the first of a pair is better; None: all are 1
 
     def pairs(self) -> "PairLogps":
         """The scores of U pairs."""
         chosen, rejected = self.units[:, 0], self.units[:, 1]
-        return PairLogps(self.values[chosen], self.values[rejected], self.tokens[chosen], self.tokens[rejected])
+        sides = (self.values[chosen], self.values[rejected], self.tokens[chosen], self.tokens[rejected])
+        return PairLogps(*sides, self.probabilities)
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,11 @@ class PairLogps:
     rejected: Tensor  # (B,) float32
     chosen_tokens: Tensor  # (B,) number of tokens in each sum, the closing EOS included
     rejected_tokens: Tensor  # (B,)
+    probabilities: Tensor | None = None  # (B,) w, that the chosen response is better; None: all are 1
 
     def detach(self) -> "PairLogps":
         """The same values without gradient."""
-        return PairLogps(self.chosen.detach(), self.rejected.detach(), self.chosen_tokens, self.rejected_tokens)
+        return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach())
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class LogRatios:
     rejected: Tensor  # (B,) float32: r
     chosen_tokens: Tensor  # (B,)
     rejected_tokens: Tensor  # (B,)
+    probabilities: Tensor | None = None  # (B,) w; None: all are 1
 
     @classmethod
     def between(cls, policy: PairLogps, reference: PairLogps) -> "LogRatios":
@@ -63,11 +67,17 @@ class LogRatios:
             rejected=policy.rejected - reference.rejected,
             chosen_tokens=policy.chosen_tokens,
             rejected_tokens=policy.rejected_tokens,
+            probabilities=policy.probabilities,
         )
 
     def detach(self) -> "LogRatios":
         """The same values without gradient."""
-        return LogRatios(self.chosen.detach(), self.rejected.detach(), self.chosen_tokens, self.rejected_tokens)
+        return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach())
+
+    @property
+    def swapped(self) -> "LogRatios":
+        """The same pairs with the other label: chosen is rejected."""
+        return LogRatios(self.rejected, self.chosen, self.rejected_tokens, self.chosen_tokens)
 
     @property
     def margin(self) -> Tensor:
@@ -216,6 +226,19 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "discopop": discopop,
 }
 
+# Losses L(u) of one difference, which have a label that can be wrong: u is positive where it is fitted. The others say
+# of each response alone whether it is good, and EXO's label is within a logarithm, where a mean of labels does not go.
+TWO_SIDED = ("sigmoid", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "discopop")
+
+
+def expected_loss(loss: Callable[[LogRatios], Tensor], ratios: LogRatios) -> Tensor:
+    """w L(u) + (1-w) L(-u), (B,): the mean of a loss over labels that are right with probability w.
+
+    For DPO it is Eq. 3 of https://ericmitchell.ai/cdpo.pdf with e = 1-w. Label smoothing composes: w (1-e) + (1-w) e.
+    """
+    w = ratios.probabilities
+    return loss(ratios) if w is None else w * loss(ratios) + (1 - w) * loss(ratios.swapped)
+
 
 def loss_options(name: str) -> set[str]:
     """The hyperparameters that the loss `name` uses; any other is not its own."""
@@ -226,9 +249,11 @@ def loss_options(name: str) -> set[str]:
 def sft_loss(policy: PairLogps) -> Tensor:
     """-log pi(y+|x) / n+, (B,): the negative log-likelihood of the chosen response, in nats a token.
 
-    Added with a weight it keeps chosen responses likely: RPO, https://arxiv.org/abs/2404.19733.
+    Added with a weight it keeps chosen responses likely: RPO, https://arxiv.org/abs/2404.19733. Where the label is soft
+    it is the mean over labels, as in `expected_loss`.
     """
-    return -policy.chosen / policy.chosen_tokens
+    w, chosen = policy.probabilities, -policy.chosen / policy.chosen_tokens
+    return chosen if w is None else w * chosen + (1 - w) * (-policy.rejected / policy.rejected_tokens)
 
 
 @dataclass(frozen=True)
@@ -240,7 +265,7 @@ class PreferenceLoss:
 
     def __call__(self, policy: PairLogps, ratios: LogRatios) -> Tensor:
         """The loss of each pair, (B,)."""
-        losses = self.loss(ratios)
+        losses = expected_loss(self.loss, ratios)
         return losses + self.sft_weight * sft_loss(policy) if self.sft_weight else losses
 
 
@@ -263,7 +288,7 @@ def gradient_weight(loss: Callable[[LogRatios], Tensor], ratios: LogRatios) -> T
 
     1/2 before the policy has moved, near 0 where the pair is learned. For DPO it is sigmoid(-b d), the weight of a pair
     in its gradient, near 1 where the implicit rewards have the wrong order: section 4 of
-    https://arxiv.org/abs/2305.18290.
+    https://arxiv.org/abs/2305.18290. Of a pair with a soft label it is the weight it would have with a certain one.
     """
     start = LogRatios(
         torch.zeros_like(ratios.chosen), torch.zeros_like(ratios.rejected), ratios.chosen_tokens, ratios.rejected_tokens

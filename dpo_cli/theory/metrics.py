@@ -12,7 +12,7 @@ def pair_metrics(
     """The metrics of each pair, every value (B,), under the names they are logged with.
 
     `weights` are the gradient weights under the loss. A tie counts one half in `rewards/accuracies`, so it is 0.5
-    before the policy has moved.
+    before the policy has moved. With soft labels it is the share that is expected of labels drawn with them.
     """
     chosen, rejected = implicit_rewards(ratios, beta)
     margins = chosen - rejected
@@ -21,16 +21,20 @@ def pair_metrics(
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": margins,
-        "rewards/accuracies": wins(margins),
+        "rewards/accuracies": wins(margins, ratios.probabilities),
         "logps/chosen": policy.chosen,
         "logps/rejected": policy.rejected,
         "gradient_weight": weights,
     }
 
 
-def wins(differences: Tensor) -> Tensor:
-    """1 where a difference is above 0, 1/2 where it is 0, else 0; (B,) to (B,) float32."""
-    return (differences > 0).float() + 0.5 * (differences == 0).float()
+def wins(differences: Tensor, probabilities: Tensor | None = None) -> Tensor:
+    """1 where a difference is above 0, 1/2 where it is 0, else 0; (B,) to (B,) float32.
+
+    With soft labels w, (B,), its mean over labels: w and 1-w in the place of 1 and 0.
+    """
+    right = (differences > 0).float() + 0.5 * (differences == 0).float()
+    return right if probabilities is None else probabilities * right + (1 - probabilities) * (1 - right)
 
 
 def reward_metrics(ratios: LogRatios, losses: Tensor, weights: Tensor) -> dict[str, Tensor]:
