@@ -192,7 +192,7 @@ def main(words: Sequence[str] | None = None) -> None:
     labelling = ("by=reward", f"judge={judge}", f"labels={args.labels}", "pairs=extremes")
     run(folder, "labels", "label", f"samples={samples_file}", *labelling, f"output={labelled}")
     fitting = ("data=jsonl", f"data.train={labelled}", "data.max_length=384", f"epochs={args.epochs}", rate,
-               "data.split_by=prompt")  # fmt: skip  # the split of the published figures
+               "data.split_by=prompt", "data.soft_labels=false")  # fmt: skip  # as for the published figures
     runs = [train(folder, f"beta-{beta}", model, *fitting, f"beta={beta}") for beta in args.betas]
     several = folder / "several.jsonl"
     held_out = (f"prompts={args.held_out}", f"limit={args.compared}", limit)

@@ -46,7 +46,8 @@ def main(words: Sequence[str] | None = None) -> None:
         by = ("by=rule", f"rule={args.judge}") if rule else ("by=reward", f"judge={args.judge}")
         run(folder, f"labels-{number}", "label", f"samples={drawn}", *by, f"output={labelled}")
         start = _start(folder, policies, number)
-        dials = (f"model={args.model}", *start, "data=jsonl", f"data.train={labelled}", "data.max_length=384")
+        dials = (f"model={args.model}", *start, "data=jsonl", f"data.train={labelled}", "data.max_length=384",
+                 "data.soft_labels=false")  # fmt: skip
         policies.append(train(folder, f"round-{number}", *dials, f"beta={args.beta}", f"optimizer.lr={args.lr}"))
     players = ",".join([args.name, *map(str, policies)])
     run(folder, "ranking", "rank", f"checkpoints=[{players}]", f"judge={args.judge}", f"prompts={args.held_out}",

@@ -127,11 +127,13 @@ def test_rewards_are_those_of_dpo_eval_for_the_same_texts(
         assert label["probability"] == pytest.approx(sigmoid(margins[-1]))
         assert (label["by"], label["judge"]) == (by, str(run / "final"))
     assert min(margins) >= 0 and max(margins) > 0.05
-    # By files of labels alone, an evaluation finds the judge always right.
-    again = command("dpo-eval", f"checkpoint={run}", "data=jsonl", f"data.eval={tmp_path / 'labels.jsonl'}",
-                    f"output_dir={tmp_path}", "name=again")  # fmt: skip
-    assert again.code == 0, again.err
-    assert json.loads((tmp_path / "again" / "report.json").read_text())["rewards/accuracies"] == 1.0
+    # By files of labels alone, an evaluation finds the judge always right, and as sure as it said.
+    sure = sum(label["probability"] for label in found.values()) / len(found)
+    for word, accuracy in (("true", pytest.approx(sure, abs=1e-6)), ("false", 1.0)):
+        again = command("dpo-eval", f"checkpoint={run}", "data=jsonl", f"data.eval={tmp_path / 'labels.jsonl'}",
+                        f"data.soft_labels={word}", f"output_dir={tmp_path}", f"name=soft_{word}")  # fmt: skip
+        assert again.code == 0, again.err
+        assert json.loads((tmp_path / f"soft_{word}" / "report.json").read_text())["rewards/accuracies"] == accuracy
 
 
 def test_an_answer_has_one_reward_whatever_stands_beside_it(command: Command, reward_run: Path, tmp_path: Path) -> None:

@@ -411,7 +411,7 @@ def test_rows_of_each_form_are_recognised(name: str) -> None:
         (["columns.chosen=[x,y]"], "data.columns.chosen=['x', 'y']: name one column"),
         (["columns.chosen={a: 1}"], "data.columns={'chosen': {'a': 1}}: must be a column, a list of columns, or null"),
         (["roles.gpt=bot"], "data.roles={'gpt': 'bot'}: must be system, user or assistant for each speaker"),
-        (["ties=half"], "data.ties=half: choose one of drop"),
+        (["ties=keep"], "data.ties=keep: choose one of drop, half"),
     ],
 )  # fmt: skip
 def test_a_mapping_that_says_too_little_or_too_much_is_refused(words: list[str], says: str) -> None:

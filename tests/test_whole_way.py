@@ -206,6 +206,7 @@ def test_a_rule_labels_samples_and_dpo_trains_on_the_pairs(
         "data.eval_fraction=0", "max_steps=1", f"output_dir={tmp_path / 'run'}",
     )  # fmt: skip
     assert trained.code == 0, trained.err
+    assert "2 pairs with a soft label, their probability that chosen is better" in " ".join(trained.out.split())
 
 
 def test_three_answers_make_three_pairs_or_the_two_extremes(command: Command, tmp_path: Path) -> None:
@@ -229,7 +230,7 @@ def test_sampled_labels_are_wrong_as_often_as_bradley_terry_says(command: Comman
     found = rows(tmp_path / "many.rule.jsonl")
     right = sum(row["chosen"] == "a" for row in found)
     assert abs(right - 1000) < 4 * math.sqrt(1500 * (2 / 3) * (1 / 3))
-    assert {round(row["probability"], 9) for row in found} == {round(4 / 6, 9), round(2 / 6, 9)}
+    assert {round(row["sampled_with_probability"], 9) for row in found} == {round(4 / 6, 9), round(2 / 6, 9)}
     turned = write_jsonl(tmp_path / "turned.jsonl", some[::-1])
     assert command("dpo-label", f"samples={turned}", *words).code == 0
     assert sorted(map(str, rows(tmp_path / "turned.rule.jsonl"))) == sorted(map(str, found))

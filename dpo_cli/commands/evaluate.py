@@ -80,6 +80,8 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
             options, encoder, seed, held_out_only=True, trained_on=trained_on, poll=signals.poll, working=reporter.bar
         )
         reporter.stop()
+        for _, report in data.reports():
+            objective.check_soft_labels(report.soft_label_at)
         reporter.doing("loading the model")
         base = load_model(source, dtype.value, device.value)
         check_positions(base, max(map(longest_side, data.held_out)), options.max_length)
@@ -109,7 +111,8 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         prompts = prompts_of(data.held_out)
         estimates = summarize(scores, objective, prompts)
         margins = (objective.beta * scores.ratios.margin).tolist()
-        bins = reliability(margins, [pair.group for pair in data.held_out]) if objective.is_calibrated else []
+        labels = [pair.probability for pair in data.held_out]
+        bins = reliability(margins, [pair.group for pair in data.held_out], labels) if objective.is_calibrated else []
         held_out_by_run = config.data is None and not overrides
         folder = _folder(config, ref, "held-out" if held_out_by_run else data.held_out_report.source)
         facts = {

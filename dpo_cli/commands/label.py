@@ -195,6 +195,7 @@ def _pair(
         judge=judge,
         chosen_finish_reason=sample.finish_reason(chosen),
         rejected_finish_reason=sample.finish_reason(rejected),
+        sampled=config.labels == "sampled",
     )
 
 

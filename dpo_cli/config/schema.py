@@ -53,7 +53,7 @@ LABELLERS = {
 }
 # What a column of a data set can be; those of LABELS say which of several responses is preferred.
 LABELS = ("preferred", "preference", "scores", "ranks")
-COLUMNS = ("prompt", "system", "chosen", "rejected", "responses", *LABELS, "source")
+COLUMNS = ("prompt", "system", "chosen", "rejected", "responses", *LABELS, "probability", "source")
 LISTS = ("prompt", "responses", "scores", "ranks")  # may be several columns
 PROMPTS_NEEDED = "name a file of prompts, for instance prompts=prompts.jsonl"
 
@@ -127,7 +127,8 @@ class DataConfig:
     columns: dict[str, Text | list[Text] | None] = Field(description="must be a column, a list of columns, or null")
     preferred: list[Cell] = Field(description="must be a list of values, one for each response")
     tied: list[Cell] = Field(description="must be a list of values")
-    ties: Literal["drop"]
+    ties: Literal["drop", "half"]
+    soft_labels: bool
     roles: dict[str, Literal["system", "user", "assistant"]] = Field(
         description="must be system, user or assistant for each speaker"
     )
@@ -169,7 +170,7 @@ class DataConfig:
         if responses:
             why = "data.columns.responses needs format=auto"
             _require(self.format in ("auto", "ranked"), "data.format", self.format, why)
-            for name in ("chosen", "rejected"):
+            for name in ("chosen", "rejected", "probability"):
                 why = "leave it out: data.columns.responses names the responses"
                 _require(name not in columns, f"data.columns.{name}", columns.get(name), why)
         if isinstance(responses, list):

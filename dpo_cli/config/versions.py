@@ -115,6 +115,7 @@ MIGRATIONS: dict[int, tuple[Change, ...]] = {
     5: (
         Added("data.max_bad_fraction", 1.0),
         Added("data.processes", "auto"),
+        Added("data.soft_labels", False),
     ),
 }  # fmt: skip
 VERSION = max(MIGRATIONS)

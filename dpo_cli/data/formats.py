@@ -19,6 +19,8 @@ FINISH_KEYS = ("chosen_finish_reason", "rejected_finish_reason")
 
 # Notes: changes to a row that its author may not expect. Counted and printed.
 DIVERGES_EARLY = "differ before the last turn: the later turns are part of the responses"
+TIE_KEPT = "with two equally good responses (a tie): their label has probability 1/2"
+SOFT_LABEL = "with a soft label, their probability that chosen is better; data.soft_labels=false takes it as certain"
 PROMPT_REPEATED = "repeat the prompt in their responses: it was removed from them"
 
 
@@ -60,7 +62,8 @@ class PreferencePair:
     notes: tuple[str, ...] = ()
     chosen_finish_reason: FinishReason = FinishReason.STOP
     rejected_finish_reason: FinishReason = FinishReason.STOP
-    tied: bool = False  # neither is preferred: such a pair is counted, and not trained on
+    tied: bool = False  # neither is preferred
+    probability: float = 1.0  # that `chosen` is better; below 1 the label is soft
 
     @property
     def prompt(self) -> Prompt:
@@ -334,7 +337,7 @@ def fields_read(row: Row, name: str) -> frozenset[str]:
     """The keys of a row that the format `name` may read: all of them where it is not one of ours."""
     if _is_ranked(row, name):
         return frozenset(("prompt", "responses", "scores", "finish_reason"))
-    sides = ("chosen", "rejected", *FINISH_KEYS)
+    sides = ("chosen", "rejected", "probability", *FINISH_KEYS)
     return frozenset({"hh": sides}.get(name, ("prompt", *sides) if name in ("auto", "standard", "messages") else row))
 
 

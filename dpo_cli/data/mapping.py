@@ -4,6 +4,7 @@ The one idea: whatever says which of several responses is preferred (an index, a
 becomes `scores`, the higher the better. Equal scores are a tie.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,10 @@ class RowMapping:
     @classmethod
     def of(cls, config: DataConfig) -> "RowMapping":
         """The mapping of a data config."""
-        return cls(config.columns, config.preferred, config.tied, config.roles)
+        columns = {name: column for name, column in config.columns.items() if name != "probability"}
+        if config.soft_labels and not columns.get("responses"):
+            columns["probability"] = config.columns.get("probability", "probability")
+        return cls(columns, config.preferred, config.tied, config.roles)
 
 
 def canonical(row: Row, mapping: RowMapping) -> Row:
@@ -42,6 +46,10 @@ def canonical(row: Row, mapping: RowMapping) -> Row:
     named = _shadowed(mapping.columns) | {path for column in columns.values() for path in _listed(column)}
     result = {key: cell for key, cell in row.items() if key not in named}
     result |= {name: _cell(row, name, column) for name, column in columns.items()}
+    if "probability" in columns:
+        cell = result.pop("probability")
+        if cell not in (None, "") and not ("responses" in result and "chosen" not in result):
+            result["probability"] = _probability(cell, columns["probability"])
     for name in ("prompt", "chosen", "rejected"):
         if name in result:
             result[name] = _messages(result[name], mapping.roles)
@@ -56,7 +64,8 @@ def canonical(row: Row, mapping: RowMapping) -> Row:
 
 def not_used(row: Row, columns: Columns, reads: frozenset[str]) -> list[str]:
     """The columns of a row with something in them that nothing reads; `reads` is what the row's format does."""
-    paths = {path for column in columns.values() if column for path in _listed(column)}
+    named = [column for name, column in columns.items() if column and (name != "probability" or name in reads)]
+    paths = {path for column in named for path in _listed(column)}
     used = paths | {path.split(".")[0] for path in paths} | (reads - _shadowed(columns))
     return [str(name) for name, cell in row.items() if name not in used and cell not in (None, "", [], {})]
 
@@ -70,7 +79,7 @@ def source_of(row: Row, columns: Columns) -> str:
 def _shadowed(columns: Columns) -> set[str]:
     """The names under which a row's own columns do not count."""
     named = {name for name, column in columns.items() if column}
-    hidden = set(columns) | ({"scores"} if named & set(LABELS) else set())
+    hidden = {*columns, "probability"} | ({"scores"} if named & set(LABELS) else set())
     return hidden | ({"chosen", "rejected"} if "responses" in named else set())
 
 
@@ -82,7 +91,7 @@ def _cell(row: Row, name: str, column: str | list[str]) -> Any:
     """The cell of a column, or of several as a list; those of a prompt are joined by line breaks."""
     if isinstance(column, str):
         found = _at(row, column)
-        if found is _MISSING and name not in OPTIONAL:
+        if found is _MISSING and name not in OPTIONAL and (name, column) != ("probability", "probability"):
             raise _missing(row, name, column)
         return None if found is _MISSING else found
     cells = [_at(row, path) for path in column]
@@ -152,6 +161,18 @@ def _scores(name: str, label: Any, responses: Any, mapping: RowMapping) -> Any:
         known = ", ".join([*values, *mapping.tied])
         raise BadRowError(f"'{column}' is {written!r}; data.preferred and data.tied know {known}")
     return [int(value == written) for value in values]
+
+
+def _probability(cell: Any, column: str | list[str]) -> float:
+    """A probability that the chosen response is better."""
+    try:
+        w = math.nan if isinstance(cell, bool) else float(cell)
+    except (TypeError, ValueError):
+        w = math.nan
+    if not 0 <= w <= 1:  # nan fails, too
+        raise BadRowError(f"'{column}' must be a probability from 0 to 1, it is {cell!r}; data.soft_labels=false "
+                          "does not read it")  # fmt: skip
+    return w
 
 
 def _numbers(values: Any, column: str | list[str] | None) -> list[float]:

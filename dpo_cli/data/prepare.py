@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import chain, islice, takewhile
 from json import dumps, loads
@@ -28,7 +28,7 @@ from dpo_cli.config.schema import DataConfig
 from dpo_cli.console.text import plural, safe_text
 from dpo_cli.data.chat_template import ChatTemplate, RefusedRowError
 from dpo_cli.data.files import Source, SourceRow
-from dpo_cli.data.formats import BadRowError, PreferencePair, fields_read, pairs_of
+from dpo_cli.data.formats import SOFT_LABEL, TIE_KEPT, BadRowError, PreferencePair, Row, fields_read, pairs_of
 from dpo_cli.data.groups import prompt_group
 from dpo_cli.data.known_forms import form_of
 from dpo_cli.data.leaks import pair_hash
@@ -96,13 +96,13 @@ def _text_pairs(
         if row.value is not None:
             try:
                 read = canonical(row.value, mapping)
-                pairs = pairs_of(read, config.format)
+                pairs = [_with_label(pair, read, config.ties) for pair in pairs_of(read, config.format)]
                 rendered = [encoder.render(pair) for pair in pairs if not pair.tied]
             except BadRowError as error:
                 problem = safe_text(error, limit=300)
                 reason = "refused_by_template" if isinstance(error, RefusedRowError) else reason
             else:
-                unused = not_used(row.value, config.columns, fields_read(read, config.format))
+                unused = not_used(row.value, mapping.columns, fields_read(read, config.format))
                 if unused and not report.not_used:
                     report.not_used_form = form_of(row.value, config.columns, "; {form} reads {columns}, too")
                 for name in unused:
@@ -114,6 +114,7 @@ def _text_pairs(
                     report.dropped["tie"] += len(pairs) - len(rendered)
                 for one in rendered:
                     report.notes.update(one.pair.notes)
+                    report.soft_label_at = report.soft_label_at or (row.location if one.pair.probability != 1 else "")
                     yield TextPair(one.pair, row.index, row.location), one
                 continue
         misread = row.value if reason == "bad_row" and row.value else {}
@@ -123,6 +124,14 @@ def _text_pairs(
         if config.on_bad_row == "error":
             raise DataError(f"{report.first_bad} (data.on_bad_row=skip counts and drops such rows)")
         report.dropped[reason] += 1
+
+
+def _with_label(pair: PreferencePair, row: Row, ties: str) -> PreferencePair:
+    """The pair with its soft label: that of the row, or 1/2 for a tie where ties are kept."""
+    if pair.tied:
+        return pair if ties == "drop" else replace(pair, tied=False, probability=0.5, notes=(*pair.notes, TIE_KEPT))
+    w = row.get("probability", 1.0)
+    return pair if w == 1 else replace(pair, probability=w, notes=(*pair.notes, SOFT_LABEL))
 
 
 def _tokenized(
@@ -161,7 +170,8 @@ def _tokenized(
                 report.truncation.responses_cut += tally.responses_cut
                 ids = (token_ids(cut.prompt), token_ids(cut.chosen), token_ids(cut.rejected))
                 key, group = content_key(text.pair), prompt_group(text.pair.prompt)
-                yield TokenizedPair(*ids, index=text.index, key=key, group=group), text
+                w = text.pair.probability
+                yield TokenizedPair(*ids, index=text.index, key=key, group=group, probability=w), text
 
 
 def _look_for_markers(texts: list[TextPair], template: ChatTemplate, report: Report, refuses: bool) -> None:

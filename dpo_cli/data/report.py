@@ -43,6 +43,7 @@ class Report:
     truncation: Truncation = field(default_factory=Truncation)
     not_used: Counter[str] = field(default_factory=Counter)  # rows by the column that nothing reads
     not_used_form: str = ""  # another YAML that reads such columns
+    soft_label_at: str = ""  # file and line of the first pair with a soft label
     sources: Counter[str] = field(default_factory=Counter)  # rows by where they are from
     first_bad: str = ""  # the first row that could not be read, and why
     leaks: Leaks | None = None  # of the held-out pairs that were kept; None: of training, or not known
@@ -92,10 +93,11 @@ class Report:
         self.truncation.responses_cut += other.truncation.responses_cut
         self.not_used_form = self.not_used_form or other.not_used_form
         self.first_bad = self.first_bad or other.first_bad
+        self.soft_label_at = self.soft_label_at or other.soft_label_at
 
     def stored(self) -> dict[str, Any]:
         """The counts of a part, for `restored`."""
-        names = ("rows", "pairs", "kept", "not_used_form", "first_bad")
+        names = ("rows", "pairs", "kept", "not_used_form", "first_bad", "soft_label_at")
         counters = ("dropped", "notes", "not_used", "sources")
         return {
             **{name: getattr(self, name) for name in names},

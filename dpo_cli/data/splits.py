@@ -6,6 +6,7 @@ once and kept beside the stored pairs: a later run begins at once, whatever thei
 
 import hashlib
 import json
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,9 +130,11 @@ def row_sizes(index: NDArray[np.int64]) -> NDArray[np.int32] | None:
 
 
 def data_fingerprint(pairs: Iterable[TokenizedPair]) -> str:
-    """A hash of every token of every pair, in order."""
+    """A hash of every token of every pair, in order, and of the soft labels."""
     digest = hashlib.sha256()
     for pair in pairs:
         for ids in (pair.prompt, pair.chosen, pair.rejected):
             digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+        if pair.probability != 1:
+            digest.update(struct.pack("<d", pair.probability))
     return digest.hexdigest()

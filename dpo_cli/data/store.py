@@ -29,10 +29,11 @@ SCHEMA = pa.schema(
         ("key", pa.binary(32)),
         ("group", pa.uint64()),
         ("hash", pa.uint64()),
+        ("probability", pa.float64()),
         *((name, pa.list_(pa.int32())) for name in LISTS),
     ]
 )
-NUMBERS = {"index": np.int64, "group": np.uint64, "hash": np.uint64}
+NUMBERS = {"index": np.int64, "group": np.uint64, "hash": np.uint64, "probability": np.float64}
 Indices = NDArray[np.int64]
 
 
@@ -48,6 +49,7 @@ def part_bytes(pairs: Sequence[TokenizedPair], hashes: Sequence[int], facts: dic
         _array(pa.binary(32), np.frombuffer(bytes.fromhex("".join(pair.key for pair in pairs)), dtype="V32")),
         _array(pa.uint64(), np.array([pair.group for pair in pairs], dtype=np.uint64)),
         _array(pa.uint64(), np.array(hashes, dtype=np.uint64)),
+        _array(pa.float64(), np.array([pair.probability for pair in pairs], dtype=np.float64)),
         *(_lists([getattr(pair, name) for pair in pairs]) for name in LISTS),
     ]
     metadata = {"facts": json.dumps(facts), "check": str(_check(columns))}
@@ -130,7 +132,8 @@ class Part:
         prompt, chosen, rejected = (self._ids(name, number) for name in LISTS)
         key = self._keys[number].tobytes().hex()
         index, group = (int(self.numbers(name)[number]) for name in ("index", "group"))
-        return TokenizedPair(prompt, chosen, rejected, index, key, group)
+        w = float(self._numbers["probability"][number])
+        return TokenizedPair(prompt, chosen, rejected, index, key, group, probability=w)
 
     def _ids(self, name: str, number: int) -> TokenIds:
         start, stop = self._offsets[name][number : number + 2]

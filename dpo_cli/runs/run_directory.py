@@ -38,7 +38,7 @@ from dpo_cli.storage.line_log import MetricsLog
 from dpo_cli.storage.locks import opened_alone
 
 MAX_TRAINED_ON_BYTES = 2**30  # 64 million pairs
-AS_BEGUN = ("split_by", "prompt_truncation")  # keys of `data` that hold to the end of a run
+AS_BEGUN = ("split_by", "prompt_truncation", "soft_labels")  # keys of `data` that hold to the end of a run
 
 
 def default_directory(job: str, now: float) -> Path:
@@ -249,7 +249,7 @@ def find_checkpoint(config: RunConfig, directory: RunDirectory) -> tuple[Path | 
 
 
 def as_begun(config: RunConfig, directory: RunDirectory) -> RunConfig:
-    """The config with how the run in `directory` began to split and cut its data.
+    """The config with how the run in `directory` began to split, cut and label its data.
 
     So no resumed run trains on what it held out, or on other tokens.
     """

@@ -62,6 +62,8 @@ def build(
     reporter.doing(f"loading the tokenizer of {safe_text(source.name)}")
     objective = make_objective(config)
     material = _material(context, source, objective.always_closes)
+    for _, report in material.data.reports():
+        objective.check_soft_labels(report.soft_label_at)
     if state is not None and state.data_fingerprint != material.data.train.fingerprint:
         raise CheckpointError(
             f"resume={safe_text(config.resume)}: was trained on other data than "

@@ -89,8 +89,12 @@ def run_checks(subject: PreflightSubject) -> str:
 
 
 def choose_pairs(train: Sequence[TokenizedPair], texts: list[TextPair]) -> tuple[list[TokenizedPair], list[TextPair]]:
-    """Two batches of real pairs: the shortest of those whose texts are kept, to save time and memory."""
-    indices = sorted(range(len(texts)), key=lambda index: longest_side(train[index]))[: 2 * PAIRS_IN_A_BATCH]
+    """Two batches of real pairs: the shortest of those whose texts are kept, to save time and memory.
+
+    Ties come last: at the start they have no gradient.
+    """
+    cost = [(pair.probability == 0.5, longest_side(pair)) for pair in train[: len(texts)]]
+    indices = sorted(range(len(texts)), key=lambda index: cost[index])[: 2 * PAIRS_IN_A_BATCH]
     return [train[index] for index in indices], [texts[index] for index in indices]
 
 
