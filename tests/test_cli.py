@@ -28,9 +28,9 @@ from dpo_cli.console.text import shell_word, significant
 Command = Callable[..., Ended]
 
 DATA_SETS = [
-    "alpaca", "arena", "capybara", "helpsteer2", "helpsteer3", "hh", "jsonl", "nectar", "orca", "pku_saferlhf",
-    "sample", "sharegpt", "shp", "skywork", "stack_exchange",
-    "summarize", "trl", "truthy", "tulu3", "ultrafeedback", "webgpt",
+    "alpaca", "arena", "axolotl", "capybara", "helpsteer2", "helpsteer3", "hh", "jsonl", "ms_swift", "nectar", "openai",
+    "orca", "pku_saferlhf", "sample", "sharegpt", "shp", "skywork", "stack_exchange", "summarize", "trl", "truthy",
+    "tulu3", "ultrafeedback", "ultrafeedback_raw", "webgpt", "when2call",
 ]  # fmt: skip
 MISTAKES = [
     ("beat=0.2", "unknown key 'beat' in 'beat=0.2'; did you mean 'beta'?"),
@@ -57,7 +57,7 @@ MISTAKES = [
     ("micro_batch_size=many", "micro_batch_size=many: must be auto or at least 1"),
     ("data.shuffle=perhaps", "data.shuffle=perhaps: must be true or false"),
     ("data.format=chatml", "data.format=chatml: choose one of auto, hh, standard, messages, ranked"),
-    ("data.columns.chsen=x", "data.columns.chsen=x: columns are prompt, system, chosen, rejected, "
+    ("data.columns.chsen=x", "data.columns.chsen=x: columns are prompt, system, history, chosen, rejected, "
      "responses, preferred, preference, scores, ranks, probability, source"),
     ("data.max_prompt_length=512",
      "data.max_prompt_length=512: must be below data.max_length=512, or no response fits"),
@@ -520,7 +520,9 @@ def test_several_trackers_can_be_chosen(command: Command) -> None:
 def test_every_group_choice_composes_to_a_valid_run() -> None:
     for group, choices in groups().items():
         for choice in choices:
-            words = [f"{group}={choice}"] + (["data.train=x.jsonl"] if choice in ("jsonl", "alpaca") else [])
+            words = [f"{group}={choice}"] + (
+                ["data.train=x.jsonl"] if choice in ("jsonl", "alpaca", "axolotl", "ms_swift", "openai") else []
+            )
             config = run_config(composed("train", parse_overrides(words), RunConfig).container)
             assert config.beta == 0.1, (group, choice)
 

@@ -148,8 +148,47 @@ FORMS: dict[str, tuple[list[Row], list[tuple[int, str, str]]]] = {
         [
             {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"},
             {"instruction": "q", "chosen": "a", "rejected": "b"},
+            {"instruction": "q", "chosen": "a", "rejected": "b", "system": "s", "history": [["q0", "earlier"]]},
+        ],
+        [(0, "a", "b"), (1, "a", "b"), (2, "a", "b")],
+    ),
+    "ultrafeedback_raw": (
+        [
+            {
+                "source": "s",
+                "instruction": "q",
+                "completions": [
+                    {"model": "x", "response": text, "overall_score": score}
+                    for text, score in (("b", 6.0), ("a", 8.5), ("c", 6.0))
+                ],
+            }
+        ],
+        [(0, "a", "b"), (0, "a", "c")],
+    ),
+    "when2call": (
+        [{"messages": turns("q"), "chosen_response": turns("", "a")[1], "rejected_response": turns("", "b")[1]}],
+        [(0, "a", "b")],
+    ),
+    "ms_swift": (
+        [
+            {"messages": turns("q", "a"), "rejected_response": "b"},
+            {"messages": turns("q0", "earlier", "q", "a"), "rejected_response": "b"},
         ],
         [(0, "a", "b"), (1, "a", "b")],
+    ),
+    "axolotl": (
+        [{"messages": turns("q"), "chosen": turns("", "a")[1], "rejected": turns("", "b")[1]}],
+        [(0, "a", "b")],
+    ),
+    "openai": (
+        [
+            {
+                "input": {"messages": turns("q"), "parallel_tool_calls": True},
+                "preferred_output": turns("", "a")[1:],
+                "non_preferred_output": turns("", "b")[1:],
+            }
+        ],
+        [(0, "a", "b")],
     ),
     "sharegpt": (
         [
@@ -186,6 +225,7 @@ TIES = {
     "arena": 2,
     "capybara": 1,
     "trl": 1,
+    "ultrafeedback_raw": 1,
 }
 
 
@@ -229,6 +269,33 @@ def test_an_input_beside_the_instruction_is_part_of_the_prompt(load: Load) -> No
     row = {"instruction": "Translate.", "input": "Hallo", "chosen": "Hello", "rejected": "Bye"}
     (text,) = load([row], "data=alpaca").train_texts
     assert text.pair.prompt_text == "Translate.\nHallo"
+
+
+def test_history_and_system_come_before_the_instruction(load: Load) -> None:
+    history = [["q0", "earlier"], ["q1", "later"]]
+    row = {"instruction": "q2", "system": "s", "history": history, "chosen": "a", "rejected": "b"}
+    (text,) = load([row], "data=alpaca").train_texts
+    assert [(one.role, one.content) for one in text.pair.messages] == [
+        ("system", "s"), ("user", "q0"), ("assistant", "earlier"), ("user", "q1"), ("assistant", "later"),
+        ("user", "q2"),
+    ]  # fmt: skip
+    plain = row | {"history": [], "system": ""}
+    assert [one.content for one in load([plain], "data=alpaca").train_texts[0].pair.messages] == ["q2"]
+    with pytest.raises(
+        DataError, match=r"'history' must hold pairs of texts, of a user and of an assistant; it holds "
+    ):
+        load([row | {"history": [["q0"]]}], "data=alpaca")
+
+
+def test_a_conversation_that_holds_prompt_and_chosen_response_is_cut_before_its_last_message(load: Load) -> None:
+    row = {"messages": turns("q0", "earlier", "q", "a"), "rejected_response": "b"}
+    (text,) = load([row], "data=ms_swift").train_texts
+    assert [one.content for one in text.pair.messages] == ["q0", "earlier", "q"]
+    for messages in (turns("q"), turns("q", "a", "q2"), [], "q"):
+        with pytest.raises(
+            DataError, match="'messages' must be messages that end with the chosen response, of an assist"
+        ):
+            load([row | {"messages": messages}], "data=ms_swift")
 
 
 @pytest.mark.parametrize("label", [1, 1.0, "1", True])
@@ -295,6 +362,26 @@ def test_the_columns_that_nothing_reads_are_listed_with_their_rows(load: Load) -
     assert load(rows, *words).train_report.not_used == {"prompt": 1, "grade": 1, "tag": 1}
 
 
+def test_parts_of_a_used_column_that_nothing_reads_are_listed(load: Load) -> None:
+    row = {
+        "prompt": [{"role": "user", "content": "q", "images": ["x.png"], "weight": 0}],
+        "chosen": [{"role": "assistant", "content": "a", "weight": 1, "annotations": {}}],
+        "rejected": [{"role": "assistant", "content": "b", "weight": None}],
+    }
+    assert load([row], "data=jsonl").train_report.sentences(512)[1:] == [
+        "not used: prompt.images, prompt.weight, chosen.weight (1 row)"
+    ]
+    shared = {
+        "conversations": [{**said("human", "q"), "id": 7}],
+        "chosen": said("gpt", "a"),
+        "rejected": said("gpt", "b"),
+    }
+    assert load([shared, shared], "data=sharegpt").train_report.not_used == {"conversations.id": 2}
+    nested = {"question": {"full_text": "q", "dataset": "d", "id": 1, "extra": {"x": 1}, "none": None},
+              "answer_0": "a", "answer_1": "b", "score_0": 1, "score_1": 0}  # fmt: skip
+    assert load([nested], "data=webgpt").train_report.not_used == {"question.id": 1, "question.extra": 1}
+
+
 def test_a_format_reads_its_own_keys_and_one_that_is_added_may_read_all() -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "responses": ["a"], "more": 1}
     names = {name: {key for key in row if key in fields_read(row, name)} for name in ("hh", "auto", "ranked", "mine")}
@@ -340,6 +427,7 @@ def test_ties_and_sources_are_counted(load: Load) -> None:
     assert load(rows, "data=webgpt").train_report.sentences(512)[1:] == [
         "dropped 1 pair whose two responses are equally good (a tie)",
         "rows by source: eli5 3",
+        "not used: question.id (3 rows)",
     ]
     with pytest.raises(DataError, match="no pair can be used: 1 pair whose two responses are equally good"):
         load(rows[1:2], "data=webgpt")
@@ -366,6 +454,16 @@ def test_ties_and_sources_are_counted(load: Load) -> None:
         (
             {"prompt": "p", "chosen": "c"},
             "no 'rejected' key. A row needs prompt, chosen and rejected; it has prompt, chosen",
+        ),
+        (
+            {"messages": turns("q"), "chosen": turns("", "a")[1], "rejected": turns("", "b")[1]},
+            "the prompt must end with a user message before the responses begin (format=messages); "
+            "data=axolotl reads such rows",
+        ),
+        (
+            {"prompt": "p", "completion": "c", "label": True},
+            "no 'chosen' key. A row needs prompt, chosen and rejected; it has prompt, completion, label; rows of one "
+            "completion with a label are for KTO, which dpo-cli does not train: a row needs two responses",
         ),
     ],
 )

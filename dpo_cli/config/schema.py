@@ -53,7 +53,7 @@ LABELLERS = {
 }
 # What a column of a data set can be; those of LABELS say which of several responses is preferred.
 LABELS = ("preferred", "preference", "scores", "ranks")
-COLUMNS = ("prompt", "system", "chosen", "rejected", "responses", *LABELS, "probability", "source")
+COLUMNS = ("prompt", "system", "history", "chosen", "rejected", "responses", *LABELS, "probability", "source")
 LISTS = ("prompt", "responses", "scores", "ranks")  # may be several columns
 PROMPTS_NEEDED = "name a file of prompts, for instance prompts=prompts.jsonl"
 

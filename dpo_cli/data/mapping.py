@@ -5,14 +5,16 @@ becomes `scores`, the higher the better. Equal scores are a tie.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_cli.config.schema import LABELS, DataConfig, cell_text
 from dpo_cli.data.formats import BadRowError, Row, prompt_of, text_of
 
-OPTIONAL = ("system", "source")  # a row may lack these
+OPTIONAL = ("system", "history", "source")  # a row may lack these
+MESSAGE_KEYS = ("role", "content")  # of a message
+SHAREGPT_KEYS = ("from", "value")  # the same in ShareGPT's form
 _MISSING = object()
 
 Columns = Mapping[str, str | list[str] | None]
@@ -55,19 +57,43 @@ def canonical(row: Row, mapping: RowMapping) -> Row:
             result[name] = _messages(result[name], mapping.roles)
     if isinstance(result.get("responses"), list):
         result["responses"] = [_messages(response, mapping.roles) for response in result["responses"]]
+    if columns.get("prompt") and columns.get("prompt") == columns.get("chosen"):
+        result["prompt"], result["chosen"] = _without_answer(result["prompt"], columns["prompt"])
     for name in columns.keys() & set(LABELS):
         result["scores"] = _scores(name, result.pop(name), result.get("responses"), mapping)
-    if "system" in columns:
+    if "history" in columns and (history := result.pop("history")):
+        result["prompt"] = _with_history(history, str(columns["history"]), result)
+    if "system" in columns and _at(row, str(columns["system"])) is not _MISSING:
         result["prompt"] = _with_system(text_of(result.pop("system") or "", str(columns["system"])), result)
     return result
 
 
 def not_used(row: Row, columns: Columns, reads: frozenset[str]) -> list[str]:
-    """The columns of a row with something in them that nothing reads; `reads` is what the row's format does."""
+    """The columns of a row with something in them that nothing reads; `reads` is what the row's format does.
+
+    Within columns that are read the parts that nothing reads, as dotted paths: `question.id`, `messages.images`.
+    """
     named = [column for name, column in columns.items() if column and (name != "probability" or name in reads)]
-    paths = {path for column in named for path in _listed(column)}
-    used = paths | {path.split(".")[0] for path in paths} | (reads - _shadowed(columns))
-    return [str(name) for name, cell in row.items() if name not in used and cell not in (None, "", [], {})]
+    paths = {path for column in named for path in _listed(column)} | (reads - _shadowed(columns))
+    return list(dict.fromkeys(path for name, cell in row.items() for path in _unread(cell, str(name), paths)))
+
+
+def _unread(cell: Any, at: str, paths: set[str]) -> Iterator[str]:
+    """The paths at and below `at` with something in them that nothing reads."""
+    if cell is None or (isinstance(cell, str | list | tuple | Mapping) and not cell):
+        return
+    inside = [one for one in (cell if isinstance(cell, list | tuple) else [cell]) if isinstance(one, Mapping)]
+    if at in paths:
+        for turn in inside:
+            known = MESSAGE_KEYS if "role" in turn else SHAREGPT_KEYS if "from" in turn else turn
+            for key in turn:
+                yield from _unread(turn[key] if key not in known else None, f"{at}.{key}", set())
+    elif any(path.startswith(f"{at}.") for path in paths):
+        for one in inside:
+            for key, value in one.items():
+                yield from _unread(value, f"{at}.{key}", paths)
+    else:
+        yield at
 
 
 def source_of(row: Row, columns: Columns) -> str:
@@ -186,10 +212,33 @@ def _numbers(values: Any, column: str | list[str] | None) -> list[float]:
         raise BadRowError(f"'{', '.join(_listed(column))}' must hold numbers, it holds {shown!r}") from None
 
 
+def _without_answer(messages: Any, column: str | list[str]) -> tuple[Any, Any]:
+    """A conversation as its prompt and its last message, where one column holds both."""
+    last = messages[-1] if isinstance(messages, list) and len(messages) > 1 else None
+    if not isinstance(last, Mapping) or last.get("role") != "assistant":
+        raise BadRowError(f"'{column}' must be messages that end with the chosen response, of an assistant")
+    return messages[:-1], [last]
+
+
+def _with_history(history: Any, column: str, row: Row) -> Any:
+    """The prompt as messages behind earlier turns, each a list of what the user said and what the assistant said."""
+    turns = []
+    for turn in history if isinstance(history, list | tuple) else [None]:
+        if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise BadRowError(f"'{column}' must hold pairs of texts, of a user and of an assistant; it holds {turn!r}")
+        turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    return turns + _turns_of(row)
+
+
+def _turns_of(row: Row) -> list[dict[str, Any]]:
+    """The prompt as messages."""
+    prompt = prompt_of({"prompt": row.get("prompt")})
+    return [{"role": message.role, "content": message.content} for message in prompt.messages]
+
+
 def _with_system(system: str, row: Row) -> Any:
     """The prompt as messages, the system message before the others."""
-    prompt = prompt_of({"prompt": row.get("prompt")})
-    turns = [{"role": message.role, "content": message.content} for message in prompt.messages]
+    turns = _turns_of(row)
     if system and turns[0]["role"] == "system":
         raise BadRowError("the prompt has a system message, too; data.columns.system=null keeps that one")
     return [{"role": "system", "content": system}, *turns] if system else turns
