@@ -31,8 +31,8 @@ MUTANTS_OF_FILES = [
      "chosen.startswith(prompt):", "tests/test_formats.py -k prompt"),
     ("a cell too many in CSV is dropped", FILES, "        if more:", "        if False:", "tests/test_files.py"),
     ("rows after a bad line of JSON are lost", FILES,
-     'yield SourceRow(index, f"{safe_text(path)} line {number}", value, problem)\n            index += 1',
-     'yield SourceRow(index, f"{safe_text(path)} line {number}", value, problem)\n            if problem:\n                '
+     'yield SourceRow(index, f"{shown} line {number}", value, problem)\n            index += 1',
+     'yield SourceRow(index, f"{shown} line {number}", value, problem)\n            if problem:\n                '
      "return\n            index += 1", "tests/test_files.py -k bad_line"),
     ("bad rows are dropped unasked", PAIRS, 'if config.on_bad_row == "error":', "if False:", "tests/test_pairs.py -k bad_row"),
     ("one row more than the limit", PAIRS, "row.index >= limit", "row.index > limit", "tests/test_pairs.py -k limit"),

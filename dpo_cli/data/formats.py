@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 # Keys of rows whose responses a model generated: how each of the two ended.
@@ -110,7 +111,7 @@ def text_of(value: object, name: str) -> str:
 
 def _valid(text: str, name: str) -> str:
     # A JSON escape such as \ud800 makes text that no tokenizer can read.
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not text.isascii() and _SURROGATE.search(text):
         raise BadRowError(f"'{name}' holds half a surrogate pair (\\ud800 to \\udfff), which is not text")
     return text
 
