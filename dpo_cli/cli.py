@@ -41,6 +41,11 @@ def rank() -> NoReturn:
     _run("rank", _rank)
 
 
+def data() -> NoReturn:
+    """The command dpo-data."""
+    _run("data", _examine)
+
+
 def _run(name: str, command: Callable[["Words"], int]) -> NoReturn:
     code = 1
     _open_standard_streams()
@@ -321,6 +326,28 @@ def _rank(words: Words) -> int:
         from dpo_cli.commands.rank import rank as run_ranking
 
         return run_ranking(config, reporter)
+
+    return _reporting(work)
+
+
+def _examine(words: Words) -> int:
+    from dpo_cli.config.schema import ExamineConfig
+
+    line = words.read()
+    config = line.config(ExamineConfig)
+    if words.print_config:
+        return _print(config)
+    if config.cache is None:
+        _check_files_early(config.data.train, config.data.eval)
+    given = [written for key, written in line.given.items() if key.split(".")[0] in ("data", "model")]
+
+    def work(reporter: "Reporter") -> None:
+        from dpo_cli.commands.examine import examine, show_caches
+
+        if config.cache is not None:
+            show_caches(config.cache, reporter)
+        else:
+            examine(config, given, reporter)
 
     return _reporting(work)
 

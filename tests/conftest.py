@@ -99,6 +99,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
             "dpo-sample": cli.sample,
             "dpo-label": cli.label,
             "dpo-rank": cli.rank,
+            "dpo-data": cli.data,
         }[name]
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
         capsys.readouterr()

@@ -21,7 +21,7 @@ FLOORS = [
     {"objectives"},
     {"runs"},
     {"evaluation"},
-    {"generation"},
+    {"generation", "examination"},
     {"training"},
     {"labelling"},
     {"commands"},

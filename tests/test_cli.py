@@ -226,7 +226,7 @@ class Refuse:  # the import of torch or transformers ends the command
 sys.meta_path.insert(0, Refuse())
 sys.argv = sys.argv[1:]
 entry = {"dpo-train": cli.train, "dpo-eval": cli.evaluate, "dpo-sample": cli.sample, "dpo-label": cli.label,
-         "dpo-rank": cli.rank}[sys.argv[0]]
+         "dpo-rank": cli.rank, "dpo-data": cli.data}[sys.argv[0]]
 try:
     entry()
 except Import:
@@ -242,6 +242,7 @@ except Import:
         "dpo-sample prompts=some.jsonl",
         "dpo-label samples=some.jsonl by=rule rule=shorter",
         "dpo-rank games=some.jsonl",
+        "dpo-data model=tiny",
     ],
 )
 def test_the_first_line_is_on_the_screen_before_torch_is_imported(tmp_path: Path, words: str) -> None:
@@ -252,7 +253,7 @@ def test_the_first_line_is_on_the_screen_before_torch_is_imported(tmp_path: Path
     assert (ended.stdout, ended.stderr) == ("loading PyTorch and transformers ...\nimport\n", "")
 
 
-COMMANDS = {"train": "dpo-train", "eval": "dpo-eval", "sample": "dpo-sample", "label": "dpo-label", "rank": "dpo-rank"}
+COMMANDS = {name: f"dpo-{name}" for name in ("train", "eval", "sample", "label", "rank", "data")}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -450,6 +451,7 @@ PRINTED = {
     "dpo-sample": ("model=tiny", "prompts=p.txt", "temperature=0.5"),
     "dpo-label": ("samples=s.jsonl", "by=rule", "rule=shorter"),
     "dpo-rank": ("checkpoints=[a,b]", "judge=shorter", "prompts=p.txt"),
+    "dpo-data": ("data=jsonl", "data.train=pairs.jsonl", "show=3", "fix=cleaned.jsonl"),
 }  # fmt: skip
 
 

@@ -99,6 +99,24 @@ PAGES = {
         ),
         "Checkpoints answer every prompt; the judge compares their answers. The same command continues a stopped one.",
     ),
+    "data": Page(
+        "examine preference data before it is trained on",
+        "dpo-data data=choice [key=value ...]",
+        ("model.name_or_path", "data.train", "data.eval", "data.max_length", "sample", "show", "score", "fix", "cache",
+         "output_dir"),
+        (
+            ("dpo-data data=hh", ""),
+            ("dpo-data data=jsonl data.train=pairs.jsonl", ""),
+            ("dpo-data data=jsonl data.train=pairs.jsonl data.eval=held_out.jsonl", "and leaks between the two"),
+            ("dpo-data data=jsonl data.train=pairs.jsonl fix=cleaned.jsonl", ""),
+            ("dpo-data data=hh show=3 score=500", ""),
+            ("dpo-data cache=show", ""),
+        ),
+        "Writes report.json and report.html: what would be dropped, lengths and their cost, and what gives the label "
+        "away.",
+        "0 done, 2 command line, 3 data that cannot be read, or from which nothing can be learned, 4 model, 6 memory, "
+        "7 storage, 75 stopped by a signal, 130 Ctrl-C",
+    ),
 }  # fmt: skip
 FLAGS = (
     (

@@ -469,8 +469,35 @@ class RankConfig(GenerationConfig):
         _require(bool(self.prompts), "prompts", self.prompts, PROMPTS_NEEDED)
 
 
+@dataclass(config=STRICT, kw_only=True)
+class ExamineConfig:
+    """Preference data examined before it is trained on."""
+
+    model: ModelConfig
+    data: DataConfig
+    sample: int | None = Field(ge=1)
+    show: int = Field(ge=0)
+    score: int | None = Field(ge=1)
+    fix: Text | None = Field(pattern=r"\S", description="is empty; leave it out, or name a file")
+    cache: Literal["show", "clear"] | None
+    seed: Seed
+    device: Text
+    output_dir: Directory | None = Field(description=EMPTY)
+
+    def __post_init__(self) -> None:
+        rule = "name a file (.jsonl, .json, .parquet, .csv) or a hub data set, for instance data.train=pairs.jsonl"
+        _require(self.data.train is not None or self.cache is not None, "data.train", None, rule)
+
+
 # The config of each command; conf/ has a file of that name with the defaults.
-SCHEMAS = {"train": RunConfig, "eval": EvalConfig, "sample": SampleConfig, "label": LabelConfig, "rank": RankConfig}
+SCHEMAS = {
+    "train": RunConfig,
+    "eval": EvalConfig,
+    "sample": SampleConfig,
+    "label": LabelConfig,
+    "rank": RankConfig,
+    "data": ExamineConfig,
+}
 
 
 # Keys: their tree, and what a key that does not exist was meant to be

@@ -8,8 +8,10 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 UNFINISHED = ".tmp-"
 # Only names that this program makes are swept: a run directory may lie in a folder of somebody else's.
@@ -49,6 +51,22 @@ def write_together(files: Mapping[Path, bytes], shared: bool = False) -> None:
         raise
     for folder in {path.parent for path in files}:
         sync(folder)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, piece by piece, that appears under its name when it is whole; an error leaves none."""
+    beside = path.with_name(f"{UNFINISHED}{path.name}-{os.getpid()}")
+    try:
+        with open(beside, "wb", opener=lambda name, flags: os.open(name, flags | SAFELY, 0o666)) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:

@@ -1,0 +1,84 @@
+"""What to do about it: the worst findings of an examination, each with the next step."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_cli.console.text import plural, significant
+
+CUT = 0.02  # a share of responses that are cut above which it is a finding
+BIASED = 0.55  # a share of labels above which length or words count as giving them away
+MENDED = ("bad_row", "tie", "empty_response", "identical", "contradictory", "duplicate", "leaked")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding."""
+
+    name: str
+    text: str
+    next: str  # a command or an override, with what it does
+
+
+def findings(report: dict[str, Any], command: str) -> list[Finding]:
+    """The findings of a report, the worst first. `command`: the data overrides as the user gave them."""
+    train = report["train"]
+    dropped, tokens, bias = train["dropped"], report["tokens"], report["bias"]
+    found: list[Finding] = []
+    mended = {reason: dropped[reason] for reason in MENDED if dropped.get(reason)}
+    if mended:
+        listed = ", ".join(f"{reason} {number:,}" for reason, number in mended.items())
+        fix = f"dpo-data {command} fix=cleaned.jsonl".replace("  ", " ")
+        found.append(Finding("dropped", f"of {plural(train['rows'], 'row')}: {listed}", f"{fix} writes the others"))
+    if dropped.get("bad_row"):
+        step = "data.on_bad_row=skip drops them; without it dpo-train stops at the first"
+        found.append(Finding("bad_row", f"{plural(dropped['bad_row'], 'row')} cannot be read", step))
+    if (held_out := report["held_out"]) and held_out["dropped"].get("leaked"):
+        text = f"{plural(held_out['dropped']['leaked'], 'held-out pair')} or their first human turns are in training"
+        found.append(Finding("leaked", text, "data.eval_leaks=drop leaves them out of the evaluation"))
+    if tokens:
+        found += _of_lengths(tokens, report["data"]["max_length"])
+    if bias:
+        found += _of_bias(bias)
+    near = train["near_duplicates"]
+    if near > 0.01 * train["pairs"]:
+        text = f"{plural(near, 'pair')} share four fifths of their word sequences with an earlier one"
+        found.append(Finding("near_duplicates", text, "look at their rows in report.html; epochs=1 repeats none"))
+    return found
+
+
+def _of_lengths(tokens: dict[str, Any], max_length: int) -> list[Finding]:
+    pairs = tokens["pairs"]
+    lost = tokens["dropped"].get("prompt_too_long", 0) + tokens["dropped"].get("identical_after_truncation", 0)
+    if lost + tokens["responses_cut"] / 2 <= CUT * pairs:
+        return []
+    enough = next(
+        (one for one in tokens["max_length"]
+         if one["prompt_too_long"] + one["responses_cut"] / 2 <= CUT * pairs and one["max_length"] > max_length),
+        tokens["max_length"][-1],
+    )  # fmt: skip
+    text = (
+        f"max_length={max_length} drops {plural(lost, 'pair')} and cuts {plural(tokens['responses_cut'], 'response')}"
+    )
+    cuts = f"cuts {enough['responses_cut']:,}, {_millions(enough['tokens_per_epoch'])} tokens an epoch"
+    return [Finding("max_length", text, f"data.max_length={enough['max_length']} {cuts}")]
+
+
+def _of_bias(bias: dict[str, Any]) -> list[Finding]:
+    found = []
+    longer = bias["longer_preferred"]
+    low, high = (end if end is not None else 0.5 for end in longer["interval95"])
+    if low > BIASED or high < 1 - BIASED:
+        text = f"the longer response is preferred in {100 * longer['mean']:.0f}% of pairs: length gives the label away"
+        step = "loss=sigmoid_norm compares log-probs per token; watch the lengths of completions"
+        found.append(Finding("longer_preferred", text, step))
+    words = bias["words"]
+    if words and (words["accuracy"]["interval95"][0] or 0) > BIASED:
+        mean = significant(words["accuracy"]["mean"], 2)
+        text = f"words alone find the chosen response in {mean} of held-out pairs"
+        step = f"a policy that does not beat {mean} has learned no more than these words"
+        found.append(Finding("words", text, step))
+    return found
+
+
+def _millions(number: int) -> str:
+    return f"{significant(number / 1e6)}M" if number >= 1e6 else f"{number:,}"

@@ -1,0 +1,236 @@
+"""One pass over a source: what becomes of each pair, in columns of numbers, and a sample of pairs as text.
+
+Texts are not kept, but for the sample. Whoever needs the text of a row again reads the source again (`rows_of`).
+"""
+
+import random
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_cli.config.schema import DataConfig
+from dpo_cli.console.text import safe_text
+from dpo_cli.data.files import SourceRow, local_path, open_source
+from dpo_cli.data.formats import BadRowError, PreferencePair, pairs_of
+from dpo_cli.data.groups import normalised, prompt_group
+from dpo_cli.data.leaks import pair_hash
+from dpo_cli.data.mapping import RowMapping, canonical, source_of
+from dpo_cli.data.report import count
+from dpo_cli.examination.minhash import Signatures, near_duplicates, signatures
+
+CHUNK = 2048  # rows between two looks at signals
+# Why a pair is dropped, in the order in which reasons are looked for: a pair counts once, under the first.
+OF_PAIRS = ("tie", "empty_response", "identical", "contradictory", "duplicate", "leaked")
+# Reasons that depend on tokenizer and template: of pairs that the others leave.
+OF_TOKENS = ("refused_by_template", "prompt_too_long", "identical_after_truncation")
+KEPT = -1  # in place of the number of a reason
+UNLABELLED = ("tie", "empty_response", "identical")  # a pair that prefers nothing is no duplicate of another
+
+
+@dataclass(frozen=True)
+class ReadRow:
+    """A row of a source and the pairs that it makes, or why it makes none."""
+
+    row: SourceRow
+    pairs: tuple[PreferencePair, ...]
+    problem: str | None
+    source: str  # where the row is from, where a column says so
+
+
+@dataclass(frozen=True)
+class SampledPair:
+    """A pair whose text is kept."""
+
+    position: int  # among the pairs of its side
+    index: int  # the row in its file, from 0
+    location: str
+    group: int
+    pair: PreferencePair
+
+
+@dataclass(frozen=True)
+class SourceName:
+    """Which rows are read: what `data.train` or `data.eval` names."""
+
+    name: str
+    split: str
+    limit: int | None
+
+
+def sources_of(config: DataConfig) -> tuple[SourceName, SourceName | None]:
+    """The training rows and the held-out rows; None where a part of the training rows is held out."""
+    assert config.train is not None
+    held, split = config.eval, config.eval_split or config.train_split
+    if held is None and config.eval_split is not None and local_path(config.train) is None:
+        held = config.train
+    train = SourceName(config.train, config.train_split, config.limit)
+    return train, SourceName(held, split, config.eval_limit) if held is not None else None
+
+
+def rows_of(config: DataConfig, which: SourceName) -> Iterator[SourceRow]:
+    """Every row as it stands in the source."""
+    for row in open_source(which.name, config.subset, which.split).rows():
+        if which.limit is not None and row.index >= which.limit:
+            return
+        yield row
+
+
+def read_row(row: SourceRow, config: DataConfig, mapping: RowMapping) -> ReadRow:
+    """A row with its pairs; one that cannot be read comes with its problem."""
+    if row.value is None:
+        return ReadRow(row, (), row.problem, "")
+    try:
+        read = canonical(row.value, mapping)
+        return ReadRow(row, pairs_of(read, config.format), None, source_of(read, config.columns))
+    except BadRowError as error:
+        return ReadRow(row, (), safe_text(error, limit=300), "")
+
+
+@dataclass
+class Side:
+    """The pairs of the training or the held-out source. N pairs, in the order of the file."""
+
+    which: SourceName
+    name: str
+    rows: int = 0
+    bad_rows: "array[int]" = field(default_factory=lambda: array("q"))  # their indices
+    indices: "array[int]" = field(default_factory=lambda: array("q"))  # (N,) row of each pair
+    hashes: "array[int]" = field(default_factory=lambda: array("Q"))  # (N,) of prompt and the set of responses
+    groups: "array[int]" = field(default_factory=lambda: array("Q"))  # (N,) of the prompt
+    ordered: "array[int]" = field(default_factory=lambda: array("b"))  # (N,) 1: chosen stands before rejected by text
+    reasons: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, np.int8))  # (N,) index in OF_PAIRS, or KEPT
+    near: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # (N,) near-duplicate of, or -1
+    sources: Counter[str] = field(default_factory=Counter)  # pairs by where they are from
+    sources_of_sample: dict[int, str] = field(default_factory=dict)  # position -> source
+    sample: list[SampledPair] = field(default_factory=list)  # of the pairs that are kept, in order
+    signatures: Signatures = field(default_factory=lambda: signatures([]))
+
+    @property
+    def pairs(self) -> int:
+        """N."""
+        return len(self.indices)
+
+    def dropped(self) -> Counter[str]:
+        """Rows and pairs by reason."""
+        found = Counter({"bad_row": len(self.bad_rows)} if self.bad_rows else {})
+        for number, reason in enumerate(OF_PAIRS):
+            if total := int((self.reasons == number).sum()):
+                found[reason] = total
+        return found
+
+    @property
+    def kept(self) -> int:
+        """Pairs that no reason drops."""
+        return int((self.reasons == KEPT).sum())
+
+
+def read_side(config: DataConfig, which: SourceName, sampled: int | None, seed: int, poll: Callable[[], None]) -> Side:
+    """Read a source; `sampled` pairs are kept as text, all where it is None. DataError where it cannot be opened."""
+    side = Side(which, open_source(which.name, config.subset, which.split).name)
+    reasons = array("b")
+    drawn = random.Random(seed)
+    usable = 0
+    parts: list[Signatures] = []
+    mapping = RowMapping.of(config)
+    reader = (read_row(row, config, mapping) for row in rows_of(config, which))
+    for chunk in iter(lambda: list(islice(reader, CHUNK)), []):
+        poll()
+        texts = []
+        for read in chunk:
+            side.rows += 1
+            if read.problem is not None:
+                side.bad_rows.append(read.row.index)
+            for pair in read.pairs:
+                reason = _reason(pair)
+                chosen, rejected = normalised(pair.chosen), normalised(pair.rejected)
+                group = prompt_group(pair.prompt)
+                if reason == KEPT:
+                    one = SampledPair(side.pairs, read.row.index, read.row.location, group, pair)
+                    _draw(side, one, read.source, usable, sampled, drawn)
+                    usable += 1
+                side.indices.append(read.row.index)
+                side.hashes.append(pair_hash(pair))
+                side.groups.append(group)
+                side.ordered.append(chosen < rejected)
+                reasons.append(reason)
+                if read.source:
+                    count(side.sources, read.source)
+                texts.append(" ".join((normalised(pair.messages[-1].content), *sorted((chosen, rejected)))))
+        parts.append(signatures(texts))
+    side.signatures = np.concatenate([side.signatures, *parts])
+    side.reasons = np.array(reasons, dtype=np.int8)
+    return side
+
+
+def _reason(pair: PreferencePair) -> int:
+    if pair.tied:
+        return OF_PAIRS.index("tie")
+    if not pair.chosen.strip() or not pair.rejected.strip():
+        return OF_PAIRS.index("empty_response")
+    return OF_PAIRS.index("identical") if pair.chosen == pair.rejected else KEPT
+
+
+def _draw(side: Side, one: SampledPair, source: str, seen: int, sampled: int | None, drawn: random.Random) -> None:
+    """Keep a pair in a sample in which every pair has the same chance (reservoir sampling)."""
+    if sampled is None or len(side.sample) < sampled:
+        side.sample.append(one)
+    elif (place := drawn.randrange(seen + 1)) < sampled:
+        side.sources_of_sample.pop(side.sample[place].position, None)
+        side.sample[place] = one
+    else:
+        return
+    if source:
+        side.sources_of_sample[one.position] = source
+
+
+def compare(train: Side, held_out: Side | None) -> None:
+    """Look for duplicates, contradictions and near-duplicates within each side, and for leaks between them."""
+    sides = [train] if held_out is None else [train, held_out]
+    for side in sides:
+        _look_within(side)
+    if held_out is not None:
+        for one, other in ((train, held_out), (held_out, train)):
+            kept = one.reasons == KEPT
+            found = np.isin(column(one.hashes), column(other.hashes)) | np.isin(
+                column(one.groups), column(other.groups)
+            )
+            one.reasons[kept & found] = OF_PAIRS.index("leaked")
+    near = near_duplicates(np.concatenate([side.signatures for side in sides]))
+    start = 0
+    hashes, rows = (
+        np.concatenate([np.asarray(getattr(side, name)) for side in sides]) for name in ("hashes", "indices")
+    )
+    for side in sides:
+        of_side = near[start : start + side.pairs]
+        own = np.arange(start, start + side.pairs)
+        # Exact copies have a reason of their own, and the pairs of one ranked row share their responses.
+        other_text = hashes[own] != hashes[of_side]
+        other_row = (of_side < start) | (rows[own] != rows[of_side])
+        side.near = np.where((side.reasons == KEPT) & (of_side >= 0) & other_text & other_row, of_side, -1)
+        start += side.pairs
+    for side in sides:
+        side.sample = sorted(
+            (one for one in side.sample if side.reasons[one.position] == KEPT), key=lambda one: one.position
+        )
+
+
+def _look_within(side: Side) -> None:
+    unlabelled = [OF_PAIRS.index(reason) for reason in UNLABELLED]
+    labelled = np.flatnonzero(~np.isin(side.reasons, unlabelled))
+    _, first, inverse = np.unique(column(side.hashes)[labelled], return_index=True, return_inverse=True)
+    ordered = np.asarray(side.ordered)[labelled].astype(bool)
+    one_way, other_way = (np.bincount(inverse, weights=way, minlength=len(first)) for way in (ordered, ~ordered))
+    both = ((one_way > 0) & (other_way > 0))[inverse]
+    later = first[inverse] < np.arange(len(labelled))
+    side.reasons[labelled[both]] = OF_PAIRS.index("contradictory")
+    side.reasons[labelled[later & ~both]] = OF_PAIRS.index("duplicate")
+
+
+def column(values: "array[int]") -> NDArray[np.uint64]:
+    """Hashes as an array."""
+    return np.asarray(values, dtype=np.uint64)
