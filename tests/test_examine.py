@@ -107,7 +107,15 @@ def test_fix_writes_exactly_the_clean_rows_and_a_line_for_each_other(
     rows, held_out, places = planted()
     rows[7]["votes"] = {"é": [1, 2.5, None]}  # a column that nothing reads stays
     cleaned, changes = tmp_path / "cleaned.jsonl", tmp_path / "cleaned.changes.jsonl"
-    examined(rows, f"fix={cleaned}", held_out=held_out)
+    report = examined(rows, f"fix={cleaned}", held_out=held_out)
+    assert report["findings"][0]["next"] == (
+        f"dpo-train model=tiny data=jsonl data.eval={tmp_path / 'held.jsonl'} data.max_length=4096 data.train={cleaned}"
+    )
+    # Of 75 rows: 2 bad, 1 tie, 1 empty, 2 identical, 3 duplicates, 2 contradictory, 3 leaked.
+    assert report["out"].splitlines()[-2:] == [
+        f"fixed    {cleaned}: 61 rows",
+        f"changes  {changes}: 14 rows",
+    ]
     dropped = {index for reason, indices in places.items() if "long" not in reason and "after" not in reason
                for index in indices}  # fmt: skip
     assert [json.loads(line) for line in cleaned.read_text().splitlines()] == [

@@ -58,7 +58,7 @@ def examine(config: ExamineConfig, given: list[str], reporter: Reporter) -> Path
         report: dict[str, Any] = {
             "version": VERSION,
             "data": {
-                "overrides": given,
+                "overrides": [safe_text(word) for word in given],
                 "model": source.name,
                 "template": encoder.kind,
                 "max_length": config.data.max_length,
@@ -71,7 +71,7 @@ def examine(config: ExamineConfig, given: list[str], reporter: Reporter) -> Path
             "score": score,
             "pointless": reason,
         }
-        report["findings"] = [asdict(one) for one in findings(report, " ".join(given))]
+        report["findings"] = [asdict(one) for one in findings(report, config.fix)]
         report["seconds"] = time.monotonic() - started
         _show(reporter, report)
         for one in tokens.first[: config.show]:
@@ -79,7 +79,7 @@ def examine(config: ExamineConfig, given: list[str], reporter: Reporter) -> Path
         signals.protect_saving()
         folder = _write(report, config)
         files = [(name, str(folder / file)) for name, file in REPORTS]
-        if fixed is not None:
+        if fixed is not None and train.kept:
             files += _fix(train, config.data, fixed)
         reporter.facts(files)
     if reason is not None:

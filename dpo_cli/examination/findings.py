@@ -1,5 +1,6 @@
 """What to do about it: the worst findings of an examination, each with the next step."""
 
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +20,20 @@ class Finding:
     next: str  # a command or an override, with what it does
 
 
-def findings(report: dict[str, Any], command: str) -> list[Finding]:
-    """The findings of a report, the worst first. `command`: the data overrides as the user gave them."""
+def findings(report: dict[str, Any], fixed: str | None) -> list[Finding]:
+    """The findings of a report, the worst first; `fixed` is the file that `fix=` names."""
     train = report["train"]
     dropped, tokens, bias = train["dropped"], report["tokens"], report["bias"]
     found: list[Finding] = []
     mended = {reason: dropped[reason] for reason in MENDED if dropped.get(reason)}
     if mended:
         listed = ", ".join(f"{reason} {number:,}" for reason, number in mended.items())
-        fix = f"dpo-data {command} fix=cleaned.jsonl".replace("  ", " ")
-        found.append(Finding("dropped", f"of {plural(train['rows'], 'row')}: {listed}", f"{fix} writes the others"))
+        words = report["data"]["overrides"]
+        step = f"dpo-data {shlex.join([*words, 'fix=cleaned.jsonl'])} writes the others"
+        if fixed is not None:
+            others = [word for word in words if not word.startswith("data.train=")]
+            step = f"dpo-train {shlex.join([*others, f'data.train={fixed}'])}"
+        found.append(Finding("dropped", f"of {plural(train['rows'], 'row')}: {listed}", step))
     if dropped.get("bad_row"):
         step = "data.on_bad_row=skip drops them; without it dpo-train stops at the first"
         found.append(Finding("bad_row", f"{plural(dropped['bad_row'], 'row')} cannot be read", step))
