@@ -337,7 +337,11 @@ def _examine(words: Words) -> int:
     config = line.config(ExamineConfig)
     if words.print_config:
         return _print(config)
-    if config.cache is None:
+    if config.run is not None:
+        for key, written in line.given.items():
+            if key not in ("run", "folds", "seed", "output_dir"):
+                raise ConfigError(f"{written}: run= takes data and options of that run; leave it out")
+    elif config.cache is None:
         _check_files_early(config.data.train, config.data.eval)
     given = [written for key, written in line.given.items() if key.split(".")[0] in ("data", "model")]
 
@@ -346,6 +350,10 @@ def _examine(words: Words) -> int:
 
         if config.cache is not None:
             show_caches(config.cache, reporter)
+        elif config.run is not None:
+            from dpo_cli.commands.suspects import find_suspects
+
+            find_suspects(config, reporter)
         else:
             examine(config, given, reporter)
 

@@ -103,7 +103,7 @@ PAGES = {
         "examine preference data before it is trained on",
         "dpo-data data=choice [key=value ...]",
         ("model.name_or_path", "data.train", "data.eval", "data.max_length", "sample", "show", "score", "fix", "cache",
-         "output_dir"),
+         "run", "output_dir"),
         (
             ("dpo-data data=hh", ""),
             ("dpo-data data=jsonl data.train=pairs.jsonl", ""),
@@ -111,6 +111,7 @@ PAGES = {
             ("dpo-data data=jsonl data.train=pairs.jsonl fix=cleaned.jsonl", ""),
             ("dpo-data data=hh show=3 score=500", ""),
             ("dpo-data cache=show", ""),
+            ("dpo-data run=outputs/a", "labels that are probably wrong"),
         ),
         "Writes report.json and report.html: what would be dropped, lengths and their cost, and what gives the label "
         "away.",

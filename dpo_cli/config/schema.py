@@ -480,13 +480,16 @@ class ExamineConfig:
     score: int | None = Field(ge=1)
     fix: Text | None = Field(pattern=r"\S", description="is empty; leave it out, or name a file")
     cache: Literal["show", "clear"] | None
+    run: Text | None = Field(pattern=r"\S", description="is empty; leave it out, or name a run directory")
+    folds: int = Field(ge=2, le=20)
     seed: Seed
     device: Text
     output_dir: Directory | None = Field(description=EMPTY)
 
     def __post_init__(self) -> None:
         rule = "name a file (.jsonl, .json, .parquet, .csv) or a hub data set, for instance data.train=pairs.jsonl"
-        _require(self.data.train is not None or self.cache is not None, "data.train", None, rule)
+        others = self.cache is not None or self.run is not None
+        _require(self.data.train is not None or others, "data.train", None, rule)
 
 
 # The config of each command; conf/ has a file of that name with the defaults.

@@ -58,14 +58,15 @@ def _examples(side: Side, wanted: dict[str, list[int]], config: DataConfig) -> d
             read = read_row(row, config, RowMapping.of(config))
             place = {"index": row.index, "location": safe_text(row.location)}
             found[row.index] = place | (
-                {"problem": read.problem} if read.problem is not None else _excerpts(read.pairs[0])
+                {"problem": read.problem} if read.problem is not None else excerpts(read.pairs[0])
             )
             if len(found) == len(rows):
                 break
     return {reason: [found[index] for index in indices if index in found] for reason, indices in wanted.items()}
 
 
-def _excerpts(pair: PreferencePair) -> Facts:
+def excerpts(pair: PreferencePair) -> Facts:
+    """The beginning of the last message and of both responses, safe to show."""
     texts = {"prompt": pair.messages[-1].content, "chosen": pair.chosen, "rejected": pair.rejected}
     return {name: safe_text(text.strip(), EXCERPT) for name, text in texts.items()}
 

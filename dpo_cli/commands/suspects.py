@@ -1,0 +1,159 @@
+"""dpo-data run=RUN: which labels of a run's training data are probably wrong, by cross-fitting with the run's config.
+
+The rows are parted into folds by prompt. For each fold a policy is trained on the others as the run was, and the fold's
+pairs are scored by it: so no margin is of a pair that its policy has seen.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.commands.evaluate import evaluate
+from dpo_cli.config.composition import composed
+from dpo_cli.config.schema import EvalConfig, ExamineConfig, RunConfig, config_of, read_config
+from dpo_cli.console.reporter import Reporter
+from dpo_cli.console.text import interval, plural, safe_text, significant
+from dpo_cli.data.groups import prompt_group
+from dpo_cli.data.mapping import RowMapping
+from dpo_cli.data.pairs import content_key
+from dpo_cli.errors import CheckpointError, ConfigError, DataError, StorageError
+from dpo_cli.examination.label_noise import label_noise
+from dpo_cli.examination.reading import SourceName, read_row, rows_of, sources_of
+from dpo_cli.examination.report import estimate_facts, excerpts
+from dpo_cli.paths import user_path
+from dpo_cli.storage.durable import whole_file, write_together
+from dpo_cli.training.runner import train
+
+FEWEST = 50  # pairs
+SUSPECT = 0.5  # the probability above which a label is listed
+SHOWN = 5  # on the console
+
+
+def find_suspects(config: ExamineConfig, reporter: Reporter) -> Path:
+    """Train and score every fold; returns the folder of suspects.jsonl and suspects.json.
+
+    What is finished of an earlier call is taken from its folder. A DpoError of a fold's training ends the whole.
+    """
+    assert config.run is not None
+    run = user_path(config.run, CheckpointError, "run")
+    earlier = read_config(run / "config.yaml")
+    if earlier.model.trust_remote_code:
+        raise ConfigError(f"run={safe_text(run)}: its model runs Python of its authors; suspects are not looked for")
+    folder = run / "suspects"
+    if config.output_dir is not None:
+        folder = user_path(config.output_dir, StorageError, "output_dir")
+    which, _ = sources_of(earlier.data)
+    places = _write_folds(earlier, which, folder, config.folds)
+    pairs = []
+    for fold in range(config.folds):
+        reporter.say(f"fold {fold + 1} of {config.folds}: train on the other rows, score {len(places[fold]):,} rows")
+        reporter.say()
+        of_run = Reporter()  # whose log is that of the fold's run
+        try:
+            trained = train(_of_fold(earlier, folder, fold), of_run)
+        finally:
+            of_run.close()
+        options: dict[str, Any] = {"checkpoint": str(trained), "name": "fold", "device": earlier.device}
+        scored = evaluate(config_of(composed("eval", [], EvalConfig).container | options, EvalConfig), [], reporter)
+        for line in (scored / "pairs.jsonl").read_text(encoding="utf-8").splitlines():
+            pair = json.loads(line)
+            if pair["margin"] is not None:
+                pairs.append({**pair, "index": places[fold][pair["index"]]})
+    if len(pairs) < FEWEST:
+        raise DataError(f"{safe_text(which.name)}: {plural(len(pairs), 'pair')} could be scored; {FEWEST} are needed")
+    groups = [int(pair["prompt"], 16) for pair in pairs]
+    noise = label_noise([pair["margin"] for pair in pairs], groups, config.seed)
+    found = sorted(zip(noise.probabilities.tolist(), pairs, strict=True), key=lambda one: (-one[0], one[1]["index"]))
+    suspects = [
+        {"index": pair["index"], "margin": pair["margin"], "probability": probability, "key": pair["key"]}
+        for probability, pair in found
+        if probability > SUSPECT
+    ]
+    _add_excerpts(suspects, earlier, which)
+    smoothing = round(noise.share.mean, 2) if noise.share.low > 0 else 0.0
+    facts = {
+        "version": 1,
+        "pairs": len(pairs),
+        "folds": config.folds,
+        "suspects": len(suspects),
+        "wrong_labels": estimate_facts(noise.share),
+        "label_smoothing": smoothing,
+    }
+    lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in suspects)
+    files = {"suspects.jsonl": lines, "suspects.json": json.dumps(facts, indent=1) + "\n"}
+    try:
+        write_together({folder / name: text.encode("utf-8", "backslashreplace") for name, text in files.items()})
+    except OSError as error:
+        raise StorageError(f"{safe_text(folder)}: the suspects cannot be written ({error.strerror})") from None
+    share = f"{significant(noise.share.mean, 2)} ({interval(noise.share.low, noise.share.high, 2)})"
+    reporter.say()
+    for one in suspects[:SHOWN]:
+        reporter.say(
+            f"row {one['index'] + 1}, wrong with probability {one['probability']:.2f}, margin {one['margin']:+.2f}"
+        )
+        reporter.say(f"    {' | '.join(safe_text(one[name], 60) for name in ('prompt', 'chosen', 'rejected'))}")
+    step = f"loss.label_smoothing={smoothing}" if smoothing else "none is needed: the interval reaches 0"
+    reporter.facts(
+        [
+            ("wrong labels", f"{share} of {plural(len(pairs), 'pair')}; the interval is over prompts"),
+            ("suspects", f"{plural(len(suspects), 'pair')} in {safe_text(folder / 'suspects.jsonl')}"),
+            ("smoothing", step),
+        ]
+    )
+    return folder
+
+
+def _of_fold(run: RunConfig, folder: Path, fold: int) -> RunConfig:
+    """The run's config for one fold; a fold that was begun is resumed."""
+    data = replace(
+        run.data,
+        train=str(folder / f"others-{fold + 1}.jsonl"),
+        eval=str(folder / f"fold-{fold + 1}.jsonl"),
+        eval_split=None,
+        limit=None,
+        eval_limit=None,
+        eval_leaks="warn",
+    )
+    into = folder / f"run-{fold + 1}"
+    return replace(
+        run, data=data, output_dir=str(into), resume="auto", tracker=None, eval_every=0, dry_run=False,
+        verify_resume=False, replay=None,
+    )  # fmt: skip
+
+
+def _write_folds(run: RunConfig, which: SourceName, folder: Path, folds: int) -> list[list[int]]:
+    """The rows of each fold and those of the others, as files; of each fold the index of each row in the source."""
+    mapping = RowMapping.of(run.data)
+    places: list[list[int]] = [[] for _ in range(folds)]
+    rows: list[tuple[int, bytes]] = []
+    for row in rows_of(run.data, which):
+        read = read_row(row, run.data, mapping)
+        if read.pairs:
+            fold = prompt_group(read.pairs[0].prompt) % folds
+            places[fold].append(row.index)
+            line = json.dumps(row.value, ensure_ascii=False, default=str) + "\n"
+            rows.append((fold, line.encode("utf-8", "backslashreplace")))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for fold in range(folds):
+            with whole_file(folder / f"others-{fold + 1}.jsonl") as file:
+                file.writelines(line for of, line in rows if of != fold)
+            with whole_file(folder / f"fold-{fold + 1}.jsonl") as file:
+                file.writelines(line for of, line in rows if of == fold)
+    except OSError as error:
+        raise StorageError(f"{safe_text(folder)}: the folds cannot be written ({error.strerror})") from None
+    return places
+
+
+def _add_excerpts(suspects: list[dict[str, Any]], run: RunConfig, which: SourceName) -> None:
+    """Where each suspect stands, and the beginning of its texts."""
+    mapping = RowMapping.of(run.data)
+    wanted: dict[int, list[dict[str, Any]]] = {}
+    for one in suspects:
+        wanted.setdefault(one["index"], []).append(one)
+    for row in rows_of(run.data, which) if wanted else ():
+        for one in wanted.get(row.index, []):
+            pairs = read_row(row, run.data, mapping).pairs
+            pair = next((pair for pair in pairs if content_key(pair) == one["key"]), pairs[0])
+            one |= {"location": row.location, **excerpts(pair)}
