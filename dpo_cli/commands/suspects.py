@@ -16,7 +16,7 @@ from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import interval, plural, safe_text, significant
 from dpo_cli.data.groups import prompt_group
 from dpo_cli.data.mapping import RowMapping
-from dpo_cli.data.pairs import content_key
+from dpo_cli.data.prepare import content_key
 from dpo_cli.errors import CheckpointError, ConfigError, DataError, StorageError
 from dpo_cli.examination.label_noise import label_noise
 from dpo_cli.examination.reading import SourceName, read_row, rows_of, sources_of

@@ -12,7 +12,7 @@ import torch
 
 from dpo_cli.config.schema import ModelConfig
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.data.batches import SplitByTokens
+from dpo_cli.data.batches import SplitByTokens, longest_side
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.evaluation.scores import prompts_of, windows
 from dpo_cli.examination.report import estimate_facts
@@ -42,13 +42,14 @@ def reference_logps(
     device = choose_device(device_name).value
     dtype = choose_dtype(config.dtype, device, lora=True).value
     model = load_model(find_model(config, reporter.say), dtype, device)
-    check_positions(model, pairs, max(len(pair.prompt) + len(side) for pair in pairs for side in pair.responses))
+    longest = max(map(longest_side, pairs))
+    check_positions(model, longest, longest)
     fingerprint = model_fingerprint(model)
     layout = remembered_layout("auto", model, pairs, device, fingerprint).value
     batcher = MicroBatcher(device, layout, SplitByTokens(enough_tokens(device), layout))
     reference = FrozenReference(model)
     cache = ReferenceCache(cache_path(cache_key(fingerprint, dtype, device, layout)))
-    complete(cache, windows(pairs), FillOptions(batcher, dtype, lambda: reference, reference, reporter, poll))
+    complete(cache, list(windows(pairs)), FillOptions(batcher, dtype, lambda: reference, reference, reporter, poll))
     known, places = CachedReference(cache), {id(pair): place for place, pair in enumerate(pairs)}
     logps = torch.zeros(len(pairs), 2)
     for window in windows(pairs):
