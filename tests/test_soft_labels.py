@@ -22,7 +22,8 @@ from torch import Tensor
 from dpo_cli.config.composition import composed_run, parse_overrides
 from dpo_cli.config.schema import run_config
 from dpo_cli.data.batches import Layout
-from dpo_cli.data.pairs import PairData, data_fingerprint, load_pairs
+from dpo_cli.data.pairs import PairData, load_pairs
+from dpo_cli.data.splits import data_fingerprint
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import DataError
 from dpo_cli.models.logps import make_micro_batch
