@@ -1,6 +1,8 @@
 """log p(response | prompt): equal to the naive concatenated forward, whatever the batch looks like."""
 
+import hashlib
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -141,6 +143,71 @@ def test_a_model_that_favours_one_token_gives_its_closed_form(way: Layout) -> No
         assert both_sides(model, [one], way)[:, 0].tolist() == pytest.approx(
             [-3 * math.log(VOCABULARY), -2 * math.log(VOCABULARY)], abs=1e-5
         )
+
+
+# Positions that are not scored
+
+LAYOUTS = [Layout.PADDED, Layout.PACKED_SEGMENTS, Layout.PACKED_MASK]
+CHOSEN, REJECTED = [2, 4, 7, 8], [1, 2]  # unscored: chosen 2, 3, 7; rejected 1
+
+
+def with_unscored() -> TokenizedPair:
+    one = pair(5, 10, 4)
+    return replace(one, chosen_unscored=token_ids(CHOSEN), rejected_unscored=token_ids(REJECTED))
+
+
+def by_hand(model: Any, prompt: Any, response: Any, scored: list[int]) -> Tensor:
+    ids = torch.tensor(np.concatenate([prompt, response]).astype(np.int64))[None]
+    logps = model(input_ids=ids).logits[0].float().log_softmax(-1)
+    return torch.stack([logps[len(prompt) + at - 1, int(response[at])] for at in scored]).sum()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_unscored_positions_are_read_and_carry_no_log_prob(layout: Layout) -> None:
+    model, one = tiny(), with_unscored()
+    micro_batch = make_micro_batch([PAIRS[0], one, PAIRS[3]], CPU, layout)
+    with torch.no_grad():
+        chosen = by_hand(model, one.prompt, one.chosen, [0, 1, 4, 5, 6, 8, 9])
+        rejected = by_hand(model, one.prompt, one.rejected, [0, 2, 3])
+        found = pair_logps(model, micro_batch)
+    assert float(found.chosen[1]) == pytest.approx(float(chosen), abs=1e-4)
+    assert float(found.rejected[1]) == pytest.approx(float(rejected), abs=1e-4)
+    assert found.chosen_tokens.tolist() == [3, 7, 8]
+    assert found.rejected_tokens.tolist() == [7, 3, 8]
+    # Where a reward model reads: the last token, whatever is scored.
+    last = [int(side[-1]) for example in micro_batch.examples for side in example.responses]
+    assert micro_batch.input_ids.flatten()[micro_batch.ends].tolist() == last
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_gradient_flows_from_unscored_labels(layout: Layout) -> None:
+    # With a head of zeros every token has the gradient (probability - 1 if it is the label) in its own row of the
+    # head: the rows that differ from the others are the labels.
+    model, one = tiny(tie_word_embeddings=False), with_unscored()
+    one = replace(one, chosen=token_ids(range(20, 30)), rejected=token_ids(range(40, 44)))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    micro_batch = make_micro_batch([one], CPU, layout)
+    model.lm_head.weight.requires_grad_(True)
+    logps = pair_logps(model, micro_batch)
+    (logps.chosen + logps.rejected).sum().backward()
+    gradient = model.lm_head.weight.grad
+    usual = gradient[1]  # a token that is no label
+    labels = [token for token in range(VOCABULARY) if (gradient[token] - usual).norm() > 1e-6]
+    assert labels == [20, 21, 24, 25, 26, 28, 29, 40, 42, 43]
+
+
+def test_response_keys_differ_where_other_positions_are_scored_and_stay_where_all_are() -> None:
+    one, all_scored = with_unscored(), pair(5, 10, 4)
+    assert all(ours != theirs for ours, theirs in zip(one.response_keys, all_scored.response_keys, strict=True))
+    # As in caches written before: a hash of prompt and response alone.
+    digest = hashlib.blake2b(digest_size=16)
+    for ids in (all_scored.prompt, all_scored.chosen):
+        digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
+    assert all_scored.response_keys[0] == digest.digest()
+    moved = replace(one, chosen_unscored=token_ids([2, 3, 7, 8]))
+    assert moved.response_keys[0] != one.response_keys[0]
+    assert moved.response_keys[1] == one.response_keys[1]
 
 
 # The head

@@ -21,6 +21,7 @@ from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.storage.hashing import fingerprint
 
 TokenIds = NDArray[np.int32]
+ALL_SCORED: TokenIds = np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class TokenizedPair:
     index: int  # the row in its file, from 0
     key: str  # hash of the pair's texts
     group: int  # of its prompt (data/groups.py), 64 bits: pairs of one group are not independent
+    # Positions in the response that carry no log-prob, as start, stop, start, stop, ...: what the assistant did not
+    # write (tool results, later user turns). The first and the last token are always scored.
+    chosen_unscored: TokenIds = field(default_factory=lambda: ALL_SCORED)
+    rejected_unscored: TokenIds = field(default_factory=lambda: ALL_SCORED)
     probability: float = 1.0  # that the chosen response is better
 
     @property
@@ -40,10 +45,19 @@ class TokenizedPair:
         """Chosen and rejected."""
         return self.chosen, self.rejected
 
+    @property
+    def unscored(self) -> tuple[TokenIds, TokenIds]:
+        """The unscored positions of chosen and rejected."""
+        return self.chosen_unscored, self.rejected_unscored
+
     @cached_property
     def response_keys(self) -> tuple[bytes, ...]:
-        """Of each response the key of its cached log-prob: 16 bytes for the tokens of prompt and response."""
-        return tuple(_tokens_key(self.prompt, response) for response in self.responses)
+        """Of each response the key of its cached log-prob: 16 bytes for the tokens of prompt and response.
+
+        And for its unscored positions, where it has any.
+        """
+        sides = zip(self.responses, self.unscored, strict=True)
+        return tuple(_tokens_key(self.prompt, ids, *([spans] if len(spans) else [])) for ids, spans in sides)
 
 
 def _tokens_key(*sequences: TokenIds) -> bytes:

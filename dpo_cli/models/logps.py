@@ -7,8 +7,9 @@ Nothing outside this module knows how a micro-batch is laid out. There are two k
   ids, and causal attention keeps it from being seen.
 
 The unit is the response: what pairs share is computed once, and a pair is two indices into the responses. Which
-positions count comes from lengths, never from a pad id. M responses, U pairs (or other units of an objective), T tokens
-of a row, N response tokens in all, D hidden size.
+positions count comes from lengths, never from a pad id. What the assistant did not write in a response (tool results,
+user turns) is read by the model and not scored. M responses, U pairs (or other units of an objective), T tokens of a
+row, N scored response tokens in all, D hidden size.
 """
 
 import math
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo_cli.data.batches import Layout, Split
@@ -65,7 +67,7 @@ class MicroBatch:
     labels: Tensor  # (N,) the token predicted there
     owners: Tensor  # (N,) the response it belongs to, 0..M-1
     ends: Tensor  # (M,) into the flattened input_ids: the last token of each response
-    tokens: Tensor  # (M,) tokens of each response
+    tokens: Tensor  # (M,) scored tokens of each response
     probabilities: Tensor | None = None  # (U,) float32: soft labels of the examples; None: all are certain
 
     def scores(self, values: Tensor) -> ResponseScores:
@@ -82,6 +84,7 @@ class _SharedPrompt:
 
     prompt: TokenIds
     responses: dict[bytes, TokenIds] = field(default_factory=dict)  # by response key
+    unscored: dict[bytes, TokenIds] = field(default_factory=dict)
 
 
 def make_micro_batch(examples: Sequence[TokenizedPair], device: torch.device, layout: Layout) -> MicroBatch:
@@ -93,16 +96,21 @@ def make_micro_batch(examples: Sequence[TokenizedPair], device: torch.device, la
     for example in examples:
         one = shared.setdefault(example.prompt.tobytes(), _SharedPrompt(example.prompt))
         one.responses.update(zip(example.response_keys, example.responses, strict=True))
+        one.unscored.update(zip(example.response_keys, example.unscored, strict=True))
     groups = list(shared.values())
     responses = {key: response for one in groups for key, response in one.responses.items()}
     index_of = {key: index for index, key in enumerate(responses)}
     numbers = {
         **(_padded(groups) if layout is Layout.PADDED else _packed(groups)),
         "labels": np.concatenate(list(responses.values())),
-        "tokens": np.array([len(response) for response in responses.values()]),
         "units": np.array([[index_of[key] for key in example.response_keys] for example in examples]),
     }
-    numbers["owners"] = np.repeat(np.arange(len(numbers["tokens"])), numbers["tokens"])
+    numbers["owners"] = np.repeat(np.arange(len(responses)), [len(response) for response in responses.values()])
+    unscored = {key: spans for one in groups for key, spans in one.unscored.items()}
+    scored = np.concatenate([_scored(len(response), unscored[key]) for key, response in responses.items()])
+    for name in ("positions", "labels", "owners"):
+        numbers[name] = numbers[name][scored]
+    numbers["tokens"] = np.bincount(numbers["owners"], minlength=len(responses))
     tensors = _on_device(numbers, device)
     row = None
     if layout is not Layout.PADDED:
@@ -122,6 +130,14 @@ def soft_labels(examples: Sequence[TokenizedPair], device: torch.device) -> Tens
     if all(example.probability == 1 for example in examples):
         return None
     return torch.tensor([example.probability for example in examples], dtype=torch.float32, device=device)
+
+
+def _scored(tokens: int, unscored: TokenIds) -> NDArray[np.bool_]:
+    """Which tokens of a response are scored, (tokens,)."""
+    scored = np.ones(tokens, dtype=bool)
+    for start, stop in zip(unscored[::2], unscored[1::2], strict=True):
+        scored[start:stop] = False
+    return scored
 
 
 @dataclass(frozen=True)
@@ -221,7 +237,7 @@ def plain_attention(model: Any) -> Iterator[None]:
 
 
 def token_logps_of(model: Any, micro_batch: MicroBatch) -> Tensor:
-    """log p of every response token, (N,) float32, in nats, response after response.
+    """log p of every scored response token, (N,) float32, in nats, response after response.
 
     With gradient where the model has one and grad mode is on.
     """
@@ -230,7 +246,7 @@ def token_logps_of(model: Any, micro_batch: MicroBatch) -> Tensor:
 
 
 def response_logps(model: Any, micro_batch: MicroBatch) -> Tensor:
-    """log p(response | prompt), (M,) float32, summed over response tokens, in nats.
+    """log p(response | prompt), (M,) float32, summed over the scored response tokens, in nats.
 
     Section 4 of https://arxiv.org/abs/2305.18290 with the log-probability of the whole response: a sum, not a
     mean. With gradient where the model has one and grad mode is on.

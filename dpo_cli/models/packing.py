@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpo_cli.console.text import safe_text
 from dpo_cli.data.batches import Layout, longest_side
-from dpo_cli.data.tokens import TokenizedPair, token_ids
+from dpo_cli.data.tokens import ALL_SCORED, TokenizedPair, token_ids
 from dpo_cli.errors import ConfigError
 from dpo_cli.models.dtype import Decision
 from dpo_cli.models.logps import causal_model, make_micro_batch, token_logps_of
@@ -109,10 +109,14 @@ def _obstacle(policy: Any) -> str | None:
 
 
 def _telling_pairs(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
-    """The shortest pair and the longest: what leaks from the first is seen in the second, every window binds there."""
+    """The shortest pair and the longest: what leaks from the first is seen in the second, every window binds there.
+
+    Every token of them is scored.
+    """
     longest = max(pairs, key=longest_side)
     others = [pair for pair in pairs if pair.prompt.tobytes() != longest.prompt.tobytes()]
-    return [min(others, key=longest_side), longest] if others else [longest]
+    some = [min(others, key=longest_side), longest] if others else [longest]
+    return [replace(pair, chosen_unscored=ALL_SCORED, rejected_unscored=ALL_SCORED) for pair in some]
 
 
 def _logps(policy: Any, pairs: Sequence[TokenizedPair], device: torch.device, layout: Layout) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dpo_cli.console.text import safe_text
 from dpo_cli.data.batches import Layout, longest_side
 from dpo_cli.data.pairs import TextPair
-from dpo_cli.data.tokens import PairEncoder, TokenizedPair
+from dpo_cli.data.tokens import ALL_SCORED, PairEncoder, TokenizedPair
 from dpo_cli.errors import CheckpointError
 from dpo_cli.models.loading import undisturbed
 from dpo_cli.models.logps import TOLERANCES, MicroBatch, causal_model, make_micro_batch, plain_attention
@@ -212,6 +212,7 @@ def _sequence_logp(model: Any, ids: Tensor, start: int) -> Tensor:
 def check_chain_rule(subject: PreflightSubject) -> str:
     """log p(y | x) = log p(x y) - log p(x), on the shortest pair, from the full logits of one sequence."""
     pair = min(subject.first, key=lambda one: len(one.prompt) + len(one.chosen))
+    pair = replace(pair, chosen_unscored=ALL_SCORED, rejected_unscored=ALL_SCORED)
     prompt = torch.from_numpy(pair.prompt).long().to(subject.device)
     whole = torch.cat([prompt, torch.from_numpy(pair.chosen).long().to(subject.device)])
     with torch.no_grad():
