@@ -3,7 +3,8 @@
 `mutants.py` runs them with its own.
 """
 
-FORMATS, FILES, PAIRS = "dpo_cli/data/formats.py", "dpo_cli/data/files.py", "dpo_cli/data/pairs.py"
+FORMATS, FILES, PREPARE = "dpo_cli/data/formats.py", "dpo_cli/data/files.py", "dpo_cli/data/prepare.py"
+STORE, SPLITS = "dpo_cli/data/store.py", "dpo_cli/data/splits.py"
 PROMPTS, SAMPLES, GAMES = "dpo_cli/data/prompts.py", "dpo_cli/data/samples.py", "dpo_cli/data/games.py"
 TOKENS, BATCHES = "dpo_cli/data/tokens.py", "dpo_cli/data/batches.py"
 JUDGES, JUDGEMENTS, SCREEN = (f"dpo_cli/labelling/{name}.py" for name in ("judges", "judgements", "screen"))
@@ -34,13 +35,13 @@ MUTANTS_OF_FILES = [
      'yield SourceRow(index, f"{shown} line {number}", value, problem)\n            index += 1',
      'yield SourceRow(index, f"{shown} line {number}", value, problem)\n            if problem:\n                '
      "return\n            index += 1", "tests/test_files.py -k bad_line"),
-    ("bad rows are dropped unasked", PAIRS, 'if config.on_bad_row == "error":', "if False:", "tests/test_pairs.py -k bad_row"),
-    ("one row more than the limit", PAIRS, "row.index >= limit", "row.index > limit", "tests/test_pairs.py -k limit"),
-    ("pairs of one text are trained on", PAIRS, "elif rendered.chosen == rendered.rejected:", "elif False:",
+    ("bad rows are dropped unasked", PREPARE, 'if config.on_bad_row == "error":', "if False:", "tests/test_pairs.py -k bad_row"),
+    ("one row more than the limit", PREPARE, "row.index < limit", "row.index <= limit", "tests/test_pairs.py -k limit"),
+    ("pairs of one text are trained on", PREPARE, "elif rendered.chosen == rendered.rejected:", "elif False:",
      "tests/test_pairs.py -k dropped"),
-    ("pairs that truncation made one text are trained on", PAIRS, "elif cut.chosen == cut.rejected:", "elif False:",
+    ("pairs that truncation made one text are trained on", PREPARE, "elif cut.chosen == cut.rejected:", "elif False:",
      "tests/test_pairs.py -k dropped"),
-    ("the data's fingerprint skips rejected responses", PAIRS, "for ids in (pair.prompt, pair.chosen, pair.rejected):",
+    ("the data's fingerprint skips rejected responses", SPLITS, "for ids in (pair.prompt, pair.chosen, pair.rejected):",
      "for ids in (pair.prompt, pair.chosen):", "tests/test_pairs.py -k fingerprint"),
     ("a prompt's own limit is not kept", "dpo_cli/data/truncation.py", "allowed = min(allowed, max_prompt_length)",
      "allowed = max(allowed, max_prompt_length)", "tests/test_tokens.py -k limit_of_its_own"),

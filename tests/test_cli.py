@@ -58,7 +58,7 @@ MISTAKES = [
     ("data.shuffle=perhaps", "data.shuffle=perhaps: must be true or false"),
     ("data.format=chatml", "data.format=chatml: choose one of auto, hh, standard, messages, ranked"),
     ("data.columns.chsen=x", "data.columns.chsen=x: columns are prompt, system, history, chosen, rejected, "
-     "responses, preferred, preference, scores, ranks, probability, source"),
+     "responses, preferred, preference, scores, ranks, probability, source, tools, documents"),
     ("data.max_prompt_length=512",
      "data.max_prompt_length=512: must be below data.max_length=512, or no response fits"),
     ("loss.label_smoothing=0.5",

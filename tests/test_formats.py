@@ -1,5 +1,6 @@
 """Rows become pairs: where the prompt ends, what is refused, and what is noted."""
 
+import json
 import re
 from typing import Any
 
@@ -127,9 +128,109 @@ def test_a_system_message_is_plain_text_before_the_turns() -> None:
     assert pair.prompt_text == "Answer in one word.\n\nHuman: a\n\nAssistant:"
 
 
-def test_several_messages_in_a_response_are_refused() -> None:
-    with pytest.raises(BadRowError, match="'chosen' must answer the prompt with one assistant message; it has"):
-        messages({"prompt": "q", "chosen": turns("", "a", "b", "c")[1:], "rejected": "no"})
+def test_a_response_may_be_later_turns_and_that_is_said() -> None:
+    pair = messages({"prompt": "q", "chosen": turns("", "a", "b", "c")[1:], "rejected": "no"})
+    assert [message.content for message in pair.chosen_messages] == ["a", "b", "c"]
+    assert (pair.chosen, pair.rejected) == (" a\n\nHuman: b\n\nAssistant: c", " no")
+    assert (pair.rejected_messages, pair.notes) == ((), (DIVERGES_EARLY,))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "roles"),
+    [(turns("a", "b"), "user, assistant"), (turns("", "a", "b")[1:], "assistant, user"), ([], "nothing")],
+)
+def test_a_response_begins_and_ends_with_the_assistant(chosen: list[dict[str, str]], roles: str) -> None:
+    with pytest.raises(BadRowError) as error:
+        messages({"prompt": "q", "chosen": chosen, "rejected": "no"})
+    assert str(error.value) == (
+        f"'chosen' must begin and end with an assistant message behind the prompt; it has {roles}"
+    )
+
+
+def test_conversations_that_differ_early_share_a_prompt_up_to_before_the_assistant_speaks() -> None:
+    pair = messages({"chosen": turns("q", "a", "b", "c"), "rejected": turns("q", "x", "y", "z")})
+    assert pair.messages == (Message("user", "q"),)
+    assert [message.content for message in pair.rejected_messages] == ["x", "y", "z"]
+    # They differ first in what the user says: the answer before it, which both have, begins both responses.
+    pair = messages({"chosen": turns("q", "a", "b", "c"), "rejected": turns("q", "a", "y", "z")})
+    assert pair.messages == (Message("user", "q"),)
+    assert [message.content for message in pair.chosen_messages] == ["a", "b", "c"]
+
+
+def test_hh_that_parts_early_has_its_later_turns_as_messages_too() -> None:
+    row = {
+        "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d\n\nHuman: thanks",
+        "rejected": "\n\nHuman: a\n\nAssistant: x",
+    }
+    pair = hh(row)
+    assert pair.chosen_messages == (Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
+    assert pair.rejected_messages == ()
+
+
+# What a message holds
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+
+
+def test_nothing_in_a_message_is_lost() -> None:
+    asks = {"role": "assistant", "content": None, "tool_calls": [CALL], "name": None}  # null: a column of Parquet
+    result = {"role": "tool", "content": "2", "tool_call_id": "1", "name": "add"}
+    answer = {"role": "assistant", "content": "Two.", "reasoning_content": "One and one."}
+    pair = messages({"prompt": [{"role": "developer", "content": "d"}, *turns("q")], "chosen": [asks, result, answer],
+                     "rejected": [answer | {"thinking": "t"}]})  # fmt: skip
+    kept = [message.as_dict() for message in pair.chosen_messages]
+    assert kept == [{key: value for key, value in asks.items() if key != "name"} | {"tool_calls": (CALL,)}, result,
+                    answer]  # fmt: skip
+    assert pair.rejected_messages[0].more == {"reasoning_content": "One and one.", "thinking": "t"}
+    assert pair.messages[0] == Message("developer", "d")
+
+
+def test_pairs_that_differ_in_a_tool_call_alone_differ_in_their_texts() -> None:
+    asks = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    other = asks | {"tool_calls": [CALL | {"function": {"name": "add", "arguments": '{"a": 2}'}}]}
+    pair = messages({"prompt": "q", "chosen": [asks], "rejected": [other]})
+    assert pair.chosen != pair.rejected and "add" in pair.chosen
+
+
+def test_text_parts_are_joined_and_others_are_refused_by_name() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    pair = messages({"prompt": [{"role": "user", "content": parts}], "chosen": "yes", "rejected": "no"})
+    assert pair.messages == (Message("user", "ab"),)
+    for kind in ("image", "image_url", "input_audio", "video"):
+        row = {"prompt": [{"role": "user", "content": [*parts, {"type": kind}]}], "chosen": "yes", "rejected": "no"}
+        with pytest.raises(BadRowError) as error:
+            messages(row)
+        assert str(error.value) == (
+            f"'prompt' message 0 has a part of type '{kind}'; dpo-cli trains on text parts alone"
+        )
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+
+
+@pytest.mark.parametrize("written", [[TOOL], [json.dumps(TOOL)], json.dumps([TOOL]), TOOL])
+def test_tools_and_documents_travel_with_the_pair_as_objects_or_as_json(written: object) -> None:
+    row = {"prompt": "q", "chosen": "yes", "rejected": "no", "tools": written, "documents": [{"text": "t"}]}
+    (pair,) = pairs_of(row, "auto")
+    assert (pair.tools, pair.documents) == ((TOOL,), ({"text": "t"},))
+    assert pair.prompt.tools == (TOOL,)
+    ranked = {"prompt": "q", "responses": ["a", "b"], "tools": written}
+    assert [pair.tools for pair in pairs_of(ranked, "auto")] == [(TOOL,)]
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        (7, "'tools' must be a list of objects, it is a number"),
+        ("add", "'tools' must be a list of objects; its text is not JSON"),
+        ([["add"]], "'tools' must be a list of objects, it holds a list"),
+    ],
+)
+def test_tools_that_are_no_objects_are_refused(written: object, says: str) -> None:
+    with pytest.raises(BadRowError) as error:
+        pairs_of({"prompt": "q", "chosen": "yes", "rejected": "no", "tools": written}, "auto")
+    assert str(error.value) == says
 
 
 def test_auto_judges_each_row_by_its_own_shape() -> None:
@@ -163,7 +264,7 @@ def test_auto_judges_each_row_by_its_own_shape() -> None:
         ({"chosen": [], "rejected": []}, "the prompt must end with a user message before the responses begin "
          "(format=messages)"),
         ({"prompt": "p", "chosen": [{"role": "bot", "content": "x"}], "rejected": "r"},
-         "'chosen' message 0 has role 'bot'; roles are system, user, assistant"),
+         "'chosen' message 0 has role 'bot'; roles are system, developer, user, assistant, tool"),
         ({"prompt": "p", "chosen": [{"role": "user"}], "rejected": "r"},
          "'chosen' message 0: content must be text, it is null"),
         ({"prompt": "p", "chosen": ["x"], "rejected": "r"},

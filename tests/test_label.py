@@ -422,10 +422,10 @@ def test_ties_identical_and_empty_answers_are_left_out_and_counted(command: Comm
 
 
 def test_what_else_a_prompts_messages_carry_is_not_asked(command: Command, tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "Why?", "name": "\ud800"}]
+    turns = [{"role": "user", "content": "Why?", "name": "Ann", "weight": "\ud800"}]
     file = write_jsonl(tmp_path / "s.jsonl", [{"prompt": turns, "responses": ["a b c", "d"], "finish_reason": None}])
     (row,) = labelled(command, file, "by=rule", "rule=shorter")
-    assert row["prompt"] == [{"role": "user", "content": "Why?"}] and row["chosen"] == "d"
+    assert row["prompt"] == [{"role": "user", "content": "Why?", "name": "Ann"}] and row["chosen"] == "d"
 
 
 def test_a_judge_that_labels_nothing_leaves_room_for_another(command: Command, tmp_path: Path) -> None:

@@ -126,7 +126,11 @@ FORMS: dict[str, tuple[list[Row], list[tuple[int, str, str]]]] = {
     ),
     "arena": (
         [arena("model_a"), arena("model_b"), arena("tie"), arena("tie (bothbad)"), arena("model_a", "q2", "more")],
-        [(0, "a", "b"), (1, "b", "a")],
+        [
+            (0, "a", "b"),
+            (1, "b", "a"),
+            (4, "a\n\nHuman: q2\n\nAssistant: more", "b\n\nHuman: q2\n\nAssistant: more"),
+        ],
     ),
     "tulu3": ([answered("a", "b", id="1", source="s", chosen_model="x")], [(0, "a", "b")]),
     "skywork": ([{"chosen": turns("q", "a"), "rejected": turns("q", "b"), "source": "s"}], [(0, "a", "b")]),
@@ -238,7 +242,7 @@ def test_rows_as_published_give_the_pairs_that_their_labels_say(load: Load, name
     ends = {"q", "q2"} if name in ("helpsteer3", "capybara") else {"q"}
     assert {text.pair.messages[-1] for text in data.train_texts} <= {Message("user", end) for end in ends}
     assert data.train_report.dropped["tie"] == TIES.get(name, 0)
-    assert data.train_report.dropped["bad_row"] == (1 if name == "arena" else 0)
+    assert data.train_report.dropped["bad_row"] == 0
 
 
 def test_every_yaml_of_a_data_set_is_tried_on_rows_of_its_form() -> None:
@@ -508,7 +512,8 @@ def test_rows_of_each_form_are_recognised(name: str) -> None:
         (["preferred=[1,0]"], "data.preferred=['1', '0']: needs data.columns.preferred, their column"),
         (["columns.chosen=[x,y]"], "data.columns.chosen=['x', 'y']: name one column"),
         (["columns.chosen={a: 1}"], "data.columns={'chosen': {'a': 1}}: must be a column, a list of columns, or null"),
-        (["roles.gpt=bot"], "data.roles={'gpt': 'bot'}: must be system, user or assistant for each speaker"),
+        (["roles.gpt=bot"], "data.roles={'gpt': 'bot'}: must be system, developer, user, assistant or tool for each "
+         "speaker"),
         (["ties=keep"], "data.ties=keep: choose one of drop, half"),
     ],
 )  # fmt: skip

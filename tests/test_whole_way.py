@@ -314,7 +314,7 @@ def test_a_system_message_is_in_the_samples_that_were_drawn_under_it(command: Co
     out = tmp_path / "out.jsonl"
     assert command("dpo-sample", *DRAWING, f"prompts={pairs}", f"output={out}").code == 0
     stored = rows(out)[0]["prompt"]
-    assert [vars(message) for message in prompt_of({"prompt": stored}).messages] == turns
+    assert [message.as_dict() for message in prompt_of({"prompt": stored}).messages] == turns
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         dtype = ref_dtype(ref, device.value)
         source = find_model(ref.base, reporter.say)
         reporter.doing(f"loading the tokenizer of {safe_text(source.name)}")
-        encoder = PairEncoder(load_tokenizer(source), options.template, always_closes=objective.always_closes)
+        encoder = PairEncoder.of(load_tokenizer(source), options, objective.always_closes)
         seed = ref.run.seed if ref.run else 0
         reporter.doing("reading pairs")
         trained_on = ref.directory.read_trained_on() if ref.directory else None

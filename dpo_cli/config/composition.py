@@ -42,7 +42,11 @@ from dpo_cli.paths import user_path
 
 HELP_LISTS = "--help lists keys and groups"
 SEVERAL = ("tracker",)  # groups of which a run can have several choices at once
-MAPPINGS = ("data.columns.", "data.roles.")  # free-form: they take keys that the schema does not list
+MAPPINGS = (
+    "data.columns.",
+    "data.roles.",
+    "data.template_options.",
+)  # free-form: they take keys that the schema does not list
 
 
 def conf_dir() -> Path:

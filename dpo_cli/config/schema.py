@@ -53,7 +53,10 @@ LABELLERS = {
 }
 # What a column of a data set can be; those of LABELS say which of several responses is preferred.
 LABELS = ("preferred", "preference", "scores", "ranks")
-COLUMNS = ("prompt", "system", "history", "chosen", "rejected", "responses", *LABELS, "probability", "source")
+COLUMNS = (
+    "prompt", "system", "history", "chosen", "rejected", "responses", *LABELS, "probability", "source", "tools",
+    "documents",
+)  # fmt: skip
 LISTS = ("prompt", "responses", "scores", "ranks")  # may be several columns
 PROMPTS_NEEDED = "name a file of prompts, for instance prompts=prompts.jsonl"
 
@@ -129,10 +132,13 @@ class DataConfig:
     tied: list[Cell] = Field(description="must be a list of values")
     ties: Literal["drop", "half"]
     soft_labels: bool
-    roles: dict[str, Literal["system", "user", "assistant"]] = Field(
-        description="must be system, user or assistant for each speaker"
+    roles: dict[str, Literal["system", "developer", "user", "assistant", "tool"]] = Field(
+        description="must be system, developer, user, assistant or tool for each speaker"
     )
     template: Template | None
+    template_options: dict[str, bool | int | float | str | None] = Field(
+        description="must be text, a number, true, false or null"
+    )
     max_length: int = Field(ge=2)
     max_prompt_length: int | None = Field(ge=1)
     prompt_truncation: Literal["turns", "tokens"]

@@ -116,6 +116,7 @@ MIGRATIONS: dict[int, tuple[Change, ...]] = {
         Added("data.max_bad_fraction", 1.0),
         Added("data.processes", "auto"),
         Added("data.soft_labels", False),
+        Added("data.template_options", {}),
     ),
 }  # fmt: skip
 VERSION = max(MIGRATIONS)

@@ -4,17 +4,28 @@ One idea to keep in mind: a prompt and its response together are the template's 
 white space that the template puts before an answer is part of the response: the model has to produce it, too.
 """
 
+import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from dpo_cli.console.text import safe_text
-from dpo_cli.data.formats import BadRowError, Message
+from dpo_cli.data.formats import BadRowError, Message, Prompt, shared_length
 from dpo_cli.errors import ConfigError, DataError
 
 QUESTION, ANSWER = Message("user", "question"), Message("assistant", "answer")
 SPACED = "\n  answer  \n"
 # What the common templates put before a turn: ChatML, Llama 2 and Mistral, Llama 3, Gemma.
+# What every template may read besides the options of a config; `*_token` names are the tokenizer's.
+GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
+NOTHING_GIVEN = Prompt((), "")
+PROBE_PARAMETERS = {"type": "object", "properties": {"probe": {"type": "string", "description": "probe"}}}
+PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": "probe", "description": "probe", "parameters": PROBE_PARAMETERS},
+}
 USUAL_MARKERS = ("<|im_start|>", "[INST]", "<|start_header_id|>", "<start_of_turn>")
 
 
@@ -22,36 +33,70 @@ class RefusedRowError(BadRowError):
     """A conversation that the chat template refuses; the message has the template's words."""
 
 
+@dataclass(frozen=True)
+class RenderedTurns:
+    """A response of several messages, as it follows the rendering of its prompt."""
+
+    text: str  # up to the token that closes its last turn
+    closing: str | None  # that token; None: the template closes an answer with none
+    unscored: tuple[tuple[int, int], ...]  # start and stop in `text` of what the assistant did not write
+    as_whole: bool  # prompt + text is the rendering of the whole conversation
+
+
+def _renders_otherwise(index: int, alone: str, whole: str) -> RefusedRowError:
+    common = max(0, shared_length(alone, whole) - 10)
+    first, second = (safe_text(repr(text[common : common + 50])) for text in (alone, whole))
+    return RefusedRowError(
+        f"the chat template renders message {index} otherwise in the whole conversation: {first} becomes {second}"
+    )
+
+
+def _lines(message: Message) -> list[str]:
+    """The lines of all that a message says."""
+    texts = [message.content, *(text for text in message.more.values() if isinstance(text, str))]
+    return [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+
+
 @dataclass
 class ChatTemplate:
     """The chat template of a tokenizer, and how it renders an answer; ConfigError where it cannot be used."""
 
     tokenizer: Any
+    options: Mapping[str, Any] = field(default_factory=dict)  # what it reads besides the conversation
     lead: str | None = field(init=False)  # before an answer; None: it opens an answer otherwise when asked for one
     tail: str = field(init=False)  # behind an answer
     ending: str = field(init=False)  # the part of `tail` before the closing token
     closing: int | None = field(init=False)  # the first special token of `tail`
     trims: bool = field(init=False)  # white space around an answer
+    openers: tuple[str, ...] = field(init=False)  # put behind a prompt, but not before the answer in a conversation
+    specials: re.Pattern[str] = field(init=False)  # one of the tokenizer's special tokens at the end of a text
     markers: tuple[str, ...] = field(init=False)  # which text has only when a chat template has rendered it
+    # In which form it takes messages.
+    takes_parts: bool = field(init=False, default=False)  # content as a list of parts, not as text
+    takes_objects: bool = field(init=False, default=True)  # the arguments of a tool call as an object
+    takes_json: bool = field(init=False, default=True)  # the same as JSON text
+    empty: tuple[str | None, ...] = field(init=False, default=(None, ""))  # the content of a message of tool calls
 
     def __post_init__(self) -> None:
+        self._check_options()
         try:
-            prompt = self._render((QUESTION,), True)
-            whole = self._render((QUESTION, ANSWER), False)
-            spaced = self._render((QUESTION, Message(ANSWER.role, SPACED)), False)
+            prompt, whole, spaced = self._probes()
         except Exception as error:  # raised by the template, a program of the model's author
             raise ConfigError(f"the model's chat template fails ({error}); choose data.template=plain") from None
         if QUESTION.content not in prompt or ANSWER.content not in whole:
             raise ConfigError(
                 "the model's chat template leaves out what user or assistant say; choose data.template=plain"
             )
+        self._probe_tool_calls()
         self.trims = SPACED not in spaced
         before, self.tail = whole.rsplit(ANSWER.content, 1)
         self.lead = before.removeprefix(prompt) if before.startswith(prompt) else None
+        self.openers = self._openers(prompt, whole)
         # Not all_special_ids: the token that ends a turn often has no role of its own.
         special = {number: token.content for number, token in self.tokenizer.added_tokens_decoder.items()
                    if token.special}  # fmt: skip
         behind = [token for token in self._encode(self.tail) if token in special]
+        self.specials = re.compile(f"({'|'.join(map(re.escape, special.values()))})$" if special else r"(?!)")
         self.closing = behind[0] if behind else None
         self.ending = self.tail.partition(special[behind[0]])[0] if behind else ""
         used = [special[token] for token in self._encode(whole) if token in special]
@@ -69,36 +114,121 @@ class ChatTemplate:
         )
         return said + ("" if self.closing is not None else ", which closes an answer with no special token: EOS does")
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+    def _check_options(self) -> None:
+        """ConfigError for an option that the template does not read."""
+        if not self.options:
+            return
+        import jinja2.meta
+
+        templates = self.tokenizer.chat_template
+        sources = list(templates.values()) if isinstance(templates, dict) else [templates]
+        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])  # only parses
+        read: set[str] = set()
+        for source in sources:
+            parsed = environment.parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", source))
+            read |= jinja2.meta.find_undeclared_variables(parsed)
+        names = sorted(name for name in read - GIVEN if not name.endswith("_token"))
+        for name, value in self.options.items():
+            if name not in names:
+                known = f"it reads {', '.join(names)}" if names else "it has no options"
+                raise ConfigError(
+                    f"data.template_options.{safe_text(name)}={safe_text(value, limit=40)}: "
+                    f"the model's chat template does not read it; {safe_text(known, limit=200)}"
+                )
+
+    def _probes(self) -> tuple[str, str, str]:
+        """A prompt, and a conversation with an answer without and with white space around it."""
+        conversations = (QUESTION,), (QUESTION, ANSWER), (QUESTION, Message(ANSWER.role, SPACED))
+        for self.takes_parts in (False, True):
+            try:
+                prompt, whole, spaced = (self._render(some, len(some) == 1) for some in conversations)
+                if QUESTION.content in prompt and ANSWER.content in whole:
+                    return prompt, whole, spaced
+            except Exception:
+                if self.takes_parts:
+                    raise
+        return prompt, whole, spaced
+
+    def _probe_tool_calls(self) -> None:
+        """Find out in which form the template renders tool calls as they are meant."""
+
+        def rendered(arguments: Any, content: str | None) -> bool:
+            call = {"id": "probe0000", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+            message = Message(ANSWER.role, "", {"tool_calls": (call,), "content": content})
+            try:
+                text = self._render((QUESTION, message), False, Prompt((), "", (PROBE_TOOL,)))
+            except Exception:  # it does not take them so
+                return False
+            # Concatenated, an object would be written as Python writes it; dumped, JSON text would be quoted once more.
+            return "called" in text and not re.search(r"{'probe|\\\"probe|None", text)
+
+        found = [(arguments, content) for arguments in ({"probe": "called"}, '{"probe": "called"}')
+                 for content in self.empty if rendered(arguments, content)]  # fmt: skip
+        if found:  # else it knows no tool calls, and a row that has some is counted or refused in its words
+            self.takes_objects, self.takes_json = (any(type(one) is kind for one, _ in found) for kind in (dict, str))
+            self.empty = tuple(content for content in self.empty if content in [one for _, one in found])
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, given: Prompt = NOTHING_GIVEN) -> str:
+        """The messages as text, with the tools and documents of `given`."""
         text: str = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            [self._as_dict(message) for message in messages],
+            tools=[dict(tool) for tool in given.tools] or None,
+            documents=[dict(document) for document in given.documents] or None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **self.options,
         )
         return text
+
+    def _as_dict(self, message: Message) -> dict[str, Any]:
+        """A message as this template takes it."""
+        turn = message.as_dict()
+        if "tool_calls" in turn and not turn["content"] and turn["content"] not in self.empty:
+            turn["content"] = self.empty[0]
+        if self.takes_parts and isinstance(turn["content"], str):
+            turn["content"] = [{"type": "text", "text": turn["content"]}]
+        if "tool_calls" in turn:
+            turn["tool_calls"] = [self._call(call) for call in turn["tool_calls"]]
+        return turn
+
+    def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """A tool call with its arguments as the row has them, else in the form that the template takes."""
+        if isinstance(call.get("function"), Mapping):
+            return {**call, "function": self._call(call["function"])}
+        arguments = call.get("arguments")
+        if isinstance(arguments, str) and not self.takes_json:
+            try:
+                parsed = json.loads(arguments)
+            except ValueError:
+                parsed = None
+            arguments = parsed if isinstance(parsed, dict) else arguments
+        elif isinstance(arguments, Mapping) and not self.takes_objects:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        return {**call, "arguments": arguments} if "arguments" in call else dict(call)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
-    def prompt(self, messages: Sequence[Message]) -> str:
+    def prompt(self, prompt: Prompt) -> str:
         """A conversation as text, open for an answer; RefusedRowError where the template refuses it."""
-        return self._accepted(messages, True)
+        return self._accepted(prompt.messages, True, prompt)
 
-    def _accepted(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _accepted(self, messages: Sequence[Message], add_generation_prompt: bool, given: Prompt) -> str:
         try:
-            return self._render(messages, add_generation_prompt)
+            return self._render(messages, add_generation_prompt, given)
         except Exception as error:  # raised by the template
             raise RefusedRowError(f"the chat template refuses it ({safe_text(error, limit=160)})") from None
 
-    def response(self, messages: Sequence[Message], prompt: str, content: str, closed: bool) -> str | None:
-        """What the template puts behind `prompt` for an answer, up to the closing token.
+    def response(self, given: Prompt, prompt: str, content: str, closed: bool) -> str | None:
+        """What the template puts behind `prompt`, its rendering of `given`, for an answer, up to the closing token.
 
         An answer that is not `closed` ends with its own text. None where the rendering of the whole conversation does
         not begin with `prompt`; RefusedRowError where the template refuses the conversation.
         """
         if self.lead is None:
             return None
-        whole = self._accepted((*messages, Message(ANSWER.role, content)), False)
+        whole = self._accepted((*given.messages, Message(ANSWER.role, content)), False, given)
         if not whole.startswith(prompt) or not whole[len(prompt) :].endswith(self.tail):
             return None
         return whole[len(prompt) : len(whole) - len(self.tail)] + (self.ending if closed else "")
@@ -111,6 +241,96 @@ class ChatTemplate:
         """The inverse of `response`: the answer of which the template makes this."""
         content = response.removeprefix(self.lead or "").removesuffix(self.ending if closed else "")
         return content.strip() if self.trims else content
+
+    def _openers(self, prompt: str, whole: str) -> tuple[str, ...]:
+        """What a prompt ends with that stands neither before the answer nor before that of an earlier turn."""
+        found = {"", prompt[shared_length(prompt, whole) :]}
+        try:
+            longer = self._render((QUESTION, ANSWER, QUESTION, ANSWER), False)
+        except Exception:  # it renders one turn only
+            longer = whole
+        return tuple(found | {prompt[shared_length(prompt, longer) :]})
+
+    def turns(self, given: Prompt, prompt: str, response: Sequence[Message]) -> RenderedTurns:
+        """What the template puts behind `prompt`, its rendering of `given`, for the messages of a response.
+
+        What the assistant wrote is found by rendering the conversation up to before each of its turns, and up to
+        behind it. RefusedRowError where that is no part of the whole conversation's rendering.
+        """
+        conversation = (*given.messages, *response)
+        whole = self._accepted(conversation, False, given)
+        first = len(given.messages)
+        written = []  # start and stop of each of the assistant's turns
+        for index in range(first, len(conversation)):
+            if conversation[index].role != ANSWER.role:
+                continue
+            asked = prompt if index == first else self._accepted(conversation[:index], True, given)
+            start = shared_length(asked, whole)
+            if asked[start:] not in self.openers:
+                raise _renders_otherwise(index, asked, whole)
+            written.append((start, self._end_of_turn(conversation, index, whole, start, given)))
+        begin, end = written[0][0], written[-1][1]
+        unscored = [(stop - begin, start - begin) for (_, stop), (start, _) in pairwise(written) if stop < start]
+        closing = self.specials.search(whole[begin:end])
+        text = whole[begin : end - (len(closing[0]) if closing else 0)]
+        return RenderedTurns(text, closing[0] if closing else None, tuple(unscored), begin == len(prompt))
+
+    def _end_of_turn(self, conversation: tuple[Message, ...], index: int, whole: str, start: int, given: Prompt) -> int:
+        """Where in `whole` the assistant's turn ends, its closing token included."""
+        alone = self._up_to_closing(self._accepted(conversation[: index + 1], False, given))
+        if whole.startswith(alone):
+            return len(alone)
+        # The template renders an earlier turn otherwise than the last one. What both renderings of a turn with another
+        # message behind it have in common ends with the header of that message, and the closing token is before it.
+        if index + 1 < len(conversation) and self.closing is not None:
+            follower = conversation[index + 1]
+            others = [
+                self._accepted((*conversation[: index + 1], replace(follower, content=words)), False, given)
+                for words in ("0", "x")
+            ]
+            closing = self.tokenizer.convert_ids_to_tokens(self.closing)
+            end = whole.rfind(closing, start, shared_length(whole, *others)) + len(closing)
+            turn = whole[start:end]
+            lost = [line for line in _lines(conversation[index]) if line in alone and line not in turn]
+            if end > start + len(closing) and not lost:
+                return end
+        raise _renders_otherwise(index, alone, whole)
+
+    def _up_to_closing(self, text: str) -> str:
+        """A conversation that ends with an answer, without what stands behind its closing token."""
+        if text.endswith(self.tail):
+            closing = "" if self.closing is None else self.tokenizer.convert_ids_to_tokens(self.closing)
+            return text[: len(text) - len(self.tail)] + self.ending + closing
+        return text.rstrip() if self.specials.search(text.rstrip()) else text
+
+    def not_rendered(self, given: Prompt, responses: Sequence[Sequence[Message]]) -> list[str]:
+        """What a prompt and the responses to it hold that this template does not render: a note for each such thing."""
+        notes = []
+        for name, without in (("tools", replace(given, tools=())), ("documents", replace(given, documents=()))):
+            if getattr(given, name) and self.prompt(given) == self.prompt(without):
+                notes.append(f"with {name} that the chat template does not render")
+        notes += self._unread((*given.messages,), given, range(len(given.messages)), "the prompt", True)
+        for response in responses:
+            whole = (*given.messages, *response)
+            notes += self._unread(whole, given, range(len(given.messages), len(whole)), "a response", False)
+        return list(dict.fromkeys(notes))
+
+    def _unread(
+        self, messages: tuple[Message, ...], given: Prompt, indices: range, where: str, asks: bool
+    ) -> list[str]:
+        """The fields of these messages without which the rendering is the same."""
+        notes = []
+        for index in indices:
+            for name in messages[index].more.keys() - {"content"}:
+                fewer = {key: value for key, value in messages[index].more.items() if key != name}
+                without = (*messages[:index], replace(messages[index], more=fewer), *messages[index + 1 :])
+                try:
+                    same = self._render(without, asks, given) == self._render(messages, asks, given)
+                except Exception:  # the template insists on it: so it reads it
+                    same = False
+                if same:
+                    notes.append(f"with {name} in {where} that the chat template does not render")
+        return sorted(notes)
 
     def marker_in(self, messages: Sequence[Message]) -> str | None:
         """The first marker in a conversation's own text; None where it has none."""

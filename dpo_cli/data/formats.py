@@ -5,13 +5,18 @@ A pair holds its prompt in two forms: as messages, which a chat template renders
 """
 
 import difflib
+import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+OPENING_ROLES = ("system", "developer")  # of messages before the first turn
+# Keys of a message besides role and content that a chat template may render.
+MESSAGE_FIELDS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking", "tool_plan")
+CONTEXT = ("tools", "documents")  # columns that travel with the prompt to the chat template
 _SURROGATE = re.compile("[\ud800-\udfff]")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -41,15 +46,23 @@ class Message:
     """One turn of a conversation."""
 
     role: str
-    content: str
+    content: str  # its text parts joined; empty for null
+    # What else a chat template may render, under its key (MESSAGE_FIELDS); `content`: null, where the row has null.
+    more: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The message as chat templates take it."""
+        return {"role": self.role, "content": self.content, **self.more}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt in both forms."""
+    """A prompt in both forms, with what else the chat template may render."""
 
     messages: tuple[Message, ...]
     text: str
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    documents: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
 
 
 @dataclass(frozen=True)
@@ -64,12 +77,23 @@ class PreferencePair:
     chosen_finish_reason: FinishReason = FinishReason.STOP
     rejected_finish_reason: FinishReason = FinishReason.STOP
     tied: bool = False  # neither is preferred
+    # A response that is more than one message of text, as messages; empty: one assistant message of that text.
+    chosen_messages: tuple[Message, ...] = ()
+    rejected_messages: tuple[Message, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    documents: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
     probability: float = 1.0  # that `chosen` is better; below 1 the label is soft
+
+    @property
+    def has_more(self) -> bool:
+        """Whether it holds anything besides roles and text."""
+        messages = (*self.messages, *self.chosen_messages, *self.rejected_messages)
+        return bool(self.tools or self.documents or any(message.more for message in messages))
 
     @property
     def prompt(self) -> Prompt:
         """The prompt in both forms."""
-        return Prompt(self.messages, self.prompt_text)
+        return Prompt(self.messages, self.prompt_text, self.tools, self.documents)
 
 
 Row = Mapping[str, Any]
@@ -125,10 +149,56 @@ def _messages(value: object, name: str) -> tuple[Message, ...]:
             raise BadRowError(f"'{name}' message {position} must be an object with role and content")
         if turn["role"] not in ROLES:
             raise BadRowError(f"'{name}' message {position} has role '{turn['role']}'; roles are {', '.join(ROLES)}")
-        if not isinstance(turn.get("content"), str):
-            raise BadRowError(f"'{name}' message {position}: content must be text, it is {_kind(turn.get('content'))}")
-        turns.append(Message(turn["role"], _valid(turn["content"], name)))
+        where = f"'{name}' message {position}"
+        more = {key: turn[key] for key in MESSAGE_FIELDS if turn.get(key) not in (None, "", [])}
+        if "tool_calls" in more:
+            more["tool_calls"] = objects_of(more["tool_calls"], f"{where}: tool_calls")
+            if turn.get("content") is None:
+                more["content"] = None
+        content = "" if "content" in more else _content(turn.get("content"), where)
+        _valid(json.dumps(more, ensure_ascii=False, default=str), name)
+        turns.append(Message(turn["role"], _valid(content, name), more))
     return tuple(turns)
+
+
+def _content(value: object, where: str) -> str:
+    """The text of a message; that of its text parts joined."""
+    if not isinstance(value, list):
+        if not isinstance(value, str):
+            raise BadRowError(f"{where}: content must be text, it is {_kind(value)}")
+        return value
+    texts = []
+    for part in value:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if kind != "text":
+            raise BadRowError(f"{where} has a part of type '{kind}'; dpo-cli trains on text parts alone")
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            raise BadRowError(f"{where} has a part without text; write {{'type': 'text', 'text': ...}}")
+        texts.append(text)
+    return "".join(texts)
+
+
+def objects_of(value: object, name: str) -> tuple[Mapping[str, Any], ...]:
+    """A list of objects, each of them or the whole list possibly as JSON text; BadRowError where it is none."""
+    found = _json(value, name)
+    listed = [found] if isinstance(found, Mapping) else [] if found is None else found
+    if not isinstance(listed, list | tuple):
+        raise BadRowError(f"{name} must be a list of objects, it is {_kind(value)}")
+    objects = tuple(_json(one, name) for one in listed)
+    for one in objects:
+        if not isinstance(one, Mapping):
+            raise BadRowError(f"{name} must be a list of objects, it holds {_kind(one)}")
+    return objects
+
+
+def _json(value: object, name: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError:
+        raise BadRowError(f"{name} must be a list of objects; its text is not JSON") from None
 
 
 def dialogue_messages(text: str) -> tuple[Message, ...]:
@@ -137,6 +207,14 @@ def dialogue_messages(text: str) -> tuple[Message, ...]:
     Text before the first turn is the system message, as `dialogue_text` writes it.
     Adjacent turns of one speaker are joined: most chat templates require that speakers alternate.
     """
+    before, turns = _turns_of(text)
+    if turns and turns[-1].role == "assistant":  # the open turn, which the response completes
+        turns.pop()
+    return tuple([Message("system", before)] * bool(before and turns) + turns)
+
+
+def _turns_of(text: str) -> tuple[str, list[Message]]:
+    """What stands before the first turn, and the turns."""
     parts = re.split(r"\n\n(Human|Assistant):", text)
     before = parts[0].strip()
     turns: list[Message] = []
@@ -146,23 +224,31 @@ def dialogue_messages(text: str) -> tuple[Message, ...]:
             turns[-1] = Message(role, f"{turns[-1].content}\n\n{content.strip()}")
         else:
             turns.append(Message(role, content.strip()))
-    if turns and turns[-1].role == "assistant":  # the open turn, which the response completes
-        turns.pop()
-    return tuple([Message("system", before)] * bool(before and turns) + turns)
+    return before, turns
 
 
 def dialogue_text(messages: tuple[Message, ...]) -> str:
     """Messages as a prompt in HH form; a system message is plain text before the turns."""
-    shown = [message.content if message.role == "system" else _turn(message) for message in messages]
+    shown = [_said(message) if message.role in OPENING_ROLES else _turn(message) for message in messages]
     return "".join(shown) + ASSISTANT
 
 
 def _turn(message: Message) -> str:
-    return f"{HUMAN if message.role == 'user' else ASSISTANT} {message.content}"
+    speaker = {"user": HUMAN, "tool": "\n\nTool:"}.get(message.role, ASSISTANT)
+    return f"{speaker} {_said(message)}"
 
 
-def _shared(first: str, second: str) -> int:
-    """The length of the longest common prefix."""
+def _said(message: Message) -> str:
+    """The text of a message, with all else that it holds: texts that are equal are equal messages."""
+    more = {key: value for key, value in message.more.items() if key != "content"}
+    return message.content + (f"\n{json.dumps(more, sort_keys=True, default=str)}" if more else "")
+
+
+def shared_length(first: Sequence[Any], *others: Sequence[Any]) -> int:
+    """The length of the longest common prefix of texts, or of lists of ids."""
+    if len(others) != 1:
+        return min(shared_length(first, other) for other in others)
+    (second,) = others
     limit = min(len(first), len(second))
     low, high = 0, limit
     while low < high:
@@ -181,7 +267,7 @@ def hh(row: Row) -> PreferencePair:
     turn, the later turns are part of the responses and the pair has a note.
     """
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    cut = chosen.rfind(ASSISTANT, 0, _shared(chosen, rejected))
+    cut = chosen.rfind(ASSISTANT, 0, shared_length(chosen, rejected))
     if cut < 0:
         raise BadRowError("chosen and rejected share no '\\n\\nAssistant:' turn, so there is no prompt (format=hh)")
     cut += len(ASSISTANT)
@@ -189,8 +275,19 @@ def hh(row: Row) -> PreferencePair:
     messages = dialogue_messages(prompt)
     if not messages:
         raise BadRowError("the dialogue has no '\\n\\nHuman:' turn before the response (format=hh)")
-    early = ASSISTANT in chosen[cut:] or ASSISTANT in rejected[cut:]
-    return PreferencePair(messages, prompt, chosen[cut:], rejected[cut:], (DIVERGES_EARLY,) if early else ())
+    pair = PreferencePair(messages, prompt, chosen[cut:], rejected[cut:])
+    later = _later_turns(pair.chosen), _later_turns(pair.rejected)
+    notes = (DIVERGES_EARLY,) if any(later) else ()
+    return replace(pair, notes=notes, chosen_messages=later[0], rejected_messages=later[1])
+
+
+def _later_turns(text: str) -> tuple[Message, ...]:
+    """The turns of a response in HH form that goes beyond one turn, up to the assistant's last; else none."""
+    if ASSISTANT not in text:
+        return ()
+    turns = _turns_of(ASSISTANT + text)[1]
+    last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
+    return tuple(turns[: last + 1])
 
 
 def standard(row: Row) -> PreferencePair:
@@ -207,7 +304,8 @@ def standard(row: Row) -> PreferencePair:
 def messages(row: Row) -> PreferencePair:
     """Messages in `chosen` and `rejected`; the prompt is given, repeated in them, or what both begin with.
 
-    A given prompt may be text or messages.
+    A given prompt may be text or messages. A response may be several messages (a call, its result and an answer, or
+    later turns of the dialogue); it begins and ends with what the assistant wrote.
     """
     prompt = row.get("prompt")
     given: tuple[Message, ...] | None = None
@@ -221,16 +319,32 @@ def messages(row: Row) -> PreferencePair:
         shared = 0
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
             shared += 1
+        while shared and not chosen[shared].role == rejected[shared].role == "assistant":
+            shared -= 1  # what the assistant says next differs, or what is said to it: the response begins there
         given, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not given or given[-1].role == "assistant":
         raise BadRowError("the prompt must end with a user message before the responses begin (format=messages)")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if len(answer) != 1 or answer[0].role != "assistant":
+        if not answer or answer[0].role != "assistant" or answer[-1].role != "assistant":
             found = ", ".join(message.role for message in answer) or "nothing"
-            raise BadRowError(f"'{name}' must answer the prompt with one assistant message; it has {found}")
-    notes = (PROMPT_REPEATED,) if chosen_repeats or rejected_repeats else ()
+            raise BadRowError(
+                f"'{name}' must begin and end with an assistant message behind the prompt; it has {found}"
+            )
+    later = any(message.role == "user" for message in (*chosen, *rejected))
+    notes = (PROMPT_REPEATED,) * (chosen_repeats or rejected_repeats) + (DIVERGES_EARLY,) * later
     # HH's plain form has a space after the colon; under a chat template the encoder takes it away.
-    return PreferencePair(given, dialogue_text(given), f" {chosen[0].content}", f" {rejected[0].content}", notes)
+    pair = PreferencePair(given, dialogue_text(given), _response_text(chosen), _response_text(rejected), notes)
+    return replace(pair, chosen_messages=_beyond_text(chosen), rejected_messages=_beyond_text(rejected))
+
+
+def _response_text(answer: tuple[Message, ...]) -> str:
+    """A response as it follows its prompt in HH form."""
+    return dialogue_text(answer).removeprefix(ASSISTANT).removesuffix(ASSISTANT)
+
+
+def _beyond_text(answer: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages of a response that is more than one message of text; else none."""
+    return answer if len(answer) > 1 or answer[0].more else ()
 
 
 def _answer(row: Row, name: str, given: tuple[Message, ...] | None) -> tuple[tuple[Message, ...], bool]:
@@ -325,9 +439,11 @@ def _is_number(value: object) -> bool:
 
 def pairs_of(row: Row, name: str) -> tuple[PreferencePair, ...]:
     """The pairs of one row in the format `name`: one, but for ranked rows."""
-    if _is_ranked(row, name):
-        return ranked(row)
-    return (_with_finish_reasons(FORMATS[name](row), row),)
+    pairs = ranked(row) if _is_ranked(row, name) else (_with_finish_reasons(FORMATS[name](row), row),)
+    if name == "hh":
+        return pairs
+    tools, documents = (objects_of(row.get(key), f"'{key}'") for key in CONTEXT)
+    return tuple(replace(pair, tools=tools, documents=documents) for pair in pairs) if tools or documents else pairs
 
 
 def _is_ranked(row: Row, name: str) -> bool:
@@ -337,9 +453,10 @@ def _is_ranked(row: Row, name: str) -> bool:
 def fields_read(row: Row, name: str) -> frozenset[str]:
     """The keys of a row that the format `name` may read: all of them where it is not one of ours."""
     if _is_ranked(row, name):
-        return frozenset(("prompt", "responses", "scores", "finish_reason"))
+        return frozenset(("prompt", "responses", "scores", "finish_reason", *CONTEXT))
     sides = ("chosen", "rejected", "probability", *FINISH_KEYS)
-    return frozenset({"hh": sides}.get(name, ("prompt", *sides) if name in ("auto", "standard", "messages") else row))
+    named = ("prompt", *sides, *CONTEXT)
+    return frozenset({"hh": sides}.get(name, named if name in ("auto", "standard", "messages") else row))
 
 
 def _with_finish_reasons(pair: PreferencePair, row: Row) -> PreferencePair:

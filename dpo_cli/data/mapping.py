@@ -12,7 +12,7 @@ from typing import Any
 from dpo_cli.config.schema import LABELS, DataConfig, cell_text
 from dpo_cli.data.formats import BadRowError, Row, prompt_of, text_of
 
-OPTIONAL = ("system", "history", "source")  # a row may lack these
+OPTIONAL = ("system", "history", "source", "tools", "documents")  # a row may lack these
 MESSAGE_KEYS = ("role", "content")  # of a message
 SHAREGPT_KEYS = ("from", "value")  # the same in ShareGPT's form
 _MISSING = object()
@@ -233,7 +233,7 @@ def _with_history(history: Any, column: str, row: Row) -> Any:
 def _turns_of(row: Row) -> list[dict[str, Any]]:
     """The prompt as messages."""
     prompt = prompt_of({"prompt": row.get("prompt")})
-    return [{"role": message.role, "content": message.content} for message in prompt.messages]
+    return [message.as_dict() for message in prompt.messages]
 
 
 def _with_system(system: str, row: Row) -> Any:

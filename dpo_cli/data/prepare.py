@@ -113,7 +113,7 @@ def _text_pairs(
                 if len(rendered) < len(pairs):
                     report.dropped["tie"] += len(pairs) - len(rendered)
                 for one in rendered:
-                    report.notes.update(one.pair.notes)
+                    report.notes.update((*one.pair.notes, *one.notes))
                     report.soft_label_at = report.soft_label_at or (row.location if one.pair.probability != 1 else "")
                     yield TextPair(one.pair, row.index, row.location), one
                 continue
@@ -170,8 +170,8 @@ def _tokenized(
                 report.truncation.responses_cut += tally.responses_cut
                 ids = (token_ids(cut.prompt), token_ids(cut.chosen), token_ids(cut.rejected))
                 key, group = content_key(text.pair), prompt_group(text.pair.prompt)
-                w = text.pair.probability
-                yield TokenizedPair(*ids, index=text.index, key=key, group=group, probability=w), text
+                unscored = (token_ids(cut.chosen_unscored), token_ids(cut.rejected_unscored))
+                yield TokenizedPair(*ids, text.index, key, group, *unscored, text.pair.probability), text
 
 
 def _look_for_markers(texts: list[TextPair], template: ChatTemplate, report: Report, refuses: bool) -> None:

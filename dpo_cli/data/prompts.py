@@ -125,7 +125,7 @@ def _written(prompt: Prompt) -> Any:
     """The prompt as samples store it: as text where that gives the same messages again, else as messages."""
     if prompt_of({"prompt": prompt.text}) == prompt:
         return prompt.text
-    return [{"role": message.role, "content": message.content} for message in prompt.messages]
+    return [message.as_dict() for message in prompt.messages]
 
 
 def _file(source: str) -> Path:

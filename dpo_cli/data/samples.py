@@ -70,7 +70,7 @@ def _sample_of(row: SourceRow) -> Sample:
             "Make samples with dpo-sample"
         )
     try:
-        prompt_of({name: cell for name, cell in row.value.items() if name == "prompt"})
+        read = prompt_of({name: cell for name, cell in row.value.items() if name == "prompt"})
         for text in responses:
             text_of(text, "responses")
         reasons = finish_reasons(row.value, len(responses))
@@ -78,7 +78,7 @@ def _sample_of(row: SourceRow) -> Sample:
         raise DataError(f"{row.location}: {safe_text(error, limit=300)}") from None
     prompt = row.value["prompt"]
     if isinstance(prompt, list):  # other keys of a message are ignored
-        prompt = [{"role": message["role"], "content": message["content"]} for message in prompt]
+        prompt = [message.as_dict() for message in read.messages]
     return Sample(sample_id(prompt, responses), prompt, tuple(responses), reasons)
 
 

@@ -135,6 +135,8 @@ def data_fingerprint(pairs: Iterable[TokenizedPair]) -> str:
     for pair in pairs:
         for ids in (pair.prompt, pair.chosen, pair.rejected):
             digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+        for spans in pair.unscored if any(map(len, pair.unscored)) else ():
+            digest.update(len(spans).to_bytes(4, "little") + spans.tobytes())
         if pair.probability != 1:
             digest.update(struct.pack("<d", pair.probability))
     return digest.hexdigest()

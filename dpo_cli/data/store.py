@@ -22,7 +22,7 @@ from dpo_cli.data.tokens import TokenIds, TokenizedPair
 from dpo_cli.errors import StorageError
 
 COMPLETE = "store.json"
-LISTS = ("prompt", "chosen", "rejected")
+LISTS = ("prompt", "chosen", "rejected", "chosen_unscored", "rejected_unscored")
 SCHEMA = pa.schema(
     [
         ("index", pa.int64()),
@@ -121,19 +121,20 @@ class Part:
 
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of prompt, chosen and rejected, (pairs, 3)."""
-        return np.stack([np.diff(self._offsets[name]) for name in LISTS], axis=1).astype(np.int64)
+        return np.stack([np.diff(self._offsets[name]) for name in LISTS[:3]], axis=1).astype(np.int64)
 
     def largest_token(self) -> int:
         """The largest id of any token; -1 where there are none."""
-        return max((int(values.max()) for values in self._values.values() if len(values)), default=-1)
+        ids = [self._values[name] for name in LISTS[:3]]
+        return max((int(values.max()) for values in ids if len(values)), default=-1)
 
     def pair(self, number: int) -> TokenizedPair:
         """The pair at a place of this part, its ids copied out of the mapped file."""
-        prompt, chosen, rejected = (self._ids(name, number) for name in LISTS)
+        prompt, chosen, rejected, of_chosen, of_rejected = (self._ids(name, number) for name in LISTS)
         key = self._keys[number].tobytes().hex()
         index, group = (int(self.numbers(name)[number]) for name in ("index", "group"))
         w = float(self._numbers["probability"][number])
-        return TokenizedPair(prompt, chosen, rejected, index, key, group, probability=w)
+        return TokenizedPair(prompt, chosen, rejected, index, key, group, of_chosen, of_rejected, w)
 
     def _ids(self, name: str, number: int) -> TokenIds:
         start, stop = self._offsets[name][number : number + 2]

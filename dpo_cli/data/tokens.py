@@ -6,16 +6,19 @@ log p(response | prompt) is a probability of something the model can do.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_cli.data.chat_template import ChatTemplate
-from dpo_cli.data.formats import ASSISTANT, FinishReason, PreferencePair, Prompt
+from dpo_cli.config.schema import DataConfig
+from dpo_cli.console.text import safe_text
+from dpo_cli.data.chat_template import ChatTemplate, RefusedRowError
+from dpo_cli.data.formats import ASSISTANT, CONTEXT, FinishReason, Message, PreferencePair, Prompt, shared_length
 from dpo_cli.data.truncation import Encoded, shorten
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.storage.hashing import fingerprint
@@ -67,6 +70,10 @@ def _tokens_key(*sequences: TokenIds) -> bytes:
     return digest.digest()
 
 
+# Of a response as text: start and stop of what is not scored, and the token that closes it (None: the usual one).
+ResponseSpans = tuple[tuple[tuple[int, int], ...], int | None]
+
+
 @dataclass(frozen=True)
 class RenderedPair:
     """A pair as text: both responses follow the prompt, without the closing token."""
@@ -76,6 +83,8 @@ class RenderedPair:
     rejected: str
     pair: PreferencePair
     otherwise: int = 0  # responses that the template renders otherwise than it asks for them
+    sides: tuple["ResponseSpans", "ResponseSpans"] = ((), None), ((), None)  # of chosen and rejected
+    notes: tuple[str, ...] = ()  # what the template leaves out
 
 
 @dataclass
@@ -90,6 +99,7 @@ class PairEncoder:
     tokenizer: Any
     kind: str | None
     always_closes: bool = False
+    template_options: Mapping[str, Any] = field(default_factory=dict)
     template: ChatTemplate | None = field(init=False, default=None)  # None: plain
     closing: int = field(init=False)
     reason: str = field(init=False)  # why this template
@@ -102,6 +112,11 @@ class PairEncoder:
     closing_inside: int = 0  # responses that hold the closing token in their middle
     rendered_otherwise: int = 0  # responses before which the template renders another prompt than it asks with
 
+    @classmethod
+    def of(cls, tokenizer: Any, config: DataConfig, always_closes: bool = False) -> "PairEncoder":
+        """The encoder of a data config."""
+        return cls(tokenizer, config.template, always_closes, config.template_options)
+
     def __post_init__(self) -> None:
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
         if self.kind == "chat" and not has_template:
@@ -111,8 +126,14 @@ class PairEncoder:
         )
         self.kind = self.kind or ("chat" if has_template else "plain")
         if self.kind == "chat":
-            self.template = ChatTemplate(self.tokenizer)
+            self.template = ChatTemplate(self.tokenizer, self.template_options)
             self.reason += self.template.notes
+        elif self.template_options:
+            name, value = next(iter(self.template_options.items()))
+            raise ConfigError(
+                f"data.template_options.{safe_text(name)}={safe_text(value, limit=40)}: is for a chat template, and "
+                "data.template is plain; leave it out"
+            )
         self.closing = self._closing_token()
         bos = self.tokenizer.bos_token_id
         adds_bos = bos is not None and self.tokenizer("a").input_ids[:1] == [bos]
@@ -137,28 +158,54 @@ class PairEncoder:
 
     def prompt_text(self, prompt: Prompt) -> str:
         """The text whose continuation is a response; RefusedRowError where the chat template refuses the prompt."""
-        return prompt.text if self.template is None else self.template.prompt(prompt.messages)
+        return self._plain(prompt) if self.template is None else self.template.prompt(prompt)
+
+    def _plain(self, prompt: Prompt, *responses: Sequence[Message]) -> str:
+        """The text of a prompt; RefusedRowError where plain text cannot hold all of prompt and responses."""
+        for message in (*prompt.messages, *chain.from_iterable(responses)):
+            found = ["tool results"] * (message.role == "tool") + [key for key in message.more if key != "content"]
+            if found:
+                raise RefusedRowError(f"plain text has no form for {found[0]} in a message; choose data.template=chat")
+        for name in CONTEXT:
+            if getattr(prompt, name):
+                raise RefusedRowError(
+                    f"plain text has no form for the row's {name}; choose data.template=chat, or "
+                    f"data.columns.{name}=null leaves them out"
+                )
+        return prompt.text
 
     def render(self, pair: PreferencePair) -> RenderedPair:
         """The pair as text; RefusedRowError where the chat template refuses it.
 
         Under a chat template prompt + response is its rendering of the whole conversation, up to the closing token.
         """
+        turns = (pair.chosen_messages, pair.rejected_messages)
+        if self.template is None:
+            return RenderedPair(self._plain(pair.prompt, *turns), pair.chosen, pair.rejected, pair)
         prompt = self.prompt_text(pair.prompt)
-        responses = []
+        responses, sides = [], []
         otherwise = 0
-        for text, finish_reason in (
-            (pair.chosen, pair.chosen_finish_reason), (pair.rejected, pair.rejected_finish_reason)
+        for text, messages, finish_reason in (
+            (pair.chosen, turns[0], pair.chosen_finish_reason), (pair.rejected, turns[1], pair.rejected_finish_reason)
         ):  # fmt: skip
-            if self.template is not None:
+            spans: ResponseSpans = (), None
+            if messages:
+                found = self.template.turns(pair.prompt, prompt, messages)
+                closing = None if found.closing is None else self.tokenizer.convert_tokens_to_ids(found.closing)
+                text = found.text if self._closes(finish_reason) else found.text.removesuffix(self.template.ending)
+                spans = found.unscored, closing
+                otherwise += not found.as_whole and self.template.lead is not None
+            else:
                 # In HH form a space stands between the colon and what is said.
                 text = text.removeprefix(" ") if pair.prompt_text.endswith(ASSISTANT) else text
                 closes = self._closes(finish_reason)
-                rendered = self.template.response(pair.messages, prompt, text, closes)
+                rendered = self.template.response(pair.prompt, prompt, text, closes)
                 otherwise += rendered is None and self.template.lead is not None  # without a lead `reason` says it
                 text = self.template.as_asked(text, closes) if rendered is None else rendered
             responses.append(text)
-        return RenderedPair(prompt, responses[0], responses[1], pair, otherwise)
+            sides.append(spans)
+        notes = self.template.not_rendered(pair.prompt, turns) if pair.has_more else []
+        return RenderedPair(prompt, responses[0], responses[1], pair, otherwise, (sides[0], sides[1]), tuple(notes))
 
     def _closes(self, finish_reason: FinishReason) -> bool:
         return self.always_closes or finish_reason is FinishReason.STOP
@@ -185,23 +232,28 @@ class PairEncoder:
     def encode_rendered(self, rendered: list[RenderedPair]) -> list[Encoded]:
         """The same for pairs that are rendered already."""
         prompt_ids = self._encode_many([one.prompt for one in rendered])
-        responses: list[list[list[int]]] = []
+        responses: list[list[tuple[list[int], tuple[int, ...]]]] = []
         for answers in (
-            [(one.chosen, one.pair.chosen_finish_reason) for one in rendered],
-            [(one.rejected, one.pair.rejected_finish_reason) for one in rendered],
+            [(one.chosen, one.pair.chosen_finish_reason, one.sides[0]) for one in rendered],
+            [(one.rejected, one.pair.rejected_finish_reason, one.sides[1]) for one in rendered],
         ):
-            whole = self._encode_many([one.prompt + text for one, (text, _) in zip(rendered, answers, strict=True)])
+            whole = self._encode_many([one.prompt + answer[0] for one, answer in zip(rendered, answers, strict=True)])
             responses.append(
                 [
-                    self._after_border(prompt, ids, text, finish_reason)
-                    for prompt, ids, (text, finish_reason) in zip(prompt_ids, whole, answers, strict=True)
+                    self._after_border(one.prompt, prompt, ids, *answer)
+                    for one, prompt, ids, answer in zip(rendered, prompt_ids, whole, answers, strict=True)
                 ]
             )
         self.rendered_otherwise += sum(one.otherwise for one in rendered)
         return [
-            Encoded(self._opened(prompt), chosen, rejected, partial(self.shorten, one.pair.prompt))
-            for prompt, chosen, rejected, one in zip(prompt_ids, *responses, rendered, strict=True)
-        ]
+            Encoded(
+                self._opened(prompt), chosen, rejected, chosen_unscored, rejected_unscored,
+                partial(self.shorten, one.pair.prompt),
+            )
+            for prompt, (chosen, chosen_unscored), (rejected, rejected_unscored), one in zip(
+                prompt_ids, *responses, rendered, strict=True
+            )
+        ]  # fmt: skip
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
@@ -218,7 +270,11 @@ class PairEncoder:
             prompt, length, lambda part: self.encode_prompts([part])[0], is_plain, self.tokenizer.bos_token_id
         )
 
-    def _after_border(self, prompt: list[int], whole: list[int], response: str, reason: FinishReason) -> list[int]:
+    def _after_border(
+        self, text: str, prompt: list[int], whole: list[int], response: str, reason: FinishReason, spans: ResponseSpans
+    ) -> tuple[list[int], tuple[int, ...]]:
+        """The ids of a response and its unscored positions: `text` and its ids `prompt` are before it."""
+        before, head = text, prompt
         if whole[: len(prompt)] == prompt:
             ids = whole[len(prompt) :]
         else:
@@ -227,12 +283,20 @@ class PairEncoder:
             # tokenizers would put a space before it.
             self.borders_merged += 1
             stub, behind = self._encode("\n"), self._encode("\n" + response)
-            ids = behind[len(stub) :] if behind[: len(stub)] == stub else self._encode(response)
+            before, head = ("\n", stub) if behind[: len(stub)] == stub else ("", [])
+            ids = behind[len(stub) :] if head else self._encode(response)
+        ranges, closing = spans
+        # A token that straddles the border of what the assistant wrote is scored.
+        unscored = [
+            shared_length(self._encode(before + response[:at]), head + ids) - len(head)
+            for at in chain.from_iterable(ranges)
+        ]
         if ids and ids[-1] == self.closing:  # the text brought its own
             ids = ids[:-1]
-        self.closing_inside += self.closing in ids
+        self.closing_inside += self.closing in ids and not ranges
         self.length_limited += reason is not FinishReason.STOP
-        return [*ids, self.closing] if self._closes(reason) or not ids else ids
+        closing = self.closing if closing is None else closing
+        return [*ids, closing] if self._closes(reason) or not ids else ids, tuple(unscored)
 
 
 def token_ids(ids: Iterable[int]) -> TokenIds:

@@ -3,8 +3,9 @@
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
-from dpo_cli.data.formats import HUMAN, BadRowError, Message, Prompt
+from dpo_cli.data.formats import HUMAN, OPENING_ROLES, BadRowError, Message, Prompt
 
 
 @dataclass
@@ -22,6 +23,8 @@ class Encoded:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    chosen_unscored: tuple[int, ...] = ()  # start, stop, start, stop, ...: what the assistant did not write
+    rejected_unscored: tuple[int, ...] = ()
     # The prompt in at most so many tokens; None: its last tokens.
     shorten: Callable[[int], list[int]] | None = field(default=None, compare=False, repr=False)
 
@@ -49,7 +52,8 @@ def truncate(encoded: Encoded, max_length: int, max_prompt_length: int | None, t
     2. If prompt and longer response do not fit, the prompt is shortened, at most to half of max_length. A prompt that
        loses whole turns may become shorter than it must.
     3. Only then is the end of a response cut, and its closing EOS with it: to train on an EOS after a cut would
-       teach the model to stop in mid-sentence.
+       teach the model to stop in mid-sentence. What would then end with a part that the assistant did not write ends
+       before it.
     """
     allowed = len(encoded.prompt)
     if max_prompt_length is not None:
@@ -61,11 +65,20 @@ def truncate(encoded: Encoded, max_length: int, max_prompt_length: int | None, t
         allowed = max(max_length - longer, min(allowed, max_length // 2))
     prompt = encoded.shortened(allowed)
     room = max_length - len(prompt)
-    chosen, rejected = encoded.chosen[:room], encoded.rejected[:room]
+    chosen, chosen_unscored = _up_to(room, encoded.chosen, encoded.chosen_unscored)
+    rejected, rejected_unscored = _up_to(room, encoded.rejected, encoded.rejected_unscored)
     tally.prompts_cut += len(prompt) < len(encoded.prompt)
     tally.responses_cut += len(chosen) < len(encoded.chosen)
     tally.responses_cut += len(rejected) < len(encoded.rejected)
-    return Encoded(prompt, chosen, rejected)
+    return Encoded(prompt, chosen, rejected, chosen_unscored, rejected_unscored)
+
+
+def _up_to(room: int, response: list[int], unscored: tuple[int, ...]) -> tuple[list[int], tuple[int, ...]]:
+    """The beginning of a response in at most `room` tokens, its last one scored."""
+    ranges = list(zip(unscored[::2], unscored[1::2], strict=True))
+    end = min(room, len(response))
+    end = next((start for start, stop in ranges if start < end <= stop), end)
+    return response[:end], tuple(chain.from_iterable((start, stop) for start, stop in ranges if stop < end))
 
 
 def shorten(
@@ -105,10 +118,17 @@ def shorten(
 
 
 def _messages_by_turn(prompt: Prompt) -> list[Prompt]:
-    """The prompt from its second turn on, from its third on, and so on, each with the system message."""
+    """The prompt from its second turn on, from its third on, and so on, each with the system message.
+
+    Then the last question without the oldest calls and results behind it: a call stays with its results.
+    """
     system, spoken = _split(prompt.messages)
-    starts = [index for index, message in enumerate(spoken) if message.role == "user" and index > 0]
-    return [Prompt((*system, *spoken[start:]), "") for start in starts]
+    users = [index for index, message in enumerate(spoken) if message.role == "user"]
+    last_question = users[-1] if users else 0
+    calls = [index for index, message in enumerate(spoken) if message.role == "assistant" and index > last_question]
+    kept = [spoken[start:] for start in users if start > 0]
+    kept += [(spoken[last_question], *spoken[start:]) for start in calls[1:]]
+    return [replace(prompt, messages=(*system, *messages), text="") for messages in kept]
 
 
 def _texts_by_turn(prompt: Prompt) -> list[Prompt]:
@@ -119,12 +139,13 @@ def _texts_by_turn(prompt: Prompt) -> list[Prompt]:
 
 def _without_system(part: Prompt) -> Prompt:
     _, human, spoken = part.text.rpartition(HUMAN)
-    return Prompt(_split(part.messages)[1], human + spoken)
+    return replace(part, messages=_split(part.messages)[1], text=human + spoken)
 
 
 def _split(messages: Sequence[Message]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     """The system messages that a conversation begins with, and the rest."""
-    number = next((index for index, message in enumerate(messages) if message.role != "system"), len(messages))
+    is_turn = (index for index, message in enumerate(messages) if message.role not in OPENING_ROLES)
+    number = next(is_turn, len(messages))
     return tuple(messages[:number]), tuple(messages[number:])
 
 
@@ -135,7 +156,7 @@ def _with_other_words(part: Prompt, words: str, as_text: bool) -> Prompt:
         return Prompt((), f"{before}{human} {words}" if human else words)
     system, spoken = _split(part.messages)
     other = (Message(spoken[0].role, words), *spoken[1:]) if spoken else ()
-    return Prompt((*system, *other), "")
+    return replace(part, messages=(*system, *other), text="")
 
 
 def _shared(*sequences: list[int]) -> list[int]:

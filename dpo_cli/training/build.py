@@ -120,7 +120,7 @@ def _dtype(config: RunConfig, device: torch.device, settings: ResolvedSettings |
 
 def _material(context: Context, source: ModelSource, always_closes: bool) -> Material:
     config = context.config
-    encoder = PairEncoder(load_tokenizer(source), config.data.template, always_closes=always_closes)
+    encoder = PairEncoder.of(load_tokenizer(source), config.data, always_closes)
     context.reporter.doing(f"reading pairs from {safe_text(config.data.train)}")
     data = load_pairs(config.data, encoder, config.seed, poll=context.poll, working=context.reporter.bar)
     context.reporter.stop()

@@ -118,7 +118,7 @@ row('hh without turns', 12, J(chosen='hello', rejected='there'), "line 1: chosen
 row('hh with different prompts', 12, J(chosen='\n\nHuman: a\n\nAssistant: b', rejected='\n\nHuman: c\n\nAssistant: d'), "line 1: chosen and rejected share no '\\n\\nAssistant:' turn, so there is no prompt (format=hh)")
 row('standard asked, hh given', 12, J(chosen='\n\nHuman: a\n\nAssistant: b', rejected='\n\nHuman: a\n\nAssistant: d'), "line 1: no 'prompt' key. A row needs prompt, chosen and rejected; it has chosen, rejected", 'data.format=standard')
 row('column that is not there', 12, OK, "line 1: no 'answer' key (data.columns.chosen); it has prompt, chosen, rejected", 'data.columns.chosen=answer')
-command_line('column of no meaning', 12, 2, 'data.columns.good=answer: columns are prompt, system, chosen, rejected, responses, preferred, preference, scores, ranks, source', ['data=jsonl', 'data.train={dir}/a.jsonl', 'data.columns.good=answer'])
+command_line('column of no meaning', 12, 2, 'data.columns.good=answer: columns are prompt, system, chosen, rejected, responses, preferred, preference, scores, ranks, source, tools, documents', ['data=jsonl', 'data.train={dir}/a.jsonl', 'data.columns.good=answer'])
 row('ranked with one response', 12, J(prompt='q', responses=['a']), "line 1: 'responses' must hold at least two, it has 1 (format=ranked)")
 row('ranked with too few scores', 12, J(prompt='q', responses=['a', 'b'], scores=[1]), "line 1: 'scores' has 1 numbers for 2 responses (format=ranked)")
 row('ranked with a NaN score', 12, b'{"prompt": "q", "responses": ["a", "b"], "scores": [1, NaN]}\n', 'line 1: not JSON (NaN is not JSON): {"prompt": "q", "responses": ["a", "b"], "scores": [1, NaN]}')
