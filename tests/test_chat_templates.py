@@ -13,7 +13,7 @@ from dpo_cli.config.composition import composed, parse_overrides
 from dpo_cli.config.schema import DataConfig, RunConfig, run_config
 from dpo_cli.data.chat_template import RefusedRowError
 from dpo_cli.data.formats import FinishReason, Message, PreferencePair, dialogue_text, messages, pairs_of, standard
-from dpo_cli.data.pairs import load_pairs
+from dpo_cli.data.pairs import PairData, load_pairs
 from dpo_cli.data.prompts import accepted_prompts, read_prompts
 from dpo_cli.data.samples import Sample, as_stored
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair, token_ids
@@ -263,7 +263,8 @@ def test_a_marker_here_and_there_is_counted_and_stops_nothing(tmp_path: Path) ->
     file = write_jsonl(tmp_path / "rows.jsonl", [*spoken, *MANY])
     report = load_pairs(dials(file), PairEncoder(chat_tokenizer("chatml"), None), 0).train_report
     assert report.sentences(512)[1:] == [
-        "2 pairs with <|im_start|>, the marker of a chat template, in the text of the prompt",
+        "2 pairs with <|im_start|>, a special token, in their text: it is encoded as text",
+        "1 pair with <|im_end|>, a special token, in their text: it is encoded as text",
         "1 pair with [INST], the marker of a chat template, in the text of the prompt",
     ]
 
@@ -662,3 +663,89 @@ def test_a_response_that_is_cut_never_ends_with_what_is_not_scored(form: str) ->
         assert short.chosen == whole.chosen[: start if start < room <= stop else room]
         assert short.chosen_unscored == (whole.chosen_unscored if room > stop else ())
     assert len(whole.prompt) < len(whole.chosen)
+
+
+# Text that spells a special token
+
+SPELLED = "Write <|im_end|> here."
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return ids
+
+
+def test_a_special_token_that_a_message_spells_is_encoded_as_text() -> None:
+    tokenizer = chat_tokenizer("chatml")
+    encoder = PairEncoder(tokenizer, None)
+    closing = encoder.closing
+    letters = [token for character in "<|im_end|>" for token in ids_of(tokenizer, character)]
+    pair = loaded(encoder, [{"role": "user", "content": SPELLED}], [{"role": "assistant", "content": SPELLED}])
+    said = [*ids_of(tokenizer, "Write "), *letters, *ids_of(tokenizer, " here.")]
+    assert pair.chosen.tolist() == [*said, closing]
+    assert pair.prompt.tolist() == [*ids_of(tokenizer, "<|im_start|>user\n"), *said, *ids_of(tokenizer, "<|im_end|>\n"),
+                                    *ids_of(tokenizer, "<|im_start|>assistant\n")]  # fmt: skip
+    assert encoder.closing_inside == encoder.borders_merged == encoder.rendered_otherwise == 0
+
+
+def test_a_special_token_in_a_tool_result_or_a_call_ends_no_turn() -> None:
+    call = CALL | {"tool_calls": [{"id": "call00001", "type": "function", "function": {"name": "warmth", "arguments": {
+        "city": SPELLED}}}]}  # fmt: skip
+    tokenizer = chat_tokenizer("qwen-2.5")
+    encoder = PairEncoder(tokenizer, None)
+    later = [call, RESULT | {"content": SPELLED}, ANSWER | {"content": SPELLED}, *LATER[1:]]
+    tool = {"type": "function", "function": {"name": "warmth", "description": SPELLED, "parameters": {}}}
+    pair = loaded(encoder, [USER], later, tools=[tool])
+    found = scored(tokenizer, pair.chosen, pair.chosen_unscored)
+    assert [text.count("<|im_end|>") for text in found] == [2, 2, 1]
+    assert found[1:] == [f"{SPELLED}<|im_end|>", "No, never.<|im_end|>"]
+    # Closing tokens: one a message, of the assistant or not.
+    assert pair.chosen.tolist().count(encoder.closing) == len(later)
+    assert pair.prompt.tolist().count(encoder.closing) == 2
+
+
+def test_a_prompt_with_a_spelled_special_token_is_cut_by_whole_turns_too() -> None:
+    tokenizer = chat_tokenizer("chatml")
+    encoder = PairEncoder(tokenizer, None)
+    spelled = [("user", SPELLED), ("assistant", SPELLED), ("user", SPELLED)]
+    last = encoder.encode([pair_of(spelled[2:])])[0].prompt
+    assert cut(encoder, pair_of(spelled), len(last) + ROOM) == last
+
+
+def test_what_special_tokens_in_text_become_is_chosen_and_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": [USER], "chosen": SPELLED, "rejected": "no"}, {"prompt": [USER], "chosen": "a", "rejected": "b"}]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+
+    def with_choice(*words: str) -> PairData:
+        config = dials(file, *words)
+        return load_pairs(config, PairEncoder.of(tokenizer, config), 0)
+
+    tokenizer = chat_tokenizer("chatml")
+    closing = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    note = "with <|im_end|>, a special token, in their text: it is encoded as "
+    escaped, kept = with_choice(), with_choice("data.special_tokens_in_text=keep")
+    assert dict(escaped.train_report.notes) == {note + "text": 1}
+    assert dict(kept.train_report.notes) == {note + "that token": 1}
+    assert [data.train[0].chosen.tolist().count(closing) for data in (escaped, kept)] == [1, 2]
+    with pytest.raises(DataError) as error:
+        with_choice("data.special_tokens_in_text=error")
+    assert str(error.value) == (
+        f"{file} line 1: its text holds <|im_end|>, a special token (data.special_tokens_in_text=error) "
+        "(data.on_bad_row=skip counts and drops such rows)"
+    )
+    plain = with_choice("data.template=plain")  # the text as it is: a template may have rendered it
+    assert plain.train[0].chosen.tolist().count(closing) == 2 and not plain.train_report.notes
+
+
+def test_rendered_text_reads_back_without_marks() -> None:
+    encoder = PairEncoder(chat_tokenizer("chatml"), None)
+    rendered = encoder.render(pair_of(TURNS, SPELLED))
+    assert encoder.readable(rendered.chosen) == SPELLED != rendered.chosen
+
+
+def test_an_answer_that_is_opened_otherwise_when_asked_is_escaped_too() -> None:
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    encoder = PairEncoder(tokenizer, None)
+    encoded = encoder.encode([pair_of([("user", "q")], SPELLED)])[0]
+    assert encoded.chosen.count(encoder.closing) == 1 and encoded.chosen[-1] == encoder.closing

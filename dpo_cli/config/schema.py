@@ -139,6 +139,7 @@ class DataConfig:
     template_options: dict[str, bool | int | float | str | None] = Field(
         description="must be text, a number, true, false or null"
     )
+    special_tokens_in_text: Literal["escape", "keep", "error"]
     max_length: int = Field(ge=2)
     max_prompt_length: int | None = Field(ge=1)
     prompt_truncation: Literal["turns", "tokens"]

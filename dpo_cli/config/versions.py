@@ -117,6 +117,7 @@ MIGRATIONS: dict[int, tuple[Change, ...]] = {
         Added("data.processes", "auto"),
         Added("data.soft_labels", False),
         Added("data.template_options", {}),
+        Added("data.special_tokens_in_text", "keep"),
     ),
 }  # fmt: skip
 VERSION = max(MIGRATIONS)

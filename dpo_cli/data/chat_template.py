@@ -6,9 +6,9 @@ white space that the template puts before an answer is part of the response: the
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 from dpo_cli.console.text import safe_text
@@ -20,6 +20,7 @@ SPACED = "\n  answer  \n"
 # What the common templates put before a turn: ChatML, Llama 2 and Mistral, Llama 3, Gemma.
 # What every template may read besides the options of a config; `*_token` names are the tokenizer's.
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
+NEVER = re.compile("(?!)")
 NOTHING_GIVEN = Prompt((), "")
 PROBE_PARAMETERS = {"type": "object", "properties": {"probe": {"type": "string", "description": "probe"}}}
 PROBE_TOOL = {
@@ -51,6 +52,15 @@ def _renders_otherwise(index: int, alone: str, whole: str) -> RefusedRowError:
     )
 
 
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in lists and objects, keys aside."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(one)
+
+
 def _lines(message: Message) -> list[str]:
     """The lines of all that a message says."""
     texts = [message.content, *(text for text in message.more.values() if isinstance(text, str))]
@@ -63,13 +73,17 @@ class ChatTemplate:
 
     tokenizer: Any
     options: Mapping[str, Any] = field(default_factory=dict)  # what it reads besides the conversation
+    special_tokens_in_text: str = (
+        "keep"  # a special token that a message spells: escape marks it, to be encoded as text
+    )
     lead: str | None = field(init=False)  # before an answer; None: it opens an answer otherwise when asked for one
     tail: str = field(init=False)  # behind an answer
     ending: str = field(init=False)  # the part of `tail` before the closing token
     closing: int | None = field(init=False)  # the first special token of `tail`
     trims: bool = field(init=False)  # white space around an answer
     openers: tuple[str, ...] = field(init=False)  # put behind a prompt, but not before the answer in a conversation
-    specials: re.Pattern[str] = field(init=False)  # one of the tokenizer's special tokens at the end of a text
+    special: re.Pattern[str] = field(init=False)  # one of the tokenizer's special tokens
+    specials: re.Pattern[str] = field(init=False)  # one of them at the end of a text
     markers: tuple[str, ...] = field(init=False)  # which text has only when a chat template has rendered it
     # In which form it takes messages.
     takes_parts: bool = field(init=False, default=False)  # content as a list of parts, not as text
@@ -79,6 +93,12 @@ class ChatTemplate:
 
     def __post_init__(self) -> None:
         self._check_options()
+        # Not all_special_ids: the token that ends a turn often has no role of its own.
+        special = {number: token.content for number, token in self.tokenizer.added_tokens_decoder.items()
+                   if token.special}  # fmt: skip
+        longest_first = sorted(special.values(), key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.specials = re.compile(rf"({self.special.pattern})\Z")
         try:
             prompt, whole, spaced = self._probes()
         except Exception as error:  # raised by the template, a program of the model's author
@@ -92,11 +112,7 @@ class ChatTemplate:
         before, self.tail = whole.rsplit(ANSWER.content, 1)
         self.lead = before.removeprefix(prompt) if before.startswith(prompt) else None
         self.openers = self._openers(prompt, whole)
-        # Not all_special_ids: the token that ends a turn often has no role of its own.
-        special = {number: token.content for number, token in self.tokenizer.added_tokens_decoder.items()
-                   if token.special}  # fmt: skip
         behind = [token for token in self._encode(self.tail) if token in special]
-        self.specials = re.compile(f"({'|'.join(map(re.escape, special.values()))})$" if special else r"(?!)")
         self.closing = behind[0] if behind else None
         self.ending = self.tail.partition(special[behind[0]])[0] if behind else ""
         used = [special[token] for token in self._encode(whole) if token in special]
@@ -171,14 +187,38 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool, given: Prompt = NOTHING_GIVEN) -> str:
         """The messages as text, with the tools and documents of `given`."""
         text: str = self.tokenizer.apply_chat_template(
-            [self._as_dict(message) for message in messages],
-            tools=[dict(tool) for tool in given.tools] or None,
-            documents=[dict(document) for document in given.documents] or None,
+            [self._as_text(self._as_dict(message)) for message in messages],
+            tools=[self._as_text(dict(tool)) for tool in given.tools] or None,
+            documents=[self._as_text(dict(document)) for document in given.documents] or None,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **self.options,
         )
         return text
+
+    def _as_text(self, value: Any) -> Any:
+        """A message, a tool or a text in which special tokens are marked, if they are to be encoded as text."""
+        if self.special_tokens_in_text != "escape":
+            return value
+        from transformers.utils.chat_template_utils import mark_control_tokens
+
+        return mark_control_tokens(value, self.special)
+
+    def is_marked(self, rendered: str) -> bool:
+        """Whether rendered text holds special tokens that are to be encoded as text."""
+        return self.special_tokens_in_text == "escape" and self.readable(rendered) != rendered
+
+    def readable(self, rendered: str) -> str:
+        """Rendered text without marks."""
+        from transformers.utils.chat_template_utils import mark_control_tokens
+
+        return str(mark_control_tokens(rendered, NEVER))
+
+    def spelled(self, given: Prompt, *texts: str) -> list[str]:
+        """The special tokens that a conversation spells in its texts, tools and documents, each once."""
+        messages = [text for message in given.messages for text in (message.content, *_strings(message.more))]
+        found = (self.special.findall(text) for text in (*messages, *texts, *_strings((given.tools, given.documents))))
+        return list(dict.fromkeys(chain.from_iterable(found)))
 
     def _as_dict(self, message: Message) -> dict[str, Any]:
         """A message as this template takes it."""
@@ -235,7 +275,8 @@ class ChatTemplate:
 
     def as_asked(self, content: str, closed: bool) -> str:
         """A response where `response` is None: the answer with what the template puts around a first one."""
-        return (self.lead or "") + (content.strip() if self.trims else content) + (self.ending if closed else "")
+        content = self._as_text(content.strip() if self.trims else content)
+        return f"{self.lead or ''}{content}{self.ending if closed else ''}"
 
     def content(self, response: str, closed: bool) -> str:
         """The inverse of `response`: the answer of which the template makes this."""
@@ -333,8 +374,9 @@ class ChatTemplate:
         return sorted(notes)
 
     def marker_in(self, messages: Sequence[Message]) -> str | None:
-        """The first marker in a conversation's own text; None where it has none."""
-        return next((mark for mark in self.markers for message in messages if mark in message.content), None)
+        """The first marker that is no special token in a conversation's own text; None where it has none."""
+        markers = [marker for marker in self.markers if not self.special.fullmatch(marker)]
+        return next((mark for mark in markers for message in messages if mark in message.content), None)
 
     def refuse_rendered(self, first: Mapping[str, Sequence[Message]], key: str) -> None:
         """DataError where more than half of the `first` prompts of a file begin with a marker.

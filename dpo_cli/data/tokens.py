@@ -18,9 +18,18 @@ from numpy.typing import NDArray
 from dpo_cli.config.schema import DataConfig
 from dpo_cli.console.text import safe_text
 from dpo_cli.data.chat_template import ChatTemplate, RefusedRowError
-from dpo_cli.data.formats import ASSISTANT, CONTEXT, FinishReason, Message, PreferencePair, Prompt, shared_length
+from dpo_cli.data.formats import (
+    ASSISTANT,
+    CONTEXT,
+    BadRowError,
+    FinishReason,
+    Message,
+    PreferencePair,
+    Prompt,
+    shared_length,
+)
 from dpo_cli.data.truncation import Encoded, shorten
-from dpo_cli.errors import CheckpointError, ConfigError
+from dpo_cli.errors import CheckpointError, ConfigError, DataError
 from dpo_cli.storage.hashing import fingerprint
 
 TokenIds = NDArray[np.int32]
@@ -100,6 +109,9 @@ class PairEncoder:
     kind: str | None
     always_closes: bool = False
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    special_tokens_in_text: str = (
+        "escape"  # what becomes of a special token that a message spells under a chat template
+    )
     template: ChatTemplate | None = field(init=False, default=None)  # None: plain
     closing: int = field(init=False)
     reason: str = field(init=False)  # why this template
@@ -115,7 +127,8 @@ class PairEncoder:
     @classmethod
     def of(cls, tokenizer: Any, config: DataConfig, always_closes: bool = False) -> "PairEncoder":
         """The encoder of a data config."""
-        return cls(tokenizer, config.template, always_closes, config.template_options)
+        how = (config.template_options, config.special_tokens_in_text)
+        return cls(tokenizer, config.template, always_closes, *how)
 
     def __post_init__(self) -> None:
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
@@ -126,7 +139,7 @@ class PairEncoder:
         )
         self.kind = self.kind or ("chat" if has_template else "plain")
         if self.kind == "chat":
-            self.template = ChatTemplate(self.tokenizer, self.template_options)
+            self.template = ChatTemplate(self.tokenizer, self.template_options, self.special_tokens_in_text)
             self.reason += self.template.notes
         elif self.template_options:
             name, value = next(iter(self.template_options.items()))
@@ -175,13 +188,14 @@ class PairEncoder:
         return prompt.text
 
     def render(self, pair: PreferencePair) -> RenderedPair:
-        """The pair as text; RefusedRowError where the chat template refuses it.
+        """The pair as text; RefusedRowError where the chat template refuses it, BadRowError for a special token in it.
 
         Under a chat template prompt + response is its rendering of the whole conversation, up to the closing token.
         """
         turns = (pair.chosen_messages, pair.rejected_messages)
         if self.template is None:
             return RenderedPair(self._plain(pair.prompt, *turns), pair.chosen, pair.rejected, pair)
+        notes = self._special_tokens(pair)
         prompt = self.prompt_text(pair.prompt)
         responses, sides = [], []
         otherwise = 0
@@ -204,8 +218,21 @@ class PairEncoder:
                 text = self.template.as_asked(text, closes) if rendered is None else rendered
             responses.append(text)
             sides.append(spans)
-        notes = self.template.not_rendered(pair.prompt, turns) if pair.has_more else []
+        notes += self.template.not_rendered(pair.prompt, turns) if pair.has_more else []
         return RenderedPair(prompt, responses[0], responses[1], pair, otherwise, (sides[0], sides[1]), tuple(notes))
+
+    def _special_tokens(self, pair: PreferencePair) -> list[str]:
+        """A note for each special token that the pair spells; BadRowError where that is an error."""
+        assert self.template is not None
+        spelled = [safe_text(token) for token in self.template.spelled(pair.prompt, pair.chosen, pair.rejected)]
+        if spelled and self.special_tokens_in_text == "error":
+            raise BadRowError(f"its text holds {spelled[0]}, a special token (data.special_tokens_in_text=error)")
+        becomes = "text" if self.special_tokens_in_text == "escape" else "that token"
+        return [f"with {token}, a special token, in their text: it is encoded as {becomes}" for token in spelled]
+
+    def readable(self, rendered: str) -> str:
+        """Rendered text without the marks that say which special tokens are encoded as text."""
+        return rendered if self.template is None else self.template.readable(rendered)
 
     def _closes(self, finish_reason: FinishReason) -> bool:
         return self.always_closes or finish_reason is FinishReason.STOP
@@ -256,11 +283,20 @@ class PairEncoder:
         ]  # fmt: skip
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids
+        return self._encode_many([text])[0]
 
     def _encode_many(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        for index, text in enumerate(texts):
+            if self.template is not None and self.template.is_marked(text):
+                ids[index] = self._encode_marked(text)
+        return ids
+
+    def _encode_marked(self, text: str) -> list[int]:
+        try:
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True).input_ids
+        except ValueError as error:  # the tokenizer makes the special token of its letters, too
+            raise DataError(f"{safe_text(error, limit=200)}; choose data.special_tokens_in_text=keep") from None
         return ids
 
     def shorten(self, prompt: Prompt, length: int) -> list[int]:

@@ -154,8 +154,11 @@ def ref_dtype(ref: ModelRef, device: torch.device) -> Decision:
 def ref_encoder(ref: ModelRef, template: str | None = None) -> PairEncoder:
     """How its texts become tokens: by `template`, else by the one of its run, else by its model's own."""
     kind = template or (ref.run.data.template if ref.run else None)
-    options = ref.run.data.template_options if ref.run and kind != "plain" else {}
-    return PairEncoder(load_tokenizer(find_model(ref.base)), kind, ref.objective.always_closes, options)
+    tokenizer, closes = load_tokenizer(find_model(ref.base)), ref.objective.always_closes
+    if ref.run is None:
+        return PairEncoder(tokenizer, kind, closes)
+    options = {} if kind == "plain" else ref.run.data.template_options
+    return PairEncoder(tokenizer, kind, closes, options, ref.run.data.special_tokens_in_text)
 
 
 def weights_fingerprints(refs: Sequence[ModelRef]) -> dict[str, str]:

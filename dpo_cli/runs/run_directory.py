@@ -38,7 +38,8 @@ from dpo_cli.storage.line_log import MetricsLog
 from dpo_cli.storage.locks import opened_alone
 
 MAX_TRAINED_ON_BYTES = 2**30  # 64 million pairs
-AS_BEGUN = ("split_by", "prompt_truncation", "soft_labels")  # keys of `data` that hold to the end of a run
+# Keys of `data` that hold to the end of a run.
+AS_BEGUN = ("split_by", "prompt_truncation", "soft_labels", "special_tokens_in_text")
 
 
 def default_directory(job: str, now: float) -> Path:

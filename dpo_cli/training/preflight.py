@@ -276,7 +276,7 @@ def check_round_trip(subject: PreflightSubject) -> str:
                 continue  # cut
             read = "".join(decode(ids[:-1].tolist()).split())
             # A closing token that the text brings along is taken once.
-            expected = original.removesuffix(closing)
+            expected = subject.encoder.readable(original).removesuffix(closing)
             if read != "".join(expected.split()):
                 raise CheckpointError(
                     f"preflight: row {pair.index} does not read back from its tokens ({safe_text(read, 60)}): "
