@@ -25,7 +25,9 @@ from dpo_cli.errors import DpoError
 
 Row = dict[str, Any]
 CHAT = (
-    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}</s>{% endfor %}"
+    "{% if tools %}<|tools|>{{ tools | tojson }}</s>{% endif %}"
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content or '' }}"
+    "{% for call in message.tool_calls or [] %}<|call|>{{ call.function | tojson }}{% endfor %}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -107,6 +109,23 @@ def arena(better: int) -> Row:
     return {"question_id": "1", "winner": f"model_{'ab'[better]}", **of_models, "language": "English"}
 
 
+TOOL = {"type": "function", "function": {"name": "warmth", "description": "d", "parameters": {"type": "object"}}}
+CALL = {"name": "warmth", "arguments": {"city": "Bern"}}
+
+
+def called(text: str) -> list[Row]:
+    """A response that calls a tool, reads the result and answers."""
+    call = {"id": "1", "type": "function", "function": CALL}
+    return [{"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "name": "warmth", "content": "12 degrees"}, answer(text)]  # fmt: skip
+
+
+def with_calls(better: int) -> Row:
+    """LLaMA-Factory's conversation with a call."""
+    turns = [said("human", "q"), said("function_call", json.dumps(CALL)), said("observation", "12 degrees")]
+    return {"conversations": turns, "tools": json.dumps([TOOL]), **sides(better, lambda text: said("gpt", text))}
+
+
 def ms_swift(better: int) -> Row:
     """A row of ms-swift."""
     return {"messages": conversation("ab"[better]), "rejected_response": "ba"[better]}
@@ -122,6 +141,8 @@ FORMS = (
     Form("TRL, conversational", "data=jsonl",
          lambda better: {"prompt": say("q"), **sides(better, lambda text: [answer(text)])}),
     Form("TRL, conversational, implicit prompt", "data=jsonl", lambda better: sides(better, conversation)),
+    Form("TRL, conversational, with tools", "data=jsonl",
+         lambda better: {"prompt": say("q"), **sides(better, called), "tools": [TOOL]}),
     Form(
         "TRL, unpaired (KTO)", "data=jsonl",
         lambda better: {"prompt": "q", "completion": "ab"[better], "label": True},
@@ -203,19 +224,21 @@ FORMS = (
         lambda better: {"conversations": [said("human", "q")], "system": "s",
                         **sides(better, lambda text: said("gpt", text))},
     ),
+    Form("LLaMA-Factory, ShareGPT with tools", "data=sharegpt", with_calls),
     Form("ms-swift", "data=ms_swift", ms_swift),
     Form("axolotl, chat_template.default", "data=axolotl",
          lambda better: {"messages": [{"role": "system", "content": "s"}, *say("q")], **sides(better, answer)}),
     Form(
         "OpenAI preference fine-tuning", "data=openai",
         lambda better: {
-            "input": {"messages": say("q"), "tools": [], "parallel_tool_calls": True},
+            "input": {"messages": say("q"), "tools": [TOOL], "parallel_tool_calls": True},
             **sides(better, lambda text: [answer(text)], "preferred_output", "non_preferred_output"),
         },
         ("input.parallel_tool_calls",),
     ),
     Form("When2Call", "data=when2call",
-         lambda better: {"messages": say("q"), **sides(better, answer, "chosen_response", "rejected_response")}),
+         lambda better: {"tools": [json.dumps(TOOL["function"])], "messages": say("q"),
+                         **sides(better, answer, "chosen_response", "rejected_response")}),
     Form("ranked", "data=jsonl",
          lambda better: {"prompt": "q", "responses": ["a", "b"], "scores": [1 - better, better]}),
     Form(
@@ -247,7 +270,7 @@ def read(form: Form) -> Result:
             found = load_pairs(config, PairEncoder(tokenizer(), "chat"), 0)
         except DpoError as error:
             return Result(False, False, (), str(error).removeprefix(folder).removeprefix("/"))
-    labels = [(text.pair.chosen.strip(), text.pair.rejected.strip()) for text in found.train_texts]
+    labels = [(text.pair.chosen.split()[-1], text.pair.rejected.split()[-1]) for text in found.train_texts]
     return Result(True, labels == [("a", "b"), ("b", "a")], tuple(found.train_report.not_used))
 
 

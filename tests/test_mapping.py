@@ -10,9 +10,9 @@ from conftest import write_jsonl
 
 from dpo_cli.config.composition import composed, conf_dir, parse_overrides
 from dpo_cli.config.schema import DataConfig, RunConfig, run_config
-from dpo_cli.data.formats import BadRowError, Message, fields_read
+from dpo_cli.data.formats import BadRowError, Message, fields_read, pairs_of
 from dpo_cli.data.known_forms import form_of
-from dpo_cli.data.mapping import RowMapping, canonical
+from dpo_cli.data.mapping import RowMapping, canonical, not_used
 from dpo_cli.data.pairs import PairData, load_pairs
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import ConfigError, DataError
@@ -267,6 +267,31 @@ def test_speakers_with_other_names_keep_their_turns(load: Load) -> None:
     row = {"prompt": [turn, *turns("q")], "chosen": "a", "rejected": "b"}
     (text,) = load([row], "data=jsonl", "data.roles.developer=system").train_texts
     assert text.pair.messages[0] == Message("system", "Be brief.")
+
+
+def test_a_call_in_sharegpt_form_is_a_tool_call_and_its_observation_a_tool_result() -> None:
+    call = {"name": "warmth", "arguments": {"city": "Bern"}}
+    row = {"conversations": [said("human", "q"), said("function_call", json.dumps(call)), said("observation", "12")],
+           "chosen": said("gpt", "a"), "rejected": said("gpt", "b"), "tools": '[{"name": "warmth"}]'}  # fmt: skip
+    pair = canonical(row, RowMapping.of(data_config("data=sharegpt", "data.train=x")))
+    assert pair["prompt"] == [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "content": "12"},
+    ]
+    (text,) = pairs_of(pair, "auto")
+    assert [message.role for message in text.messages] == ["user", "assistant", "tool"]
+    assert text.messages[1].more["tool_calls"] == ({"type": "function", "function": call},)
+    assert text.tools == ({"name": "warmth"},)
+    assert not_used(row, {"prompt": "conversations"}, frozenset(("chosen", "rejected", "tools"))) == []
+    with pytest.raises(BadRowError, match="the value of function_call must be a list of objects; its text is not JSON"):
+        canonical({"prompt": [said("function_call", "warmth(")]}, RowMapping())
+
+
+def test_what_a_chat_template_may_render_counts_as_used(load: Load) -> None:
+    thinking = {"role": "assistant", "content": "a", "reasoning_content": "hm", "logprob": -1.5}
+    row = {"prompt": turns("q"), "chosen": [thinking], "rejected": turns("", "b")[1:], "tools": [], "documents": None}
+    assert load([row], "data=jsonl").train_report.not_used == {"chosen.logprob": 1}
 
 
 def test_an_input_beside_the_instruction_is_part_of_the_prompt(load: Load) -> None:

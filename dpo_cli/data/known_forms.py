@@ -8,11 +8,11 @@ from typing import Any
 import yaml
 
 from dpo_cli.config.composition import conf_dir
-from dpo_cli.data.formats import OTHER_NAMES, Row
+from dpo_cli.data.formats import CONTEXT, OTHER_NAMES, Row
 from dpo_cli.data.mapping import OPTIONAL, Columns
 
 # What the formats read without a mapping.
-OWN_NAMES = {"prompt", "chosen", "rejected", "responses", "scores"}
+OWN_NAMES = {"prompt", "chosen", "rejected", "responses", "scores", *CONTEXT}
 UNPAIRED = "; rows of one completion with a label are for KTO, which dpo-cli does not train: a row needs two responses"
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_cli.config.schema import LABELS, DataConfig, cell_text
-from dpo_cli.data.formats import BadRowError, Row, prompt_of, text_of
+from dpo_cli.data.formats import MESSAGE_FIELDS, BadRowError, Row, objects_of, prompt_of, text_of
 
 OPTIONAL = ("system", "history", "source", "tools", "documents")  # a row may lack these
-MESSAGE_KEYS = ("role", "content")  # of a message
+MESSAGE_KEYS = ("role", "content", *MESSAGE_FIELDS)  # of a message
 SHAREGPT_KEYS = ("from", "value")  # the same in ShareGPT's form
 _MISSING = object()
 
@@ -161,6 +161,9 @@ def _messages(value: Any, roles: Mapping[str, str]) -> Any:
 
 def _message(turn: Mapping[str, Any], roles: Mapping[str, str]) -> Mapping[str, Any]:
     if "role" not in turn and "from" in turn:  # ShareGPT's keys
+        if turn["from"] == "function_call":
+            calls = objects_of(turn.get("value"), "the value of function_call")
+            return {"role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in calls]}
         turn = {"role": turn["from"], "content": turn.get("value")}
     role = turn.get("role")
     return {**turn, "role": roles[role]} if isinstance(role, str) and role in roles else turn
