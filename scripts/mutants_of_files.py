@@ -53,7 +53,7 @@ MUTANTS_OF_FILES = [
      "tests/test_tokens.py -k bos"),
     ("the last short batch is no step", BATCHES, "math.ceil(self.pairs / self.batch_size)",
      "math.floor(self.pairs / self.batch_size)", "tests/test_pairs.py -k batches"),
-    ("pairs of a ranked row are scattered", BATCHES, "tuple(rows) if len(rows) < len(pairs) else None", "None",
+    ("pairs of a ranked row are scattered", SPLITS, "return np.diff(starts, append=len(index)).astype(np.int32)", "return None",
      "tests/test_pairs.py -k ranked"),
     ("padded rows count half their tokens", BATCHES, "2 * longest * (len(", "longest * (len(",
      "tests/test_pairs.py -k budget"),

@@ -26,11 +26,13 @@ def test_the_commands_run_as_written_on_a_tiny_model(command: Command, tmp_path:
     pairs = write_jsonl(tmp_path / "pairs.jsonl", sample_rows(20))
     run = tmp_path / "run"
     there = {"path/to/my-sft": tiny_path, "pairs.jsonl": str(pairs), "outputs/my-run": str(run)}
-    dry, train, sweep, evaluate, *_ = (
+    examine, train, sweep, evaluate, *_ = (
         [re.sub("|".join(map(re.escape, there)), lambda hit: there[hit[0]], word) for word in words]
         for words in commands(README)
     )
-    assert "dry_run=true" in dry and "-m" in sweep
+    assert "-m" in sweep
+    assert command(*examine, f"output_dir={tmp_path / 'examined'}").code == 0
+    assert command(*train, "dry_run=true").code == 0
     ended = command(*train, "max_steps=2", f"output_dir={run}")
     assert ended.code == 0, ended.err
     assert records(run)[-1]["split"] == "eval"

@@ -263,7 +263,7 @@ def test_a_probability_in_the_row_is_the_label_of_its_pair(tiny_tokenizer: Any, 
     certain = load(tmp_path, tiny_tokenizer, rows, "data.soft_labels=false")
     assert {one.probability for one in certain.train} == {1.0}
     assert certain.train_report.sentences(512)[1:] == ["not used: probability (5 rows)"]
-    assert certain.fingerprint == data_fingerprint(certain.train) != data.fingerprint
+    assert certain.train.fingerprint == data_fingerprint(certain.train) != data.train.fingerprint
 
 
 def test_the_probability_may_have_another_name_and_must_then_be_there(tiny_tokenizer: Any, tmp_path: Path) -> None:

@@ -147,8 +147,8 @@ class DataConfig:
     eval_limit: int | None = Field(ge=1)
     shuffle: bool
     on_bad_row: OnBadRow
-    max_bad_fraction: float = Field(ge=0, le=1)
-    processes: WholeOrAuto = Field(description=WHOLE_OR_AUTO)
+    max_bad_fraction: float = Field(ge=0, le=1, json_schema_extra=FREE)
+    processes: WholeOrAuto = Field(json_schema_extra=FREE, description=WHOLE_OR_AUTO)
 
     def __post_init__(self) -> None:
         self._check_mapping()

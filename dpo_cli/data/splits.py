@@ -71,7 +71,7 @@ class TrainingPairs(StoredPairs):
         self.largest_token: int = facts["largest_token"]
         self.most_tokens: int = facts["most_tokens"]  # of a prompt with both its responses
         self._longest: list[int] = facts["longest"]
-        self.rows = np.load(folder / "rows.npy", "r") if (folder / "rows.npy").exists() else None
+        self.rows = stored_numbers(folder / "rows", np.int32) if facts["rows"] else None
         self.trained_on = TrainedOn.mapped(folder / "trained_on.safetensors")
 
     def longest(self, number: int) -> list[TokenizedPair]:
@@ -91,15 +91,15 @@ def training_side(
         if split is not None:
             held_out = split.held_out(store)
             chosen = np.flatnonzero(~held_out)
-            np.save(beside / "chosen.npy", chosen)
-            np.save(beside / "held_out.npy", np.flatnonzero(held_out))
+            chosen.tofile(beside / "chosen")
+            np.flatnonzero(held_out).tofile(beside / "held_out")
         advance = working("pair", len(store)) if len(store) > LONGEST else lambda _: None
         _facts(StoredPairs(store, chosen), beside, advance)
 
     make_once(folder, write)
     if split is None:
         return TrainingPairs(store, None, folder), None
-    chosen, held_out = (np.load(folder / f"{name}.npy", "r") for name in ("chosen", "held_out"))
+    chosen, held_out = (stored_numbers(folder / name, np.int64) for name in ("chosen", "held_out"))
     return TrainingPairs(store, chosen, folder), StoredPairs(store, held_out)
 
 
@@ -113,12 +113,18 @@ def _facts(pairs: StoredPairs, folder: Path, advance: Callable[[int], None]) -> 
         "most_tokens": int(lengths.sum(axis=1).max(initial=0)),
         "longest": np.argsort(-longest_side, kind="stable")[:LONGEST].tolist(),
     }
-    (folder / "facts.json").write_text(json.dumps(facts), encoding="ascii")
     rows = row_sizes(pairs.numbers("index"))
     if rows is not None:
-        np.save(folder / "rows.npy", rows)
+        rows.tofile(folder / "rows")
+    facts["rows"] = rows is not None
+    (folder / "facts.json").write_text(json.dumps(facts), encoding="ascii")
     content = TrainedOn.of(pairs.numbers("hash"), pairs.numbers("group")).to_bytes()
     (folder / "trained_on.safetensors").write_bytes(content)
+
+
+def stored_numbers(file: Path, dtype: Any) -> NDArray[Any]:
+    """The numbers in a file, mapped."""
+    return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
 
 
 def row_sizes(index: NDArray[np.int64]) -> NDArray[np.int32] | None:
