@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOSSES, METRICS = "dpo_cli/theory/losses.py", "dpo_cli/theory/metrics.py"
 LOGPS, HEAD, TOKENS = "dpo_cli/models/logps.py", "dpo_cli/models/head.py", "dpo_cli/data/tokens.py"
 ATTENTION, CACHE = "dpo_cli/models/attention.py", "dpo_cli/models/reference_cache.py"
+LOGPS_FILE = "dpo_cli/storage/logps_file.py"
 RUNNER, SCORES = "dpo_cli/training/runner.py", "dpo_cli/evaluation/scores.py"
 BUILD, START = "dpo_cli/training/build.py", "dpo_cli/training/start.py"
 RECORDS, PROBE = "dpo_cli/training/records.py", "dpo_cli/training/memory_probe.py"
@@ -122,9 +123,20 @@ MUTANTS = [
            "(g @ b.to(g.dtype)).mul_(ctx.scaling)", "(g @ b.to(g.dtype))", "tests/test_lora_function.py"),
     Mutant("cached values of any length of response", TOKENS, "_tokens_key(self.prompt, ids, *",
            "_tokens_key(self.prompt, ids[:1], *", "tests/test_reference_cache.py"),
-    Mutant("damaged records are used", CACHE, 'records[_checks(records) == records["check"]]', "records[:]",
-           "tests/test_reference_cache.py"),
-    Mutant("another model's values are used", CACHE, "if how.loaded is not None and known:", "if False:",
+    Mutant("damaged records are used", LOGPS_FILE, 'return checks(records) == records["check"]',
+           "return np.ones(len(records), dtype=np.bool_)", "tests/test_reference_cache.py"),
+    Mutant("half of a key is compared", LOGPS_FILE, 'same = here["key"][:, 1] == words[left, 1]', "same = left >= 0",
+           "tests/test_logps_file.py"),
+    Mutant("a record goes to a file that was replaced", LOGPS_FILE, "            if there:\n", "            if True:\n",
+           "tests/test_logps_file.py -k both_merge"),
+    Mutant("a value in use changes in a merge", CACHE, "merged([*ours, *sorted_runs(blocks_of(there.tail), scratch)]",
+           "merged([*sorted_runs(blocks_of(there.tail), scratch), *ours]", "tests/test_logps_file.py"),
+    Mutant("the cache drops what is in use", "dpo_cli/storage/cache_folder.py", "entry.path not in keep and ", "",
+           "tests/test_cache_folder.py"),
+    Mutant("the cache drops what was used last", "dpo_cli/storage/cache_folder.py", "(entry.used, ", "(-entry.used, ",
+           "tests/test_cache_folder.py"),
+    Mutant("another model's values are used", CACHE, "if how.loaded is not None and found.some:",
+           "if False:",
            "tests/test_reference_cache.py"),
     Mutant("the cache does not know the dtype", CACHE, "[VERSION, model, str(dtype), ", "[VERSION, model, ",
            "tests/test_reference_cache.py"),

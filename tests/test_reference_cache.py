@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,7 +33,6 @@ from dpo_cli.models.loading import model_fingerprint
 from dpo_cli.models.logps import MicroBatch, MicroBatcher, make_micro_batch
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
 from dpo_cli.models.reference_cache import (
-    RECORD,
     CachedReference,
     FillOptions,
     ReferenceCache,
@@ -40,6 +40,10 @@ from dpo_cli.models.reference_cache import (
     cache_path,
     complete,
 )
+from dpo_cli.storage import logps_file
+from dpo_cli.storage.cache_folder import clear_cache
+from dpo_cli.storage.logps_file import RECORD
+from dpo_cli.training import build
 
 Command = Callable[..., Ended]
 BATCHER = MicroBatcher(CPU, Layout.PACKED_SEGMENTS, SplitByTokens(40, Layout.PACKED_SEGMENTS))
@@ -319,7 +323,7 @@ def test_a_run_on_a_cache_of_another_model_says_so_and_starts_at_ln2(
     for path in (cache / "reference").iterdir():
         lies = np.frombuffer(path.read_bytes(), dtype=RECORD).copy()
         lies["logp"] = -8.0
-        lies["check"] = reference_cache._checks(lies)
+        lies["check"] = logps_file.checks(lies)
         path.write_bytes(lies.tobytes())
     ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "two"))
     assert ended.code == 0
@@ -442,10 +446,79 @@ def test_a_run_takes_the_values_it_began_with_before_those_of_the_cache(tmp_path
     own, shared = filled(tmp_path / "own"), ReferenceCache(tmp_path / "shared")
     keep(shared, PAIRS, LOGPS)
     copy = tmp_path / "reference_logps.bin"
-    copy.write_bytes(own.records([*PAIRS, *PAIRS]))
-    assert copy.stat().st_size == 24 * 2 * len(PAIRS)  # each once
+    own.write(copy, [PAIRS, PAIRS], b"these four pairs")
+    assert copy.stat().st_size == 48 + 24 * 2 * len(PAIRS)  # each once, behind a header
     assert shared.adopt(copy)
     assert known(shared, PAIRS) == known(own, PAIRS)
     assert not shared.adopt(tmp_path / "nowhere")
     copy.write_bytes(copy.read_bytes()[:-1])
     assert not ReferenceCache(None).adopt(copy)
+
+
+# More pairs than are gone through in a moment
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Four pairs are many, the cache is empty. Hears how many batches each set of pairs has that is gone through."""
+    clear_cache()
+    original, surveys = reference_cache.survey, list[int]()
+
+    def survey(cache: ReferenceCache, needed: Any, *more: Any) -> Any:
+        surveys.append(len(needed))
+        return original(cache, needed, *more)
+
+    monkeypatch.setattr(build, "LARGE", 4)
+    monkeypatch.setattr(reference_cache, "survey", survey)
+    return surveys
+
+
+EPOCH = ("max_steps=null", "epochs=1", "seed=31")
+
+
+def test_a_later_run_on_the_same_pairs_goes_through_none_of_them(
+    command: Command, pairs_file: Path, tmp_path: Path, cache: Path, large: list[int]
+) -> None:
+    first = command("dpo-train", *tiny_words(pairs_file, tmp_path / "one"), *EPOCH)
+    assert first.code == 0 and len(large) == 1
+    second = command(
+        "dpo-train", *tiny_words(pairs_file, tmp_path / "two"), *EPOCH, "optimizer.lr=1e-4", "batch_size=3"
+    )
+    assert second.code == 0 and len(large) == 1
+    assert "reference log-probs of" not in second.out
+    one, two = (tmp_path / name / "reference_logps.bin" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    steps = command("dpo-train", *tiny_words(pairs_file, tmp_path / "three"), "max_steps=2", "seed=31")
+    assert steps.code == 0 and len(large) == 2  # another set of pairs
+    write_jsonl(pairs_file, [json.loads(line) for line in pairs_file.read_text().splitlines()][:-1])
+    fewer = command("dpo-train", *tiny_words(pairs_file, tmp_path / "four"), *EPOCH)
+    assert fewer.code == 0 and len(large) == 3
+
+
+def test_a_resumed_run_reads_its_own_log_probs_and_goes_through_no_pairs(
+    command: Command, pairs_file: Path, tmp_path: Path, cache: Path, large: list[int]
+) -> None:
+    run = tmp_path / "one"
+    words = [*tiny_words(pairs_file, run), *EPOCH, "save_every=1", "keep_checkpoints=9"]
+    assert command("dpo-train", *words).code == 0 and len(large) == 1
+    before, lines = (run / "reference_logps.bin").stat().st_ino, records(run)
+    shutil.rmtree(run / "final")
+    shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
+    shutil.rmtree(cache / "reference")
+    assert command("dpo-train", *words, "resume=auto").code == 0
+    assert len(large) == 1 and (run / "reference_logps.bin").stat().st_ino == before
+    assert [line["loss"] for line in records(run)] == [line["loss"] for line in lines]
+
+
+def test_a_damaged_list_of_log_probs_is_not_used(
+    command: Command, pairs_file: Path, tmp_path: Path, cache: Path, large: list[int]
+) -> None:
+    assert command("dpo-train", *tiny_words(pairs_file, tmp_path / "one"), *EPOCH).code == 0
+    (kept,) = (file for file in (cache / "reference").glob("*-*.logps"))
+    data = bytearray(kept.read_bytes())
+    data[len(data) // 2] ^= 1
+    kept.write_bytes(bytes(data))
+    before = len(large)
+    again = command("dpo-train", *tiny_words(pairs_file, tmp_path / "two"), *EPOCH)
+    assert again.code == 0 and len(large) == before + 1
+    assert [line["loss"] for line in records(tmp_path / "two")] == [line["loss"] for line in records(tmp_path / "one")]

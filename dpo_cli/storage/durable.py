@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 UNFINISHED = ".tmp-"
 # Only names that this program makes are swept: a run directory may lie in a folder of somebody else's.
@@ -23,6 +23,7 @@ OURS = re.compile(
 
 # A link in somebody else's directory is never followed, a child process inherits no file; not every system has each.
 SAFELY = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"))
+T = TypeVar("T")
 
 
 def write_whole(path: Path, data: bytes, shared: bool = False) -> None:
@@ -54,11 +55,11 @@ def write_together(files: Mapping[Path, bytes], shared: bool = False) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, shared: bool = True) -> Iterator[BinaryIO]:
     """A file to write into, piece by piece, that appears under its name when it is whole; an error leaves none."""
-    beside = path.with_name(f"{UNFINISHED}{path.name}-{os.getpid()}")
+    beside = path.with_name(f"{UNFINISHED}{path.name}" + (f"-{os.getpid()}" if shared else ""))
     try:
-        with open(beside, "wb", opener=lambda name, flags: os.open(name, flags | SAFELY, 0o666)) as file:
+        with open(beside, "w+b", opener=lambda name, flags: os.open(name, flags | SAFELY, 0o666)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -67,6 +68,27 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         beside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_stream(path: Path, write: Callable[[BinaryIO], T], shared: bool = False) -> T:
+    """As `write_whole`, for content that `write` makes while it writes; returns what `write` returns."""
+    with whole_file(path, shared) as file:
+        return write(file)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file that is never changed a second name; where the disk cannot do that, copy it."""
+    beside = target.with_name(f"{UNFINISHED}{target.name}")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(source, beside)
+    except OSError:
+        with source.open("rb") as content:
+            write_stream(target, lambda file: shutil.copyfileobj(content, file))
+        return
+    os.replace(beside, target)
+    beside.unlink(missing_ok=True)  # to rename one name of a file to another of its names does nothing
+    sync(target.parent)
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:

@@ -189,6 +189,53 @@ def test_every_layout_and_reference_resumes_to_the_same_bytes(
         LEDGER.compared[1] += same_content(tmp_path / "run", straight(*more))
 
 
+def test_a_merge_of_the_reference_cache_killed_at_any_write_point_loses_no_record(tmp_path: Path) -> None:
+    from dpo_cli.models import reference_cache
+    from dpo_cli.models.reference_cache import ReferenceCache
+    from dpo_cli.storage.logps_file import make_records
+
+    data = random.Random(1).randbytes(16 * 60)
+    keys, logps = [data[n : n + 16] for n in range(0, len(data), 16)], [float(n) for n in range(60)]
+
+    def child(path: Path, point: int) -> int:
+        """Opens a file of the version before and adds two records at a time; returns how many it has added."""
+        added, writes = os.pipe()
+        pid = os.fork()
+        if not pid:
+            try:
+                reference_cache.UNSORTED = 8
+                die_at(point, path.parent)
+                cache = ReferenceCache(path)
+                for start in range(30, 60, 2):
+                    cache.add(keys[start : start + 2], logps[start : start + 2])
+                    os.write(writes, b"2")
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        os.close(writes)
+        with open(added, "rb") as reports:
+            number = 2 * len(reports.read())
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (137 if number < 30 else 0)
+        return number
+
+    for point in range(1, 1000):
+        path = tmp_path / str(point) / "values"
+        path.parent.mkdir()
+        path.write_bytes(make_records(keys[:30], logps[:30]).tobytes())
+        with fault(1):
+            added = child(path, point)
+            cache = ReferenceCache(path)
+            assert cache.logps(keys[: 30 + added]) == logps[: 30 + added], point
+            cache.add(keys, logps)
+            cache._merge()
+            assert ReferenceCache(path).logps(keys) == logps
+            assert [left.name for left in path.parent.iterdir()] == ["values"]
+        LEDGER.notes["write points of merges of the reference cache, each killed at"] += 1
+        if added == 30:
+            break
+    assert 40 < point < 1000
+
+
 def test_an_optimizer_whose_state_has_another_shape_than_its_weight_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     """Adafactor keeps a row and a column for each matrix, and reads its weights in a step: no shape is known before."""
 

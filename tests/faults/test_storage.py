@@ -16,8 +16,8 @@ from conftest import Ended, records, tiny_words
 from harness import LEDGER, before_step, content, fault, run_words, same_content, start, straight, wrap  # noqa: F401
 
 from dpo_cli.errors import CheckpointError, ConfigError
-from dpo_cli.models.reference_cache import RECORD, _checks
 from dpo_cli.runs.checkpoint import MANIFEST, checkpoints, newest_valid, validate
+from dpo_cli.storage.logps_file import RECORD, checks
 
 pytestmark = pytest.mark.faults
 Straight = Callable[..., dict[str, bytes]]
@@ -401,7 +401,7 @@ def test_values_that_another_run_left_in_the_cache_do_not_change_a_resumed_run(
         (shared,) = (tmp_path / "cache" / "reference").glob("*.logps")
         values = np.frombuffer(shared.read_bytes(), dtype=RECORD).copy()
         values["logp"] += 0.01
-        values["check"] = _checks(values)
+        values["check"] = checks(values)
         shared.write_bytes(values.tobytes())
         assert start(tmp_path, run_words(tmp_path, *more, "resume=auto")).wait().code == 0
         LEDGER.compared[7] += same_content(run, straight(*more))

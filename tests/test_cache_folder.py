@@ -1,0 +1,70 @@
+"""The limit of a cache: what was unused longest goes first, what is in use stays."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dpo_cli.storage.cache_folder import cache_files, clear_cache, folder_files, shrink, touch
+from dpo_cli.storage.locks import opened_alone
+
+
+def filled(folder: Path) -> list[Path]:
+    """Four entries of 100 bytes, the first unused longest; the third is a folder."""
+    folder.mkdir(parents=True)
+    paths = [folder / name for name in ("d", "b", "c", "a")]
+    for age, path in enumerate(paths):
+        if age == 2:
+            path.mkdir()
+            (path / "inside").write_bytes(bytes(100))
+        else:
+            path.write_bytes(bytes(100))
+        os.utime(path, (1000 + age, 1000 + age))
+    return paths
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_was_unused_longest_is_dropped_until_the_limit_holds(tmp_path: Path) -> None:
+    paths = filled(tmp_path / "cache")
+    size = sum(entry.bytes for entry in folder_files(tmp_path / "cache"))
+    assert shrink(tmp_path / "cache", size) == []
+    assert [entry.path for entry in shrink(tmp_path / "cache", size - 101)] == paths[:2]
+    assert names(tmp_path / "cache") == ["a", "c"]
+    assert [entry.path for entry in shrink(tmp_path / "cache", 100)] == paths[2:3]
+
+
+def test_what_is_in_use_stays(tmp_path: Path) -> None:
+    paths = filled(tmp_path / "cache")
+    with opened_alone(paths[1]):  # another process writes it
+        assert [entry.path for entry in shrink(tmp_path / "cache", 0, keep={paths[0], None})] == paths[2:]
+    assert names(tmp_path / "cache") == ["b", "d"]
+
+
+def test_an_entry_that_is_used_is_no_longer_the_oldest(tmp_path: Path) -> None:
+    paths = filled(tmp_path / "cache")
+    touch(paths[0])
+    assert [entry.path for entry in folder_files(tmp_path / "cache")] == [*paths[1:], paths[0]]
+    touch(tmp_path / "nowhere")
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    filled(tmp_path / "elsewhere")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "link").symlink_to(tmp_path / "elsewhere")
+    shrink(tmp_path / "cache", -1)
+    assert names(tmp_path / "cache") == [] and len(names(tmp_path / "elsewhere")) == 4
+
+
+def test_a_cache_is_listed_and_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path))
+    assert (cache_files(), clear_cache()) == ([], 0)
+    paths = filled(tmp_path / "reference")
+    assert [(entry.path, entry.used) for entry in cache_files()] == [
+        (path, 1000.0 + age) for age, path in enumerate(paths)
+    ]
+    freed = sum(entry.bytes for entry in cache_files())
+    assert clear_cache() == freed >= 400
+    assert cache_files() == [] and names(tmp_path) == ["reference"]
