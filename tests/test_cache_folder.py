@@ -1,12 +1,16 @@
 """The limit of a cache: what was unused longest goes first, what is in use stays."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Ended, tiny_words
 
 from dpo_cli.storage.cache_folder import cache_files, clear_cache, folder_files, shrink, touch
 from dpo_cli.storage.locks import opened_alone
+
+Command = Callable[..., Ended]
 
 
 def filled(folder: Path) -> list[Path]:
@@ -68,3 +72,22 @@ def test_a_cache_is_listed_and_cleared(tmp_path: Path, monkeypatch: pytest.Monke
     freed = sum(entry.bytes for entry in cache_files())
     assert clear_cache() == freed >= 400
     assert cache_files() == [] and names(tmp_path) == ["reference"]
+
+
+def test_a_run_drops_the_log_probs_that_were_unused_longest_and_says_so(
+    command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    folder = cache / "reference"
+    clear_cache()
+    folder.mkdir(exist_ok=True)
+    (folder / "old.logps").write_bytes(bytes(2**20))
+    os.utime(folder / "old.logps", (1, 1))
+    kept = command("dpo-train", *tiny_words(pairs_file, tmp_path / "kept"), "reference.cache_gib=null")
+    assert kept.code == 0 and (folder / "old.logps").exists()
+    limited = command("dpo-train", *tiny_words(pairs_file, tmp_path / "one"), "reference.cache_gib=0.0005")
+    assert limited.code == 0 and len(names(folder)) == 1 and not (folder / "old.logps").exists()
+    said = f"{folder}: dropped 1 file that was unused longest, 0.000977 GiB (reference.cache_gib=0.0005)"
+    assert said in " ".join(limited.out.split())
+    small = command("dpo-train", *tiny_words(pairs_file, tmp_path / "two"), "reference.cache_gib=1e-9")
+    assert small.code == 0 and "not loaded: " in small.out and len(names(folder)) == 1
+    assert small.out.count("GiB, more than reference.cache_gib=1e-09; raise it") == 1

@@ -263,6 +263,7 @@ class ReferenceConfig:
 
     name: Literal["frozen", "adapter_off"]
     cache: Literal["auto", "run", "off"] = Field(json_schema_extra=FREE)
+    cache_gib: float | None = Field(gt=0, json_schema_extra=FREE)
 
 
 @dataclass(config=STRICT, kw_only=True)

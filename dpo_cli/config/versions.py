@@ -118,6 +118,7 @@ MIGRATIONS: dict[int, tuple[Change, ...]] = {
         Added("data.soft_labels", False),
         Added("data.template_options", {}),
         Added("data.special_tokens_in_text", "keep"),
+        Added("reference.cache_gib", None),
     ),
 }  # fmt: skip
 VERSION = max(MIGRATIONS)

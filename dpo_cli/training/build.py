@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ import torch
 
 from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.console.text import duration, plural, safe_text
+from dpo_cli.console.text import duration, plural, safe_text, significant
 from dpo_cli.data.batches import Layout, Schedule, Split, SplitByPairs, SplitByTokens, longest_side
 from dpo_cli.data.pairs import load_pairs
 from dpo_cli.data.splits import data_fingerprint
@@ -52,6 +52,7 @@ from dpo_cli.objectives.table import make_objective
 from dpo_cli.paths import user_path
 from dpo_cli.runs.checkpoint import ResolvedSettings, TrainingState
 from dpo_cli.runs.run_directory import RunDirectory
+from dpo_cli.storage.cache_folder import cache_folder, folder_files, shrink
 from dpo_cli.storage.hashing import fingerprint as fingerprint_of
 from dpo_cli.theory.schedules import lr_factor
 from dpo_cli.training.guard import NonFiniteGuard
@@ -353,6 +354,8 @@ def complete_reference(context: Context, learner: Learner, material: Material, r
 
         context.engine.same(keep)
         cache.adopt(own)
+    if cache.path is not None:
+        context.engine.same(lambda: _make_room(config, reporter, {cache.path, kept}))
     give_memory_back(learner.batcher.device)
 
 
@@ -363,3 +366,23 @@ def _replayed(config: RunConfig, fingerprint: str) -> Path | None:
     replayed = RunDirectory(user_path(config.replay, CheckpointError, "replay"))
     model = replayed.read_manifest().get("model")
     return replayed.reference if isinstance(model, dict) and model.get("fingerprint") == fingerprint else None
+
+
+def _make_room(config: RunConfig, reporter: Reporter, keep: Collection[Path | None]) -> None:
+    """Drop the files of the cache that were unused longest, as far as it is above its limit."""
+    gib, folder = config.reference.cache_gib, cache_folder("reference")
+    if gib is None:
+        return
+    dropped = shrink(folder, gib * 2**30, keep)
+    if dropped:
+        freed = sum(entry.bytes for entry in dropped) / 2**30
+        reporter.say(
+            f"{folder}: dropped {plural(len(dropped), 'file')} that {'was' if len(dropped) == 1 else 'were'} unused "
+            f"longest, {significant(freed)} GiB (reference.cache_gib={gib:g})"
+        )
+    left = sum(entry.bytes for entry in folder_files(folder)) / 2**30
+    if left > gib:
+        reporter.warn(
+            f"{folder}: this run needs {significant(left)} GiB, more than reference.cache_gib={gib:g}; raise it, or "
+            "another run drops them"
+        )
