@@ -223,6 +223,19 @@ def test_a_file_that_is_removed_or_replaced_does_no_harm_to_who_reads_it(tmp_pat
     assert ReferenceCache(path).find([*keys, *more])[1].all()  # the merge has brought all of it back
 
 
+def test_a_value_that_was_used_stays_where_another_process_wrote_one_for_the_same_key_first(
+    tmp_path: Path, small: None
+) -> None:
+    keys, more = random_keys(1), random_keys(20, seed=6)
+    one, two = ReferenceCache(tmp_path / "values"), ReferenceCache(tmp_path / "values")
+    one.add(keys, [1.0])
+    two.add(keys, [2.0])  # beside other pairs of a batch it was rounded differently
+    for cache in (two, one):
+        cache.add(more, [0.0] * 20)  # a merge
+        assert not cache._recent
+    assert (one.logps(keys), two.logps(keys)) == ([1.0], [2.0])
+
+
 def test_a_writer_that_waited_for_a_file_that_was_replaced_writes_to_the_new_one(tmp_path: Path) -> None:
     path, keys = tmp_path / "values", random_keys(3)
     cache = ReferenceCache(path)
