@@ -86,7 +86,7 @@ def test_a_run_drops_the_log_probs_that_were_unused_longest_and_says_so(
     assert kept.code == 0 and (folder / "old.logps").exists()
     limited = command("dpo-train", *tiny_words(pairs_file, tmp_path / "one"), "reference.cache_gib=0.0005")
     assert limited.code == 0 and len(names(folder)) == 1 and not (folder / "old.logps").exists()
-    said = f"{folder}: dropped 1 file that was unused longest, 0.000977 GiB (reference.cache_gib=0.0005)"
+    said = f"{folder}: dropped 1 item that was unused longest, 0.000977 GiB (reference.cache_gib=0.0005)"
     assert said in " ".join(limited.out.split())
     small = command("dpo-train", *tiny_words(pairs_file, tmp_path / "two"), "reference.cache_gib=1e-9")
     assert small.code == 0 and "not loaded: " in small.out and len(names(folder)) == 1

@@ -361,10 +361,10 @@ def test_caches_are_shown_and_cleared(command: Command, tmp_path: Path, monkeypa
     outside.write_text("not ours")
     (tmp_path / "cache" / "reference" / "link").symlink_to(outside)
     shown = command("dpo-data", "cache=show").out
-    assert "log-probs of references: 1 file, 2.0 kB, last used 20" in shown
-    assert "tokens of data sets: 1 file, 3.0 MB, last used 20" in shown
+    assert "log-probs of references: 2 items, 0.00" in shown and ", last used 20" in shown
+    assert "tokens of data sets: 1 item, 3" in shown
     cleared = command("dpo-data", "cache=clear")
-    assert cleared.code == 0 and "cleared 2 files" in cleared.out
+    assert cleared.code == 0 and "freed 3" in cleared.out
     assert not list((tmp_path / "cache").rglob("*.logps")) and not list((tmp_path / "cache").rglob("*.arrow"))
     assert (tmp_path / "cache" / "models" / "kept").exists() and outside.read_text() == "not ours"
 

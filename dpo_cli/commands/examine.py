@@ -8,11 +8,10 @@ from typing import Any
 
 from dpo_cli.config.schema import DataConfig, ExamineConfig
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.console.text import plural, safe_text
+from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.pairs import check_sources
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import DataError, StorageError
-from dpo_cli.examination.caches import cached, clear
 from dpo_cli.examination.findings import findings
 from dpo_cli.examination.fix import changes_path, fix_path, write_fixed
 from dpo_cli.examination.lengths import EncodedPair, count_tokens
@@ -24,8 +23,10 @@ from dpo_cli.examination.words import Words, classify
 from dpo_cli.models.loading import find_model, load_tokenizer
 from dpo_cli.paths import user_path
 from dpo_cli.signals import StopSignals
+from dpo_cli.storage.cache_folder import cache_files, cache_folder, clear_cache
 from dpo_cli.storage.durable import write_together
 
+CACHES = {"reference": "log-probs of references", "tokens": "tokens of data sets"}
 REPORTS = (("report", "report.json"), ("page", "report.html"))
 
 
@@ -89,15 +90,18 @@ def examine(config: ExamineConfig, given: list[str], reporter: Reporter) -> Path
 
 def show_caches(action: str, reporter: Reporter) -> None:
     """Say what the cache folder holds, and with `clear` remove it."""
-    found = cached()
-    reporter.facts([(str(one.path), one.line) for one in found])
+    rows = []
+    for kind, what in CACHES.items():
+        entries, line = cache_files(kind), f"{what}: none"
+        if entries:
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entries[-1].used))
+            size = significant(sum(entry.bytes for entry in entries) / 2**20)
+            line = f"{what}: {plural(len(entries), 'item')}, {size} MiB, last used {when}"
+        rows.append((str(cache_folder(kind)), line))
+    reporter.facts(rows)
     if action == "clear":
-        for one in found:
-            try:
-                clear(one)
-            except OSError as error:
-                raise StorageError(f"{safe_text(one.path)}: cannot be cleared ({error.strerror})") from None
-        reporter.say(f"cleared {plural(sum(len(one.files) for one in found), 'file')}")
+        freed = sum(clear_cache(kind) for kind in CACHES)
+        reporter.say(f"freed {significant(freed / 2**20)} MiB")
 
 
 def _words(train: Side, seed: int, reporter: Reporter) -> Words | None:

@@ -149,6 +149,7 @@ class DataConfig:
     on_bad_row: OnBadRow
     max_bad_fraction: float = Field(ge=0, le=1, json_schema_extra=FREE)
     processes: WholeOrAuto = Field(json_schema_extra=FREE, description=WHOLE_OR_AUTO)
+    cache_gib: float | None = Field(gt=0, json_schema_extra=FREE)
 
     def __post_init__(self) -> None:
         self._check_mapping()

@@ -115,6 +115,7 @@ MIGRATIONS: dict[int, tuple[Change, ...]] = {
     5: (
         Added("data.max_bad_fraction", 1.0),
         Added("data.processes", "auto"),
+        Added("data.cache_gib", None),
         Added("data.soft_labels", False),
         Added("data.template_options", {}),
         Added("data.special_tokens_in_text", "keep"),

@@ -72,7 +72,8 @@ class TrainingPairs(StoredPairs):
         self.most_tokens: int = facts["most_tokens"]  # of a prompt with both its responses
         self._longest: list[int] = facts["longest"]
         self.rows = stored_numbers(folder / "rows", np.int32) if facts["rows"] else None
-        self.trained_on = TrainedOn.mapped(folder / "trained_on.safetensors")
+        self.trained_on_file = folder / "trained_on.safetensors"
+        self.trained_on = TrainedOn.mapped(self.trained_on_file)
 
     def longest(self, number: int) -> list[TokenizedPair]:
         """The pairs with the longest side, at most so many of them (and of 1,024), the longest first."""

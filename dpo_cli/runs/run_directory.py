@@ -33,7 +33,7 @@ from dpo_cli.errors import CheckpointError, ConfigError, DpoError, StoppedError,
 from dpo_cli.paths import user_path
 from dpo_cli.runs.checkpoint import newest_valid, read_json, validate
 from dpo_cli.runs.versions import migrated_manifest
-from dpo_cli.storage.durable import sweep, write_whole
+from dpo_cli.storage.durable import link_or_copy, sweep, write_whole
 from dpo_cli.storage.line_log import MetricsLog
 from dpo_cli.storage.locks import opened_alone
 
@@ -189,6 +189,13 @@ class RunDirectory:
             return TrainedOn.mapped(file)
         except (OSError, ValueError):
             return None
+
+    def take(self, source: Path, path: Path) -> None:
+        """Take a file of the cache, which never changes, as one of the run's; StorageError where that is not possible."""
+        try:
+            link_or_copy(source, path)
+        except OSError as error:
+            raise StorageError(f"{safe_text(path)}: cannot be written ({error.strerror})") from None
 
     def write(self, path: Path, data: bytes) -> None:
         """Write one of the run's files, whole; StorageError where that is not possible."""

@@ -18,6 +18,7 @@ from dpo_cli.console.text import duration, plural, safe_text, significant
 from dpo_cli.data.batches import Layout, Schedule, Split, SplitByPairs, SplitByTokens, longest_side
 from dpo_cli.data.pairs import load_pairs
 from dpo_cli.data.splits import data_fingerprint
+from dpo_cli.data.store import StoredPairs
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.errors import CheckpointError, StorageError
 from dpo_cli.evaluation.scores import WINDOW, windows
@@ -142,6 +143,12 @@ def _material(context: Context, source: ModelSource, always_closes: bool) -> Mat
     context.reporter.doing(f"reading pairs from {safe_text(config.data.train)}")
     data = load_pairs(config.data, encoder, config.seed, poll=context.poll, working=context.reporter.bar)
     context.reporter.stop()
+    if context.engine.rank == 0:
+        stores = [
+            data.train.store.folder,
+            *(side.store.folder for side in [data.held_out] if isinstance(side, StoredPairs)),
+        ]
+        _make_room("tokens", config.data.cache_gib, "data.cache_gib", context.reporter, stores)
     schedule = Schedule(len(data.train), config.batch_size, config.seed, config.data.shuffle, data.train.rows)
     return Material(source, encoder, data, schedule, schedule.total_steps(config.epochs, config.max_steps))
 
@@ -355,7 +362,11 @@ def complete_reference(context: Context, learner: Learner, material: Material, r
         context.engine.same(keep)
         cache.adopt(own)
     if cache.path is not None:
-        context.engine.same(lambda: _make_room(config, reporter, {cache.path, kept}))
+        context.engine.same(
+            lambda: _make_room(
+                "reference", config.reference.cache_gib, "reference.cache_gib", reporter, {cache.path, kept}
+            )
+        )
     give_memory_back(learner.batcher.device)
 
 
@@ -368,21 +379,21 @@ def _replayed(config: RunConfig, fingerprint: str) -> Path | None:
     return replayed.reference if isinstance(model, dict) and model.get("fingerprint") == fingerprint else None
 
 
-def _make_room(config: RunConfig, reporter: Reporter, keep: Collection[Path | None]) -> None:
-    """Drop the files of the cache that were unused longest, as far as it is above its limit."""
-    gib, folder = config.reference.cache_gib, cache_folder("reference")
+def _make_room(kind: str, gib: float | None, key: str, reporter: Reporter, keep: Collection[Path | None]) -> None:
+    """Drop what was unused longest in a kind of cache, as far as it is above the limit that `key` sets."""
+    folder = cache_folder(kind)
     if gib is None:
         return
     dropped = shrink(folder, gib * 2**30, keep)
     if dropped:
         freed = sum(entry.bytes for entry in dropped) / 2**30
         reporter.say(
-            f"{folder}: dropped {plural(len(dropped), 'file')} that {'was' if len(dropped) == 1 else 'were'} unused "
-            f"longest, {significant(freed)} GiB (reference.cache_gib={gib:g})"
+            f"{folder}: dropped {plural(len(dropped), 'item')} that {'was' if len(dropped) == 1 else 'were'} unused "
+            f"longest, {significant(freed)} GiB ({key}={gib:g})"
         )
     left = sum(entry.bytes for entry in folder_files(folder)) / 2**30
     if left > gib:
         reporter.warn(
-            f"{folder}: this run needs {significant(left)} GiB, more than reference.cache_gib={gib:g}; raise it, or "
+            f"{folder}: this run needs {significant(left)} GiB, more than {key}={gib:g}; raise it, or "
             "another run drops them"
         )

@@ -168,7 +168,7 @@ def open_records(
         resumed_with = [*before.get("resumed_with", []), *start.changes]
         engine.same(lambda: directory.write_manifest({**before, "resumed_with": resumed_with}))
         engine.same(lambda: directory.write_config(context.config))
-    engine.same(lambda: directory.write(directory.trained_on, material.data.train.trained_on.to_bytes()))
+    engine.same(lambda: directory.take(material.data.train.trained_on_file, directory.trained_on))
 
 
 @contextmanager
