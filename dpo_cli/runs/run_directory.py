@@ -191,7 +191,7 @@ class RunDirectory:
             return None
 
     def take(self, source: Path, path: Path) -> None:
-        """Take a file of the cache, which never changes, as one of the run's; StorageError where it cannot be written."""
+        """Take a file of the cache, which never changes, as one of the run's; StorageError where the disk refuses."""
         try:
             link_or_copy(source, path)
         except OSError as error:
