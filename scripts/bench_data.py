@@ -88,7 +88,7 @@ def ours(rows: str, tokenizer: str, processes: str) -> None:
 
     words = ["data=jsonl", f"data.train={rows}", "data.eval_fraction=0", f"data.processes={processes}"]
     config = run_config(composed("train", parse_overrides(words), RunConfig).container).data
-    encoder = PairEncoder(AutoTokenizer.from_pretrained(tokenizer), None)
+    encoder = PairEncoder.of(AutoTokenizer.from_pretrained(tokenizer), config)
     began = time.perf_counter()
     data = load_pairs(config, encoder, 0)
     print("RESULT", json.dumps({"seconds": time.perf_counter() - began, "pairs": len(data.train)}))

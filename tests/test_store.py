@@ -47,6 +47,7 @@ def load(file: Path, tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.Mo
     """Load the pairs of `file` in three parts, from a cache of this test's own."""
     monkeypatch.setenv("DPO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(prepare_module, "PART", 16)
+    monkeypatch.setattr(prepare_module, "FEW", 1)
 
     def run(*words: str, **more: Any) -> PairData:
         options = [f"data.train={file}", "data.eval_fraction=0", "data.processes=1", *words]

@@ -1,9 +1,12 @@
 """Token ids: the border between prompt and response, BOS, the closing EOS, truncation."""
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
+from chat_templates import FORMS as CHAT_FORMS
+from chat_templates import chat_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -170,3 +173,80 @@ def test_truncation_keeps_every_promise(prompt: int, chosen: int, rejected: int,
     assert kept_prompt + max(kept_chosen, kept_rejected) <= max_length
     if responses_cut:
         assert kept_prompt == min(prompt, max_length // 2)
+
+
+# Encoding from the last special token on, by the tokenizer's own backend
+
+
+def sentence_piece_tokenizer(scheme: str) -> Any:
+    """A tokenizer that puts its mark for a space before words as SentencePiece does, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted({chr(code) for code in range(33, 127)} | set("▁\nüß"))
+    merges = [("▁", letter) for letter in "abcdeYN"]
+    tokens = ["<unk>", "<s>", "</s>", *letters, *("".join(merge) for merge in merges)]
+    model = models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges, unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                        additional_special_tokens=["[INST]", "[/INST]"])  # fmt: skip
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}{{ '[INST] ' + message.content + "
+        "' [/INST]' }}{% else %}{{ ' ' + message.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    return tokenizer
+
+
+def by_the_whole(encoder: PairEncoder) -> PairEncoder:
+    """An encoder that encodes each prompt with each response, by the tokenizer itself."""
+    other = PairEncoder(encoder.tokenizer, encoder.kind, encoder.always_closes)
+    other.backend = None
+    return other
+
+
+PIECES = [*"abc YN\n:<|>[]/", "<|im_end|>", "</s>", "[INST]", "ü", "\u2581"]
+TEXTS = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
+
+
+@pytest.mark.parametrize("form", [*CHAT_FORMS, "always", "first", "never"])
+@given(prompt=TEXTS, chosen=TEXTS, rejected=TEXTS)
+def test_a_response_has_the_same_ids_behind_the_end_of_its_prompt(
+    form: str, prompt: str, chosen: str, rejected: str
+) -> None:
+    encoder = fast_encoder(form)
+    one = pair(prompt or "x", chosen, rejected)
+    whole = by_the_whole(encoder)
+    assert encoder.backend is not None
+    assert encoder.encode([one, one]) == whole.encode([one, one])
+    assert encoder.borders_merged == whole.borders_merged
+    encoder.borders_merged = 0
+
+
+@cache
+def fast_encoder(form: str) -> PairEncoder:
+    """The encoder of a form, its prompts as messages."""
+    tokenizer = chat_tokenizer(form) if form in CHAT_FORMS else sentence_piece_tokenizer(form)
+    return PairEncoder(tokenizer, "chat")
+
+
+def test_most_of_a_prompt_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = PairEncoder(chat_tokenizer("chatml"), "chat")
+    seen: list[str] = []
+    encode = PairEncoder._encode_many
+
+    def noted(self: PairEncoder, texts: list[str]) -> list[list[int]]:
+        seen.extend(texts)
+        return encode(self, texts)
+
+    monkeypatch.setattr(PairEncoder, "_encode_many", noted)
+    encoder.encode([pair("a word that is long", "Yes", "No")] * 2)
+    assert sum("a word that is long" in text for text in seen) == 2
+    assert "<|im_start|>assistant\nYes" in seen
+
+
+def test_a_tokenizer_whose_backend_encodes_otherwise_is_asked_itself() -> None:
+    tokenizer = chat_tokenizer("chatml")
+    tokenizer.split_special_tokens = True
+    assert PairEncoder(tokenizer, "chat").backend is None

@@ -82,6 +82,7 @@ class ChatTemplate:
     closing: int | None = field(init=False)  # the first special token of `tail`
     trims: bool = field(init=False)  # white space around an answer
     openers: tuple[str, ...] = field(init=False)  # put behind a prompt, but not before the answer in a conversation
+    splitting: tuple[str, ...] = field(init=False)  # special tokens around which text is encoded piece by piece
     special: re.Pattern[str] = field(init=False)  # one of the tokenizer's special tokens
     specials: re.Pattern[str] = field(init=False)  # one of them at the end of a text
     markers: tuple[str, ...] = field(init=False)  # which text has only when a chat template has rendered it
@@ -96,6 +97,8 @@ class ChatTemplate:
         # Not all_special_ids: the token that ends a turn often has no role of its own.
         special = {number: token.content for number, token in self.tokenizer.added_tokens_decoder.items()
                    if token.special}  # fmt: skip
+        self.splitting = tuple(token.content for token in self.tokenizer.added_tokens_decoder.values()
+                               if token.special and not token.normalized)  # fmt: skip
         longest_first = sorted(special.values(), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.specials = re.compile(rf"({self.special.pattern})\Z")
@@ -198,7 +201,7 @@ class ChatTemplate:
 
     def _as_text(self, value: Any) -> Any:
         """A message, a tool or a text in which special tokens are marked, if they are to be encoded as text."""
-        if self.special_tokens_in_text != "escape":
+        if self.special_tokens_in_text != "escape" or not any(map(self.special.search, _strings(value))):
             return value
         from transformers.utils.chat_template_utils import mark_control_tokens
 

@@ -44,6 +44,7 @@ from dpo_cli.storage.hashing import fingerprint, fingerprint_of_texts
 
 VERSION = 1  # of what is stored; another number is another folder
 PART = 2048  # rows
+FEW = 8  # parts
 CHUNK = 512  # pairs that are encoded together
 # What decides no token: where rows are from is in the source's identity, the rest acts on tokenized pairs.
 NO_MATTER = (
@@ -350,8 +351,9 @@ def _make(
     rows = takewhile(lambda row: limit is None or row.index < limit, source.rows())
     first = list(islice(rows, PART))
     parts = enumerate(chain([first], iter(lambda: list(islice(rows, PART)), [])))
-    processes = processes_for(work.config) if len(first) == PART else 1
     total = (source.count() if len(first) == PART else None) or 0
+    is_small = len(first) < PART or 0 < total <= FEW * PART  # then it is done before other processes have started
+    processes = 1 if is_small else processes_for(work.config)
     # Fewer rows take less than a bar, and how many there are may not be known.
     advance = working("row", min(limit or total, total)) if total else lambda _: None
 

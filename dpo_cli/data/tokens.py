@@ -116,6 +116,8 @@ class PairEncoder:
     closing: int = field(init=False)
     reason: str = field(init=False)  # why this template
     opening: list[int] = field(init=False)  # ids before a plain prompt: BOS, where the tokenizer adds one
+    backend: Any = field(init=False, repr=False)  # encodes faster; None where it cannot be used
+    _ends: dict[str, list[int]] = field(init=False, repr=False, default_factory=dict)
     COUNTERS: ClassVar[tuple[str, ...]] = (
         "borders_merged", "length_limited", "closing_inside", "rendered_otherwise",
     )  # fmt: skip
@@ -138,6 +140,7 @@ class PairEncoder:
             "as requested" if self.kind else "the model has a chat template" if has_template else "no chat template"
         )
         self.kind = self.kind or ("chat" if has_template else "plain")
+        self.backend = self._fast()
         if self.kind == "chat":
             self.template = ChatTemplate(self.tokenizer, self.template_options, self.special_tokens_in_text)
             self.reason += self.template.notes
@@ -151,6 +154,23 @@ class PairEncoder:
         bos = self.tokenizer.bos_token_id
         adds_bos = bos is not None and self.tokenizer("a").input_ids[:1] == [bos]
         self.opening = [bos] if adds_bos else []
+
+    def _fast(self) -> Any:
+        """The tokenizer's own backend, where it encodes as the tokenizer does; else None.
+
+        Without offsets and masks, which nothing here reads, it is faster.
+        """
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or not hasattr(backend, "encode_batch_fast"):
+            return None
+        backend.no_truncation()
+        backend.no_padding()
+        texts = ["", " a  b\n\n", "Grüße \U0001f600 1,000", "\u2581x", *self.tokenizer.all_special_tokens]
+        texts.append("x ".join(texts))
+        ids = self.tokenizer(texts, add_special_tokens=False).input_ids
+        backend.encode_special_tokens = False
+        same = ids == [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return backend if same else None
 
     def identity(self) -> str:
         """A hash of all that decides which tokens a pair becomes."""
@@ -259,16 +279,17 @@ class PairEncoder:
     def encode_rendered(self, rendered: list[RenderedPair]) -> list[Encoded]:
         """The same for pairs that are rendered already."""
         prompt_ids = self._encode_many([one.prompt for one in rendered])
+        ends = [self._end(one.prompt, ids) for one, ids in zip(rendered, prompt_ids, strict=True)]
         responses: list[list[tuple[list[int], tuple[int, ...]]]] = []
         for answers in (
             [(one.chosen, one.pair.chosen_finish_reason, one.sides[0]) for one in rendered],
             [(one.rejected, one.pair.rejected_finish_reason, one.sides[1]) for one in rendered],
         ):
-            whole = self._encode_many([one.prompt + answer[0] for one, answer in zip(rendered, answers, strict=True)])
+            whole = self._encode_many([end + answer[0] for (end, _), answer in zip(ends, answers, strict=True)])
             responses.append(
                 [
-                    self._after_border(one.prompt, prompt, ids, *answer)
-                    for one, prompt, ids, answer in zip(rendered, prompt_ids, whole, answers, strict=True)
+                    self._after_border(before, head, ids, *answer)
+                    for (before, head), ids, answer in zip(ends, whole, answers, strict=True)
                 ]
             )
         self.rendered_otherwise += sum(one.otherwise for one in rendered)
@@ -282,11 +303,30 @@ class PairEncoder:
             )
         ]  # fmt: skip
 
+    def _end(self, prompt: str, ids: list[int]) -> tuple[str, list[int]]:
+        """The end of a prompt and its ids, from its last special token on.
+
+        A tokenizer encodes what stands behind a special token on its own. So a response has the same ids behind this
+        end as behind the whole prompt, which need not be encoded with each response again.
+        """
+        if self.template is None or self.backend is None or self.template.is_marked(prompt):
+            return prompt, ids
+        end = prompt[max(0, *map(prompt.rfind, self.template.splitting)) :] if self.template.splitting else prompt
+        if end not in self._ends:
+            self._ends = {end: self._encode(end)}  # a template has one
+        known = self._ends[end]
+        return (end, known) if ids[len(ids) - len(known) :] == known else (prompt, ids)
+
     def _encode(self, text: str) -> list[int]:
         return self._encode_many([text])[0]
 
     def _encode_many(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        ids: list[list[int]]
+        if self.backend is None:
+            ids = self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        else:
+            self.backend.encode_special_tokens = False  # a marked text may have changed it
+            ids = [one.ids for one in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         for index, text in enumerate(texts):
             if self.template is not None and self.template.is_marked(text):
                 ids[index] = self._encode_marked(text)
