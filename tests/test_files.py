@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.data.files import FileSource, HubSource, local_path, open_source, read_rows
+from dpo_cli.data.files import FileSource, HubSource, local_files, local_path, open_source, read_rows
 from dpo_cli.errors import DataError
 
 ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -129,3 +129,94 @@ def test_a_source_is_a_file_or_a_hub_data_set(tmp_path: Path) -> None:
     assert [row.value for row in file.rows()] == [ROW, ROW]
     hub = open_source("Anthropic/hh-rlhf", "harmless-base", "test")
     assert (type(hub), hub.name) == (HubSource, "Anthropic/hh-rlhf (test)")
+
+
+# Several files
+
+
+def three_files(folder: Path) -> list[Path]:
+    folder.mkdir()
+    for name in (".hidden.jsonl", "notes.txt"):
+        write(folder / name, LINE)
+    files = {"a.jsonl": LINE + LINE, "b.jsonl.gz": gzip.compress(LINE), "c.json": json.dumps([ROW, ROW]).encode()}
+    return [write(folder / name, data) for name, data in files.items()]
+
+
+def test_a_folder_a_pattern_and_a_list_name_the_same_files(tmp_path: Path) -> None:
+    files = three_files(tmp_path / "shards")
+    for source in (str(tmp_path / "shards"), str(tmp_path / "shards" / "[abc].json*"), [str(file) for file in files]):
+        assert local_files(source) == tuple(files), source
+    assert local_files([str(files[2]), str(tmp_path / "shards" / "a*")]) == (files[2], files[0])
+
+
+def test_rows_are_counted_over_all_files_and_named_by_their_file(tmp_path: Path) -> None:
+    files = three_files(tmp_path / "shards")
+    source = open_source(str(tmp_path / "shards"), None, "train")
+    found = [(row.index, row.location) for row in source.rows()]
+    assert found == [
+        (0, f"{files[0]} line 1"), (1, f"{files[0]} line 2"), (2, f"{files[1]} line 1"), (3, f"{files[2]} row 1"),
+        (4, f"{files[2]} row 2"),
+    ]  # fmt: skip
+    assert source.name == str(tmp_path / "shards")
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "a[1].jsonl", LINE)
+    assert local_files(str(file)) == (file,)
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        ({"prompt": ["p"], "rejected": ["r"]}, "b.parquet: has no column 'chosen' that {dir}/a.parquet has"),
+        ({"prompt": ["p"], "chosen": [["c"]], "rejected": ["r"]},
+         "b.parquet: column 'chosen' is list<<...>: string>; in {dir}/a.parquet it is string"),
+        ({"prompt": ["p"], "chosen": [1], "rejected": ["r"]},
+         "b.parquet: column 'chosen' is int64; in {dir}/a.parquet it is string"),
+    ],
+)  # fmt: skip
+def test_a_later_parquet_file_with_other_columns_is_named(
+    tmp_path: Path, second: dict[str, list[object]], says: str
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    for name, columns in (("a", {key: [value] for key, value in ROW.items()}), ("b", second)):
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
+    with pytest.raises(DataError) as error:
+        list(open_source(str(tmp_path), None, "train").rows())
+    expected = f"{tmp_path}/{says.format(dir=tmp_path)}".split("<...>")
+    assert str(error.value).startswith(expected[0]) and str(error.value).endswith(expected[-1])
+
+
+def test_parquet_files_may_differ_in_what_makes_no_difference(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    kinds = {"a": pyarrow.string(), "b": pyarrow.large_string(), "c": pyarrow.dictionary(pyarrow.int8(), "string")}
+    for name, kind in kinds.items():
+        columns = {key: pyarrow.array([value]).cast(kind) for key, value in ROW.items()}
+        pyarrow.parquet.write_table(pyarrow.table({**columns, "score": [1 if name == "a" else 1.5], "more": [None]}),
+                                    tmp_path / f"{name}.parquet")  # fmt: skip
+    rows = [row.value or {} for row in open_source(str(tmp_path), None, "train").rows()]
+    assert [row["chosen"] for row in rows] == ["c", "c", "c"]
+
+
+@pytest.mark.parametrize("with_cause", [True, False])
+def test_a_gated_data_set_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch, with_cause: bool) -> None:
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import GatedRepoError
+
+    def refuse(*_: object, **__: object) -> None:
+        if with_cause:
+            raise DatasetNotFoundError("no access") from GatedRepoError.__new__(GatedRepoError)
+        raise DatasetNotFoundError("Dataset 'own/set' is a gated dataset on the Hub. You must be authenticated.")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError) as error:
+        list(open_source("own/set", None, "train").rows())
+    assert str(error.value) == (
+        "own/set: is a gated data set; ask for access on its page on the hub, then run `huggingface-cli login`, or set "
+        "HF_TOKEN"
+    )

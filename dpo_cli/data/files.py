@@ -1,16 +1,17 @@
-"""Sources of rows: a file or a hub data set. Each row comes with its location, for messages.
+"""Sources of rows: files or a hub data set. Each row comes with its location, for messages.
 
 A row that cannot be read is yielded with its problem; the caller decides whether it stops the run.
 """
 
 import csv
 import difflib
+import glob
 import gzip
 import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +58,44 @@ def local_path(source: str) -> Path | None:
     close = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.6)
     hint = f"; did you mean {path.parent / close[0]}?" if close else ""
     raise DataError(f"{safe_text(source)}: no such file{safe_text(hint)}")
+
+
+def local_files(source: str | Sequence[str]) -> tuple[Path, ...] | None:
+    """The files that a `data.train` or `data.eval` names, or None for a hub data set.
+
+    It is a file, a folder (its files of known types by name, hidden ones left out), a pattern such as
+    `shards/*.jsonl`, or a list of these. DataError where one of them names no file.
+    """
+    if not isinstance(source, str):
+        several = [(one, local_files(one)) for one in source]
+        for one, files in several:
+            if files is None:
+                raise DataError(f"{safe_text(one)}: no such file; a list names files, data=mixture takes hub data sets")
+        return tuple(file for _, files in several for file in files or ())
+    shown = safe_text(source)
+    if source not in SHIPPED:
+        path = user_path(source, DataError)
+        if path.is_dir():
+            try:
+                found = sorted(file for file in path.iterdir() if _reader(file.name.lower()) and file.is_file())
+            except OSError as error:
+                raise DataError(f"{shown}: cannot be read ({error.strerror})") from None
+            files = tuple(file for file in found if not file.name.startswith("."))
+            if not files:
+                raise DataError(f"{shown}: is a folder without a file of these types: {', '.join(READERS)}")
+            return files
+        if glob.has_magic(source) and not path.exists():
+            files = tuple(Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file())
+            if not files:
+                raise DataError(f"{shown}: no file has such a name")
+            return files
+    file = local_path(source)
+    return None if file is None else (file,)
+
+
+def name_of(source: str | Sequence[str]) -> str:
+    """What messages call a source: its text, or that of each in a list."""
+    return safe_text(source if isinstance(source, str) else ", ".join(source))
 
 
 def _reader(name: str) -> Any:
@@ -184,6 +223,40 @@ def _parquet(path: Path) -> Iterator[SourceRow]:
         raise DataError(f"{safe_text(path)}: has values that cannot be read ({safe_text(error, limit=120)})") from None
 
 
+def _same_columns(paths: Sequence[Path]) -> None:
+    """DataError where a later Parquet file lacks a column of the first one, or holds another type in it."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        schemas = [pyarrow.parquet.read_schema(path) for path in paths]
+    except (OSError, pyarrow.ArrowException):
+        return  # reading the rows says why
+    for path, schema in zip(paths[1:], schemas[1:], strict=True):
+        for field in schemas[0]:
+            shown, column = safe_text(path), safe_text(repr(field.name), 60)
+            if field.name not in schema.names:
+                raise DataError(f"{shown}: has no column {column} that {safe_text(paths[0])} has")
+            there = schema.field(field.name).type
+            if "null" not in (kinds := {_kind(field.type), _kind(there)}) and len(kinds) > 1:
+                other = f"in {safe_text(paths[0])} it is {safe_text(field.type, 60)}"
+                raise DataError(f"{shown}: column {column} is {safe_text(there, 60)}; {other}")
+
+
+def _kind(kind: Any) -> str:
+    """What a Parquet type is in Python."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _kind(kind.value_type)
+    for name in ("null", "string", "large_string", "boolean", "struct"):
+        if getattr(types, f"is_{name}")(kind):
+            return name.removeprefix("large_")
+    if types.is_list(kind) or types.is_large_list(kind):
+        return f"list of {_kind(kind.value_type)}"
+    return "number" if types.is_integer(kind) or types.is_floating(kind) else str(kind)
+
+
 READERS = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 
@@ -216,8 +289,11 @@ class FileSource:
     paths: tuple[Path, ...]
 
     def rows(self) -> Iterator[SourceRow]:
-        """Every row of the files."""
+        """Every row of the files, counted over all of them; DataError where Parquet files have other columns."""
         index = 0
+        parquet = [path for path in self.paths if path.suffix.lower() == ".parquet"]
+        if len(parquet) > 1:
+            _same_columns(parquet)
         for path in self.paths:
             before = _state(path)
             for row in read_rows(path):
@@ -315,15 +391,32 @@ class HubSource:
                 # A folder, such as harmless-base.
                 return datasets.load_dataset(self.data_set, data_dir=self.subset, split=self.split)
         except Exception as error:  # whatever the hub's client raises, the remedy is the same
+            if _is_gated(error):
+                raise DataError(
+                    f"{safe_text(self.data_set)}: is a gated data set; ask for access on its page on the hub, then run "
+                    "`huggingface-cli login`, or set HF_TOKEN"
+                ) from None
             raise DataError(
                 f"{safe_text(self.data_set)} (split {safe_text(self.split)}): cannot be loaded from the hub "
                 f"({safe_text(error, limit=160)}); to read a local file, set data.train=PATH"
             ) from None
 
 
-def open_source(source: str, subset: str | None, split: str) -> Source:
+def _is_gated(error: BaseException | None) -> bool:
+    """Whether the hub refuses a data set for want of access, by the error or one that it comes from."""
+    from huggingface_hub.errors import GatedRepoError
+
+    while error is not None:
+        if isinstance(error, GatedRepoError) or "is a gated dataset" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def open_source(source: str | Sequence[str], subset: str | None, split: str) -> Source:
     """The source that `data.train` or `data.eval` names; DataError where there is none."""
-    path = local_path(source)
-    if path is None:
+    files = local_files(source)
+    if files is None:
+        assert isinstance(source, str)
         return HubSource(safe_text(f"{source} ({split})"), source, subset, split)
-    return FileSource(safe_text(source), (path,))
+    return FileSource(name_of(source), files)
