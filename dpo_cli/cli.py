@@ -13,6 +13,7 @@ from dpo_cli.errors import ConfigError, DpoError, OutOfMemoryError, StorageError
 
 if TYPE_CHECKING:
     from dpo_cli.config.command_line import CommandLine
+    from dpo_cli.config.schema import DataConfig
     from dpo_cli.console.reporter import Reporter
 
 
@@ -189,7 +190,7 @@ def _train(words: Words) -> int:
     config, name = run_of(line)
     if words.print_config:
         return _print(config)
-    _check_files_early(config.data.train, config.data.eval)
+    _check_data_early(config.data)
 
     def work(reporter: "Reporter") -> None:
         from dpo_cli.commands.verify_resume import verify_resume
@@ -242,7 +243,7 @@ def _evaluate(words: Words) -> int:
     line = words.read()
     of_data = [override for override in line.overrides if override.key_or_group.startswith("data.")]
     # Without a data group, data.* changes what the run itself was trained with, unless every key is given.
-    whole = set(schema_keys(DataConfig)) <= {override.key_or_group.removeprefix("data.") for override in of_data}
+    whole = set(schema_keys(DataConfig)) <= {override.key_or_group.split(".")[1] for override in of_data}
     if "data" not in line.given and whole:
         line = replace(line, overrides=[*parse_overrides(["data=jsonl"]), *line.overrides])
     of_run = [] if "data" in line.given else of_data
@@ -342,7 +343,7 @@ def _examine(words: Words) -> int:
             if key not in ("run", "folds", "seed", "output_dir"):
                 raise ConfigError(f"{written}: run= takes data and options of that run; leave it out")
     elif config.cache is None:
-        _check_files_early(config.data.train, config.data.eval)
+        _check_data_early(config.data)
     given = [written for key, written in line.given.items() if key.split(".")[0] in ("data", "model")]
 
     def work(reporter: "Reporter") -> None:
@@ -374,6 +375,13 @@ def _reporting(work: Callable[["Reporter"], object]) -> int:
     finally:
         reporter.close()
     return 0
+
+
+def _check_data_early(data: "DataConfig") -> None:
+    from dpo_cli.data.files import local_files
+
+    for source in data.named():
+        local_files(source)
 
 
 def _check_files_early(*sources: str | None) -> None:

@@ -28,9 +28,9 @@ from dpo_cli.console.text import shell_word, significant
 Command = Callable[..., Ended]
 
 DATA_SETS = [
-    "alpaca", "arena", "axolotl", "capybara", "helpsteer2", "helpsteer3", "hh", "jsonl", "ms_swift", "nectar", "openai",
-    "orca", "pku_saferlhf", "sample", "sharegpt", "shp", "skywork", "stack_exchange", "summarize", "trl", "truthy",
-    "tulu3", "ultrafeedback", "ultrafeedback_raw", "webgpt", "when2call",
+    "alpaca", "arena", "axolotl", "capybara", "helpsteer2", "helpsteer3", "hh", "jsonl", "mixture", "ms_swift",
+    "nectar", "openai", "orca", "pku_saferlhf", "sample", "sharegpt", "shp", "skywork", "stack_exchange", "summarize",
+    "trl", "truthy", "tulu3", "ultrafeedback", "ultrafeedback_raw", "webgpt", "when2call",
 ]  # fmt: skip
 MISTAKES = [
     ("beat=0.2", "unknown key 'beat' in 'beat=0.2'; did you mean 'beta'?"),
@@ -525,6 +525,7 @@ def test_every_group_choice_composes_to_a_valid_run() -> None:
             words = [f"{group}={choice}"] + (
                 ["data.train=x.jsonl"] if choice in ("jsonl", "alpaca", "axolotl", "ms_swift", "openai") else []
             )
+            words += ["data.sources.hh=1"] if choice == "mixture" else []
             config = run_config(composed("train", parse_overrides(words), RunConfig).container)
             assert config.beta == 0.1, (group, choice)
 

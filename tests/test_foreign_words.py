@@ -54,6 +54,10 @@ def test_every_key_and_value_that_the_table_names_composes() -> None:
         ("wandb_project=x", "unknown key 'wandb_project' in 'wandb_project=x'; here it is tracker=wandb "
          "tracker.wandb.project=x"),
         ("optim=adamw_torch", "unknown key 'optim' in 'optim=adamw_torch'; here it is optimizer=adamw"),
+        ("dataset_mixer={a: 0.5}", "unknown key 'dataset_mixer' in 'dataset_mixer={a: 0.5}'; here it is data=mixture "
+         "data.sources"),
+        ("mix_strategy=interleave_over", "unknown key 'mix_strategy' in 'mix_strategy=interleave_over'; with "
+         "data=mixture it is data.stop=all"),
         ("bf16=true", "unknown key 'bf16' in 'bf16=true'; here it is model.dtype=bfloat16"),
         ("load_in_4bit=true", "unknown key 'load_in_4bit' in 'load_in_4bit=true'; not supported yet: the weights are "
          "loaded in model.dtype"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dpo_cli.config.schema import EvalConfig, data_config, to_container
+from dpo_cli.config.schema import FOR_EACH, EvalConfig, data_config, to_container
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import interval, plural, safe_text, significant
 from dpo_cli.data.batches import Layout, Split, SplitByPairs, SplitByTokens, longest_side
@@ -18,7 +18,7 @@ from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
 from dpo_cli.evaluation.page import page
 from dpo_cli.evaluation.report import calibration_facts, write_report
-from dpo_cli.evaluation.scores import Scorer, prompts_of, score_pairs, summarize, windows
+from dpo_cli.evaluation.scores import Scorer, by_source, prompts_of, score_pairs, summarize, windows, with_sources
 from dpo_cli.generation.generate import greedy_completions
 from dpo_cli.models.dtype import Decision, choose_device
 from dpo_cli.models.loading import (
@@ -90,7 +90,12 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         policy, reference = _load(ref, base, dtype.value, device.value)
         layout = _layout(config, ref, policy, base, data.held_out, fingerprint)
         batcher = MicroBatcher(device.value, layout, _split(config, device.value, layout))
-        leaks, sentences = data.held_out_report.leaks, data.held_out_report.sentences(options.max_length)
+        leaks, named = data.held_out_report.leaks, data.held_out_parts
+        sentences = [
+            f"{safe_text(name)}: {sentence}" if name else sentence
+            for name, report in (named or {"": data.held_out_report}).items()
+            for sentence in report.sentences(options.max_length)
+        ]
         if leaks is None:
             sentences.append(
                 f"whether they were trained on is not known: {safe_text(ref.weights)} keeps no record of it"
@@ -110,6 +115,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         seconds = time.monotonic() - started
         prompts = prompts_of(data.held_out)
         estimates = summarize(scores, objective, prompts)
+        of_sources = by_source(scores, objective, data.held_out)
         margins = (objective.beta * scores.ratios.margin).tolist()
         labels = [pair.probability for pair in data.held_out]
         bins = reliability(margins, [pair.group for pair in data.held_out], labels) if objective.is_calibrated else []
@@ -119,6 +125,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
             "checkpoint": ref.weights,
             "reference": source.name if objective.needs_reference else None,
             "data": data.held_out_report.as_dict(),
+            **({"data_by_source": {name: report.as_dict() for name, report in named.items()}} if named else {}),
             "beta": objective.beta,
             "loss_name": ref.run.loss.name if ref.run else "sigmoid",
             "device": str(device.value),
@@ -131,6 +138,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
             **({"calibration": calibration_facts(bins)} if bins else {}),
         }
         _show_estimates(reporter, estimates)
+        _show_sources(reporter, of_sources)
         if unknown := sum(not math.isfinite(margin) for margin in margins):
             reporter.warn(
                 f"the scores of {unknown:,} of {plural(len(margins), 'pair')} are not finite, so no mean above holds: "
@@ -144,12 +152,17 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
             answers = _answers(policy, reference, encoder, data, config, device.value, signals)
             _show_answers(reporter, answers, config.max_new_tokens)
         labelled = [(label, estimates[name]) for label, name in SHOWN if name in estimates]
+        labelled += [
+            (f"{label}, {source}", found[name])
+            for source, (_, found) in of_sources.items()
+            for label, name in OF_SOURCES
+        ]
         title = f"{Path(ref.weights).name} on {data.held_out_report.source}"
         shown = {name: facts[name] for name in ("checkpoint", "reference", "beta", "loss_name", "device", "dtype")}
         about = "\n".join([*sentences, describe_clusters(prompts)])
         html = page(title, {**shown, "data": about}, labelled, margins, answers)
         signals.protect_saving()
-        write_report(folder, facts, estimates, data.held_out, scores, objective, html)
+        write_report(folder, facts, estimates | with_sources(of_sources), data.held_out, scores, objective, html)
     reporter.facts([(name, str(folder / file)) for name, file in REPORTS])
     return folder
 
@@ -161,23 +174,35 @@ def _data_options(config: EvalConfig, ref: ModelRef, overrides: list[tuple[str, 
     elif ref.run is not None:
         container = to_container(ref.run)["data"]
         for key, value in overrides:
-            *groups, leaf = key.removeprefix("data.").split(".")
-            mapping = container
-            for group in groups:
-                mapping = mapping[group]
-            mapping[leaf] = value
+            _set(container, key, value)
+            for source in container["sources"] if key.removeprefix("data.") in FOR_EACH else ():
+                _set(container, f"data.sources.{source}.{key.removeprefix('data.')}", value)
         options = data_config(container)
     else:
         raise ConfigError(
             "data: an adapter or model holds nothing out; choose pairs, for instance data=jsonl data.eval=pairs.jsonl"
         )
-    if options.eval is None and options.train is None:
+    held_out = [part for part in options.parts().values() if options.eval is None]
+    if options.eval is None and options.train is None and not options.sources:
         raise ConfigError("data.eval=null: name the pairs to evaluate on, for instance data.eval=pairs.jsonl")
-    if options.train is None:
-        options = replace(options, train=options.eval)
-    if options.eval is None and options.eval_split is None and options.eval_fraction == 0:
+    if options.train is None and not options.sources:
+        options = replace(options, train=next(iter(options.held_out_sets().values())))
+    if held_out and all((part.eval, part.eval_split, part.eval_fraction) == (None, None, 0) for part in held_out):
         raise ConfigError("data.eval_fraction=0: the run held nothing out; name pairs with data.eval=PATH")
     return options
+
+
+def _set(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key of data in plain options; ConfigError for a source that there is not."""
+    *groups, leaf = key.removeprefix("data.").split(".")
+    options = data
+    for group in groups:
+        if not isinstance(options.get(group), dict) and group != "eval":
+            raise ConfigError(f"{key}: the run's data has no {group} ({', '.join(data['sources']) or 'no sources'})")
+        if not isinstance(options[group], dict):
+            options[group] = {}  # held-out sets with names, in the place of one
+        options = options[group]
+    options[leaf] = value
 
 
 def _warn_of_other_weights(
@@ -303,6 +328,22 @@ def _show_estimates(reporter: Reporter, estimates: dict[str, Estimate]) -> None:
         estimate = estimates[name]
         rows.append([label, significant(estimate.mean), interval(estimate.low, estimate.high)])
     reporter.grid(["metric", "mean", "95% interval"], rows)
+
+
+OF_SOURCES = (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins"), ("loss", "loss"))
+
+
+def _show_sources(reporter: Reporter, of_sources: dict[str, tuple[int, dict[str, Estimate]]]) -> None:
+    """A row for each source of the pairs, where they have one."""
+    if not of_sources:
+        return
+    rows = []
+    for source, (pairs, estimates) in of_sources.items():
+        accuracy, margin, loss = (estimates[name] for _, name in OF_SOURCES)
+        row = [source, f"{pairs:,}", significant(accuracy.mean), interval(accuracy.low, accuracy.high)]
+        rows.append([*row, significant(margin.mean), interval(margin.low, margin.high), significant(loss.mean)])
+    reporter.say()
+    reporter.grid(["source", "pairs", "accuracy", "95% interval", "margin", "95% interval", "loss"], rows)
 
 
 def describe_clusters(prompts: Clusters) -> str:

@@ -14,6 +14,7 @@ from dpo_cli.config.composition import composed
 from dpo_cli.config.schema import EvalConfig, ExamineConfig, RunConfig, config_of, read_config
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import interval, plural, safe_text, significant
+from dpo_cli.data.files import name_of
 from dpo_cli.data.groups import prompt_group
 from dpo_cli.data.mapping import RowMapping
 from dpo_cli.data.prepare import content_key
@@ -61,7 +62,7 @@ def find_suspects(config: ExamineConfig, reporter: Reporter) -> Path:
             if pair["margin"] is not None:
                 pairs.append({**pair, "index": places[fold][pair["index"]]})
     if len(pairs) < FEWEST:
-        raise DataError(f"{safe_text(which.name)}: {plural(len(pairs), 'pair')} could be scored; {FEWEST} are needed")
+        raise DataError(f"{name_of(which.name)}: {plural(len(pairs), 'pair')} could be scored; {FEWEST} are needed")
     groups = [int(pair["prompt"], 16) for pair in pairs]
     noise = label_noise([pair["margin"] for pair in pairs], groups, config.seed)
     found = sorted(zip(noise.probabilities.tolist(), pairs, strict=True), key=lambda one: (-one[0], one[1]["index"]))

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from dpo_cli.config.schema import RunConfig
+from dpo_cli.config.schema import DataConfig, RunConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural, safe_text
 from dpo_cli.errors import CheckpointError, StoppedError
@@ -33,7 +33,7 @@ def verify_resume(config: RunConfig, reporter: Reporter) -> None:
     half-full log window after the checkpoint.
     """
     enough = 2 * STEPS * config.batch_size + 64
-    data = replace(config.data, limit=min(config.data.limit or enough, enough), eval_limit=8)
+    data = _shortened(config.data, enough)
     # Values of this shortened run are not left to others: they would begin a rounding off.
     short = replace(
         config,
@@ -68,6 +68,16 @@ def verify_resume(config: RunConfig, reporter: Reporter) -> None:
         f"resume is exact here: weights, optimizer, random states and {plural(lines, 'line')} of metrics are the same "
         f"to the last bit ({STEPS} steps took {duration(seconds)})"
     )
+
+
+def _shortened(data: DataConfig, enough: int) -> DataConfig:
+    """The first rows of the data; of a mixture those of each source, in the same proportions."""
+    sources = {
+        name: replace(source, weight=source.weight or float(source.pairs or 1), pairs=None,
+                      options=_shortened(source.options, enough))
+        for name, source in data.sources.items()
+    }  # fmt: skip
+    return replace(data, limit=min(data.limit or enough, enough), eval_limit=8, sources=sources)
 
 
 def _train_in_silence(config: RunConfig) -> None:

@@ -27,7 +27,11 @@ from yaml import YAMLError
 from dpo_cli.config.files import keys_and_lines
 from dpo_cli.config.objectives import OBJECTIVES, ObjectiveRules
 from dpo_cli.config.schema import (
+    FOR_EACH,
+    MIXTURE,
+    OF_WHOLE,
     SCHEMAS,
+    FieldError,
     RunConfig,
     did_you_mean,
     group_of,
@@ -46,6 +50,8 @@ MAPPINGS = (
     "data.columns.",
     "data.roles.",
     "data.template_options.",
+    "data.sources.",
+    "data.eval.",
 )  # free-form: they take keys that the schema does not list
 
 
@@ -210,6 +216,13 @@ def composed(config_name: str, overrides: list[Override], schema: type, own: Pat
 
     Types and ranges are checked where the plain container becomes a dataclass (schema.py).
     """
+    choice = _composed(config_name, overrides, schema, own)
+    if isinstance(choice.container.get("data"), dict):
+        _resolve_sources(choice.container["data"], choice)
+    return choice
+
+
+def _composed(config_name: str, overrides: list[Override], schema: type, own: Path | None) -> Composed:
     check_overrides(overrides, schema, own)
     optional = [key for key in schema_fields(schema) if _optional(schema, key)]
     try:
@@ -243,6 +256,49 @@ def composed(config_name: str, overrides: list[Override], schema: type, own: Pat
     return choice
 
 
+def _resolve_sources(data: dict[str, Any], choice: Composed) -> None:
+    """Give each source of a mixture all its options, so that a stored config needs no YAML: those of the YAML of its
+    name, under what `data` sets for every source, under what the source sets itself.
+    """  # fmt: skip
+    sources, example = data.get("sources"), "data.sources={hh: 0.3, tulu3: 0.7}"
+    if choice.choices.get("data") == "mixture" and not sources:
+        raise ConfigError(f"data=mixture: name its sources with their weights, for instance '{example}'")
+    if not isinstance(sources, dict) or not sources:
+        return
+    names = [name for name in groups(choice.own)["data"] if name != "mixture"]
+    default = _of_yaml("jsonl", None)
+    for name, given in sources.items():
+        key, is_weight = f"data.sources.{name}", isinstance(given, int | float) and not isinstance(given, bool)
+        if not is_weight and not isinstance(given, dict):
+            raise FieldError(key, given, "must be a weight, or options such as {train: pairs.jsonl, weight: 0.5}")
+        own = {"weight": given} if is_weight else dict(given)
+        chosen = own.pop("data", name if name in names or "train" not in own else "jsonl")
+        if chosen not in names:
+            of_files = "; for files write {train: pairs.jsonl, weight: 0.5}"
+            raise ConfigError(
+                f"{key}: no data set is named {safe_text(chosen, 60)}{did_you_mean(str(chosen), names)}{of_files} "
+                f"(choices: {', '.join(names)})"
+            )
+        options = _of_yaml(str(chosen), choice.own)
+        if options["sources"]:
+            raise ConfigError(f"{key}: {chosen} is a mixture itself; name its sources here")
+        for option in FOR_EACH:
+            if data[option] != default[option]:
+                options[option] = data[option]
+        for option, value in own.items():
+            both = isinstance(value, dict) and isinstance(options.get(option), dict)
+            options[option] = {**options[option], **value} if both else value
+        foreign = (*OF_WHOLE, *MIXTURE)
+        kept = {option: value for option, value in options.items() if option not in foreign or option in own}
+        sources[name] = {"weight": None, "pairs": None, **kept}
+
+
+def _of_yaml(name: str, own: Path | None) -> dict[str, Any]:
+    """The options of a data set with a YAML."""
+    options: dict[str, Any] = _composed("train", parse_overrides([f"data={name}"]), RunConfig, own).container["data"]
+    return options
+
+
 def _optional(schema: type, key: str) -> bool:
     return type(None) in get_args(schema_fields(schema)[key].annotation)
 
@@ -253,7 +309,7 @@ def _hydra_words(override: Override, optional: list[str]) -> list[str]:
     if key in groups() and not override.is_sweep_override() and override.value() is None:
         return []  # null of a group is nothing chosen
     # A key of a mapping that is empty in the YAML file, or of a group of which nothing is chosen, is added.
-    added = key.startswith(MAPPINGS) or ("." in key and key.split(".")[0] in optional)
+    added = f"{key}.".startswith(MAPPINGS) or ("." in key and key.split(".")[0] in optional)
     return [f"++{word}" if added else word]
 
 

@@ -28,6 +28,14 @@ EVALUATION = Note("not needed: evaluation has micro-batches of its own size")
 ACCUMULATION = Note("not needed: batch_size counts the pairs of a step, micro_batch_size those of a forward pass")
 ADAPTER_ONLY = Note("not needed: final/ holds the adapter alone")
 OWN_DATA = "data=jsonl data.train"  # the default group would keep its own held-out pairs
+MIXED = {"": "data=mixture data.sources"}
+STOPS = {
+    **dict.fromkeys(
+        ("interleave_under", "first_exhausted"), Note("with data=mixture it is data.stop=first, the default")
+    ),
+    **dict.fromkeys(("interleave_over", "all_exhausted"), Note("with data=mixture it is data.stop=all")),
+    "": "data=mixture data.sources",
+}
 UPLOAD = Note("not supported yet: final/ has PEFT's layout; upload it with the hub's own command")
 DEFAULT_OBJECTIVE = Note("leave it out: DPO is the default (objective=dpo)")
 OBJECTIVE: dict[str, str] = {"dpo": DEFAULT_OBJECTIVE, "rm": "objective=reward", "": "objective"}
@@ -123,6 +131,9 @@ WORDS: dict[str, str | dict[str, str]] = {
     "dataset": OWN_DATA, "datasets": {"": OWN_DATA}, "dataset_name": OWN_DATA, "train_file": OWN_DATA,
     "dataset_name_or_path": OWN_DATA, "dataset.source": OWN_DATA, "dataset_path": OWN_DATA,
     "data_files": OWN_DATA, "dataset.data_files": OWN_DATA,
+    "dataset_mixer": MIXED, "dataset_mixture": MIXED, "interleave_probs": MIXED, "interleave_prob": MIXED,
+    "mix_strategy": {"concat": Note("data.train takes a list of files"), **STOPS}, "stopping_strategy": STOPS,
+    "shuffle_merged_datasets": {"": "data.shuffle"},
     "dataset_dir": Note("not needed: data.train is a path"),
     "eval_dataset": "data.eval", "val_dataset": "data.eval", "test_datasets": {"": "data.eval"},
     "eval_file": "data.eval", "n_examples": "data.limit",

@@ -8,7 +8,7 @@ converted, except a number where text is meant. Nothing here imports torch, so t
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
 from types import UnionType
@@ -58,6 +58,26 @@ COLUMNS = (
     "documents",
 )  # fmt: skip
 LISTS = ("prompt", "responses", "scores", "ranks")  # may be several columns
+# Options of data in a mixture. These hold for the whole; all others are each source's own.
+OF_WHOLE = (
+    "split_by", "eval_leaks", "template", "template_options", "special_tokens_in_text", "max_length",
+    "max_prompt_length", "prompt_truncation", "shuffle", "processes", "cache_gib",
+)  # fmt: skip
+# `data.` sets them for all sources.
+FOR_EACH = ("eval_fraction", "ties", "soft_labels", "limit", "eval_limit", "on_bad_row", "max_bad_fraction")
+OF_ROWS = ("subset", "eval_split", "columns", "preferred", "tied", "roles")  # how the rows of one source are read
+MIXTURE = ("sources", "stop")
+# Names of sources and held-out sets stand behind a metric's: rewards/margins/hh. These stand there already.
+METRIC_ENDINGS = (
+    "chosen",
+    "rejected",
+    "margins",
+    "accuracies",
+    "improvement",
+    "policy",
+    "reference",
+    "heaviest_10_share",
+)
 PROMPTS_NEEDED = "name a file of prompts, for instance prompts=prompts.jsonl"
 
 # Whether a resumed run may change a key: silently (what is shown, kept or checked), or with a warning (the end of the
@@ -70,6 +90,7 @@ LOUD: dict[str, Any] = {"on_resume": "loud"}
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
 # A value in a cell: as text, so that 1, 1.0 and "1" of JSON, Parquet and CSV are one value.
 Cell = Annotated[str, BeforeValidator(lambda value: cell_text(value))]
+Files = Text | Annotated[list[Text], Field(min_length=1)]
 WholeOrAuto = Annotated[int, Field(ge=1)] | Literal["auto"]
 Layout = Literal["auto", "packed", "padded"]
 OnBadRow = Literal["error", "skip"]
@@ -77,6 +98,7 @@ Template = Literal["chat", "plain"]
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="must be a whole number from 0 to 2**63 - 1")]
 EMPTY = "is empty; leave it out, or name a directory"
 Directory = Annotated[Text, Field(pattern=r"\S")]
+FILES = "must be a file, a folder, a pattern such as shards/*.jsonl, a list of these, or a hub data set"
 WHOLE_OR_AUTO = "must be auto or at least 1"
 
 
@@ -98,7 +120,7 @@ class FieldError(ConfigError):
     """A key whose value breaks a rule; `key` is its dotted path."""
 
     def __init__(self, key: str, value: Any, rule: str) -> None:
-        self.key = key
+        self.key, self.value, self.rule = key, value, rule
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else safe_text(value)
         super().__init__(f"{key}={shown}: {rule}")
 
@@ -118,8 +140,10 @@ class ModelConfig:
 class DataConfig:
     """Preference pairs: where they are, how rows become pairs, how pairs become tokens."""
 
-    train: Text | None
-    eval: Text | None
+    train: Files | None = Field(description=FILES)
+    eval: Files | dict[str, Files] | None = Field(description=f"{FILES}; or a name for each of several sets")
+    sources: dict[str, Any]  # a SourceConfig of each name
+    stop: Literal["first", "all"]
     subset: Text | None
     train_split: Text
     eval_split: Text | None
@@ -153,12 +177,59 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._check_mapping()
+        self._check_mixture()
+        for name in self.eval if isinstance(self.eval, dict) else ():
+            _check_name(f"data.eval.{name}", name)
         _require(
             self.max_prompt_length is None or self.max_prompt_length < self.max_length,
             "data.max_prompt_length",
             self.max_prompt_length,
             f"must be below data.max_length={self.max_length}, or no response fits",
         )
+
+    def _check_mixture(self) -> None:
+        """Whether the sources have a share each, and nothing else says where pairs are."""
+        _require(bool(self.sources) or self.stop == "first", "data.stop", self.stop, "is of data=mixture; leave it out")
+        if not self.sources:
+            return
+        _require(self.train is None, "data.train", self.train, "leave it out: data.sources names what is trained on")
+        for key in OF_ROWS if self.eval is None else ():
+            why = f"each source of a mixture has its own: data.sources.NAME.{key}"
+            _require(not getattr(self, key), f"data.{key}", getattr(self, key), why)
+        kinds = set()
+        for name, source in self.sources.items():
+            shares = [key for key in ("weight", "pairs") if getattr(source, key) is not None]
+            if len(shares) != 1:
+                raise ConfigError(f"data.sources.{name}: needs weight (its share) or pairs (how many in an epoch)")
+            kinds.add(shares[0])
+        if len(kinds) > 1:
+            raise ConfigError(f"data.sources: give all of {', '.join(self.sources)} weight, or all of them pairs")
+
+    def parts(self) -> dict[str, "DataConfig"]:
+        """The options of each source by its name; "" is the name where there is no mixture."""
+        whole = {key: getattr(self, key) for key in OF_WHOLE}
+        return {name: replace(source.options, **whole) for name, source in self.sources.items()} or {"": self}
+
+    def held_out_sets(self) -> dict[str, str | list[str]]:
+        """What `eval` names, by the name of the set; "" is the name of one set alone."""
+        if isinstance(self.eval, dict):
+            return self.eval
+        return {"": self.eval} if self.eval is not None else {}
+
+    def named(self) -> list[str | list[str]]:
+        """Everything that is named as a source of rows, held-out sets included."""
+        return [
+            source
+            for part in {**self.parts(), "": self}.values()
+            for source in (part.train, *part.held_out_sets().values())
+            if source is not None
+        ]
+
+    def describe_train(self) -> str:
+        """What is trained on, in words for messages."""
+        if self.sources:
+            return f"a mixture of {', '.join(self.sources)}"
+        return self.train if isinstance(self.train, str) else ", ".join(self.train or ())
 
     def _check_mapping(self) -> None:
         """Whether columns and the values in them together say what a row is."""
@@ -198,6 +269,22 @@ class DataConfig:
         for speaker, role in self.roles.items():
             # A config is stored under dotted keys.
             _require("." not in speaker, f"data.roles.{speaker}", role, "a speaker's name cannot hold a dot")
+
+
+def _check_name(key: str, name: str) -> None:
+    """FieldError for the name of a source or held-out set that could not stand behind a metric's name."""
+    plain = re.fullmatch(r"[\w-]+", name, re.ASCII) is not None
+    _require(plain, key, name, "a name has letters, digits, - and _ only: metrics carry it")
+    _require(name not in METRIC_ENDINGS, key, name, "metrics have this name already; choose another")
+
+
+@dataclass(config=STRICT, kw_only=True)
+class SourceConfig:
+    """A source of a mixture: its share, and its options of data."""
+
+    weight: float | None = Field(gt=0, description="shares are relative to each other")
+    pairs: int | None = Field(ge=1)
+    options: DataConfig
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -356,7 +443,7 @@ class RunConfig:
         alone = not self.verify_resume or (self.resume is None and not self.dry_run)
         _require(alone, "verify_resume", True, "trains some steps of its own; leave resume and dry_run out")
         _require(
-            self.data.train is not None,
+            self.data.train is not None or bool(self.data.sources),
             "data.train",
             None,
             "name a file (.jsonl, .json, .parquet, .csv) or a hub data set, for instance data.train=pairs.jsonl",
@@ -498,7 +585,7 @@ class ExamineConfig:
     def __post_init__(self) -> None:
         rule = "name a file (.jsonl, .json, .parquet, .csv) or a hub data set, for instance data.train=pairs.jsonl"
         others = self.cache is not None or self.run is not None
-        _require(self.data.train is not None or others, "data.train", None, rule)
+        _require(self.data.train is not None or bool(self.data.sources) or others, "data.train", None, rule)
 
 
 # The config of each command; conf/ has a file of that name with the defaults.
@@ -607,6 +694,8 @@ def _build(container: Mapping[str, Any], schema: type[Config], prefix: str) -> C
         group = group_of(field.annotation)
         if group is not None and isinstance(values.get(name), dict):
             values[name] = _build(values[name], group, f"{prefix}{name}.")
+    if schema is DataConfig and values.get("sources"):
+        values["sources"] = _sources(values, f"{prefix}sources")
     try:
         return schema(**values)
     except ValidationError as error:
@@ -620,6 +709,38 @@ def _build(container: Mapping[str, Any], schema: type[Config], prefix: str) -> C
             raise ConfigError(f"{key} has no value; {how}") from None
         rule = _rule(first, schema_fields(schema)[name], inside)
         raise FieldError(key, container[name], rule) from None
+
+
+def _sources(data: Mapping[str, Any], key: str) -> dict[str, SourceConfig]:
+    """The sources of a mixture, each checked with the options that hold for the whole."""
+    if not isinstance(data["sources"], dict):
+        raise FieldError(key, data["sources"], "must be names with weights, for instance {hh: 0.3, tulu3: 0.7}")
+    whole = {name: value for name, value in data.items() if name not in MIXTURE} | {"train": None, "eval": None}
+    own = [name for name in whole if name not in OF_WHOLE]
+    built = {}
+    for name, given in data["sources"].items():
+        place = f"{key}.{name}"
+        _check_name(place, str(name))
+        if isinstance(given, SourceConfig):
+            built[str(name)] = given
+            continue
+        _require(isinstance(given, dict), place, given, "must be options, for instance {train: pairs.jsonl, weight: 1}")
+        for option, value in given.items():
+            _require(option not in (*OF_WHOLE, *MIXTURE), f"{place}.{option}", value,
+                     f"holds for all sources; set data.{option}")  # fmt: skip
+            if option not in (*own, "weight", "pairs"):
+                raise ConfigError(f"unknown key '{place}.{option}'{did_you_mean(str(option), whole)}")
+        options = {option: value for option, value in given.items() if option in own}
+        try:
+            of_source = _build({**whole, **options, "sources": {}, "stop": "first"}, DataConfig, "data.")
+        except FieldError as error:
+            raise FieldError(f"{place}.{error.key.removeprefix('data.')}", error.value, error.rule) from None
+        _require(of_source.train is not None, f"{place}.train", None, "name files or a hub data set")
+        one = not isinstance(of_source.eval, dict)
+        _require(one, f"{place}.eval", of_source.eval, "is one set; name others in data.eval")
+        share = {name: given.get(name) for name in ("weight", "pairs")}
+        built[str(name)] = _build({**share, "options": of_source}, SourceConfig, f"{place}.")
+    return built
 
 
 def _rule(error: Mapping[str, Any], field: FieldInfo, inside: bool) -> str:
@@ -672,7 +793,11 @@ def data_config(container: Mapping[str, Any]) -> DataConfig:
 
 def to_container(config: Any) -> dict[str, Any]:
     """The config as plain dicts, lists and scalars, ready for YAML or JSON."""
-    return asdict(config)
+    container: dict[str, Any] = asdict(config)
+    for source in (container.get("data") or {}).get("sources", {}).values():
+        options = source.pop("options")
+        source |= {key: value for key, value in options.items() if key not in (*OF_WHOLE, *MIXTURE)}
+    return container
 
 
 def public_container(config: Any) -> dict[str, Any]:

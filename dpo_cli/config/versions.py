@@ -120,6 +120,8 @@ MIGRATIONS: dict[int, tuple[Change, ...]] = {
         Added("data.template_options", {}),
         Added("data.special_tokens_in_text", "keep"),
         Added("reference.cache_gib", None),
+        Added("data.sources", {}),
+        Added("data.stop", "first"),
     ),
 }  # fmt: skip
 VERSION = max(MIGRATIONS)

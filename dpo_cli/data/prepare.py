@@ -49,7 +49,7 @@ CHUNK = 512  # pairs that are encoded together
 # What decides no token: where rows are from is in the source's identity, the rest acts on tokenized pairs.
 NO_MATTER = (
     "train", "eval", "subset", "train_split", "eval_split", "eval_fraction", "split_by", "eval_leaks", "eval_limit",
-    "shuffle", "processes", "max_bad_fraction", "cache_gib",
+    "shuffle", "processes", "max_bad_fraction", "cache_gib", "sources", "stop",
 )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ class TrainingPairs(StoredPairs):
     """The pairs that a run trains on, with what is known of all of them."""
 
     def __init__(self, store: PairStore, chosen: Indices | None, folder: Path) -> None:
-        """`folder` holds what `_facts` found."""
+        """`folder` holds what `write_facts` found."""
         super().__init__(store, chosen)
         facts = json.loads((folder / "facts.json").read_bytes())
         self.fingerprint: str = facts["fingerprint"]  # of every token of every pair, in order
@@ -95,7 +95,7 @@ def training_side(
             chosen.tofile(beside / "chosen")
             np.flatnonzero(held_out).tofile(beside / "held_out")
         advance = working("pair", len(store)) if len(store) > LONGEST else lambda _: None
-        _facts(StoredPairs(store, chosen), beside, advance)
+        write_facts(StoredPairs(store, chosen), beside, advance)
 
     make_once(folder, write)
     if split is None:
@@ -104,8 +104,8 @@ def training_side(
     return TrainingPairs(store, chosen, folder), StoredPairs(store, held_out)
 
 
-def _facts(pairs: StoredPairs, folder: Path, advance: Callable[[int], None]) -> None:
-    """Go once through all pairs, and keep what is found."""
+def write_facts(pairs: StoredPairs, folder: Path, advance: Callable[[int], None]) -> None:
+    """Go once through all pairs, and keep what is found, for `TrainingPairs`."""
     lengths = pairs.lengths()
     longest_side = lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0)
     facts: dict[str, Any] = {
@@ -114,7 +114,7 @@ def _facts(pairs: StoredPairs, folder: Path, advance: Callable[[int], None]) -> 
         "most_tokens": int(lengths.sum(axis=1).max(initial=0)),
         "longest": np.argsort(-longest_side, kind="stable")[:LONGEST].tolist(),
     }
-    rows = row_sizes(pairs.numbers("index"))
+    rows = row_sizes(pairs.store.rows(pairs.chosen))
     if rows is not None:
         rows.tofile(folder / "rows")
     facts["rows"] = rows is not None

@@ -181,6 +181,20 @@ class PairStore:
         found = [part.numbers(name)[places] for part, places in self.parts(chosen)]
         return np.concatenate(found) if found else np.zeros(0, dtype=NUMBERS[name])
 
+    def folders(self) -> list[Path]:
+        """The folders in the cache that hold its pairs."""
+        return [self.folder]
+
+    def rows(self, chosen: Indices | None) -> NDArray[np.int64]:
+        """A number of the row of each chosen pair: neighbours have the same one where they are of one row."""
+        return self.numbers("index", chosen)
+
+    def each(self, chosen: Indices | None, advance: Callable[[int], None]) -> Iterator[TokenizedPair]:
+        """Every chosen pair in order; `advance` hears how many were gone through."""
+        for part, places in self.parts(chosen):
+            yield from (part.pair(place) for place in places.tolist())
+            advance(len(places))
+
 
 class StoredPairs(Sequence[TokenizedPair]):
     """Pairs of a store: all of them, or those that are chosen. Each is made when it is asked for."""
@@ -215,6 +229,4 @@ class StoredPairs(Sequence[TokenizedPair]):
 
     def each(self, advance: Callable[[int], None] = lambda _: None) -> Iterator[TokenizedPair]:
         """Every pair in order, faster than by number; `advance` hears how many were gone through."""
-        for part, places in self.store.parts(self.chosen):
-            yield from (part.pair(place) for place in places.tolist())
-            advance(len(places))
+        return self.store.each(self.chosen, advance)

@@ -51,6 +51,7 @@ class TokenizedPair:
     chosen_unscored: TokenIds = field(default_factory=lambda: ALL_SCORED)
     rejected_unscored: TokenIds = field(default_factory=lambda: ALL_SCORED)
     probability: float = 1.0  # that the chosen response is better
+    source: str = ""  # the source of a mixture or the held-out set that it is from, where there are several
 
     @property
     def responses(self) -> tuple[TokenIds, TokenIds]:
@@ -61,6 +62,11 @@ class TokenizedPair:
     def unscored(self) -> tuple[TokenIds, TokenIds]:
         """The unscored positions of chosen and rejected."""
         return self.chosen_unscored, self.rejected_unscored
+
+    @property
+    def row(self) -> str:
+        """Its row for messages: `12`, of a source `hh 12`."""
+        return f"{self.source} {self.index}".lstrip()
 
     @cached_property
     def response_keys(self) -> tuple[bytes, ...]:

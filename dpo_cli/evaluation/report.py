@@ -58,6 +58,7 @@ def write_report(
         line: dict[str, Any] = {"index": pair.index, "key": pair.key, "prompt": f"{pair.group:016x}"}
         line |= {name: _known(column[position]) for name, column in values.items()}
         line |= {"probability": pair.probability} if pair.probability != 1 else {}
+        line |= {"source": pair.source} if pair.source else {}
         line["prompt_tokens"] = len(pair.prompt)
         line["chosen_tokens"], line["rejected_tokens"] = len(pair.chosen), len(pair.rejected)
         lines.append(json.dumps(line, allow_nan=False) + "\n")

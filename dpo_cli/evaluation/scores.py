@@ -45,6 +45,22 @@ class ScoredPairs:
         """log pi/pi_ref of each response."""
         return LogRatios.between(self.policy.pairs(), self.reference.pairs())
 
+    def of(self, indices: Sequence[int]) -> "ScoredPairs":
+        """The scores of some of the pairs."""
+        return ScoredPairs(*(_of_pairs(scores, indices) for scores in (self.policy, self.reference)))
+
+
+def _of_pairs(scores: ResponseScores, indices: Sequence[int]) -> ResponseScores:
+    some = list(indices)
+    responses = scores.units[some].flatten()
+    labels = None if scores.probabilities is None else scores.probabilities[some]
+    return ResponseScores(scores.values[responses], scores.tokens[responses], _units(len(some)), labels)
+
+
+def _units(pairs: int) -> torch.Tensor:
+    """Chosen and rejected of each pair, (B, 2), among scores in their order, (2 B,)."""
+    return torch.arange(2 * pairs).view(-1, 2)
+
 
 def windows(pairs: Sequence[TokenizedPair]) -> Iterator[list[TokenizedPair]]:
     """The pairs in the batches in which they are scored."""
@@ -85,8 +101,7 @@ def score_pairs(
         policy.train(was_training)
     of_policy, of_reference = engine.sum(table).flatten(1)  # (2 B,) each
     tokens = tokens.flatten()
-    units = torch.arange(2 * len(pairs)).view(-1, 2)
-    what = (tokens, units, soft_labels(pairs, torch.device("cpu")))
+    what = (tokens, _units(len(pairs)), soft_labels(pairs, torch.device("cpu")))
     return ScoredPairs(ResponseScores(of_policy, *what), ResponseScores(of_reference, *what))
 
 
@@ -108,6 +123,31 @@ def summarize(scores: ScoredPairs, objective: Objective, prompts: Clusters) -> d
             shares[f"accuracy_without_reference/{who}"] = wins(logps.chosen - logps.rejected, logps.probabilities)
     means = {name: prompts.mean(values.double().numpy()) for name, values in metrics.items()}
     return means | {name: prompts.share(values.double().numpy()) for name, values in shares.items()}
+
+
+def by_source(
+    scores: ScoredPairs, objective: Objective, pairs: Sequence[TokenizedPair]
+) -> dict[str, tuple[int, dict[str, Estimate]]]:
+    """Of each source that the scored pairs have, in their order: its number of pairs, and every metric over them."""
+    indices: dict[str, list[int]] = {}
+    groups = []
+    for index, pair in enumerate(pairs):
+        groups.append(pair.group)
+        if pair.source:
+            indices.setdefault(pair.source, []).append(index)
+    return {
+        source: (len(some), summarize(scores.of(some), objective, Clusters([groups[index] for index in some])))
+        for source, some in indices.items()
+    }
+
+
+def with_sources(of_sources: dict[str, tuple[int, dict[str, Estimate]]]) -> dict[str, Estimate]:
+    """The metrics of each source under one name each: `rewards/margins/hh`."""
+    return {
+        f"{name}/{source}": estimate
+        for source, (_, estimates) in of_sources.items()
+        for name, estimate in estimates.items()
+    }
 
 
 def prompts_of(pairs: Sequence[TokenizedPair]) -> Clusters:

@@ -46,7 +46,7 @@ def model_card(
         "",
         f"# {name}, {card.title}",
         "",
-        f"Trained by dpo-cli on {pairs:,} preference pairs (`{portable(str(config.data.train))}`) with "
+        f"Trained by dpo-cli on {pairs:,} preference pairs ({_data(config)}) with "
         f"{card.loss}, learning rate {significant(config.optimizer.lr)}, "
         f"seed {config.seed}. The full config is `config.yaml` in the run directory.",
         "",
@@ -64,6 +64,15 @@ def model_card(
     if objective.generates:
         lines += ["Ask it:", "", "```python", *_asking_code(encoder), "```", ""]
     return "\n".join(lines)
+
+
+def _data(config: RunConfig) -> str:
+    """What the run was trained on: each file or data set, of a mixture after the name of its source."""
+    parts = []
+    for name, part in config.data.parts().items():
+        places = [part.train] if isinstance(part.train, str) else part.train or []
+        parts += [f"{name}: `{portable(place)}`" if name else f"`{portable(place)}`" for place in places]
+    return ", ".join(parts)
 
 
 def portable(place: str, name: str | None = None) -> str:

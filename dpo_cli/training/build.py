@@ -86,7 +86,7 @@ def build(
     if state is not None and state.data_fingerprint != material.data.train.fingerprint:
         raise CheckpointError(
             f"resume={safe_text(config.resume)}: was trained on other data than "
-            f"data.train={safe_text(config.data.train)} gives now"
+            f"data.train={safe_text(config.data.describe_train())} gives now"
         )
     memory = plan_memory(source.path, dtype.value, device.value, _loads_second_model(config, objective))
     torch.manual_seed(config.seed)
@@ -140,14 +140,12 @@ def _dtype(config: RunConfig, device: torch.device, settings: ResolvedSettings |
 def _material(context: Context, source: ModelSource, always_closes: bool) -> Material:
     config = context.config
     encoder = PairEncoder.of(load_tokenizer(source), config.data, always_closes)
-    context.reporter.doing(f"reading pairs from {safe_text(config.data.train)}")
+    context.reporter.doing(f"reading pairs from {safe_text(config.data.describe_train())}")
     data = load_pairs(config.data, encoder, config.seed, poll=context.poll, working=context.reporter.bar)
     context.reporter.stop()
     if context.engine.rank == 0:
-        stores = [
-            data.train.store.folder,
-            *(side.store.folder for side in [data.held_out] if isinstance(side, StoredPairs)),
-        ]
+        sides = [side for side in (data.train, data.held_out) if isinstance(side, StoredPairs)]
+        stores = [folder for side in sides for folder in side.store.folders()]
         _make_room("tokens", config.data.cache_gib, "data.cache_gib", context.reporter, stores)
     schedule = Schedule(len(data.train), config.batch_size, config.seed, config.data.shuffle, data.train.rows)
     return Material(source, encoder, data, schedule, schedule.total_steps(config.epochs, config.max_steps))

@@ -23,7 +23,7 @@ UNSEEN = 100  # steps at most that a deferred guard has not looked at
 @dataclass(frozen=True)
 class _Step:
     number: int  # from 1
-    rows: list[int]
+    rows: Sequence[int | str]
     losses: Tensor  # (U,) in the order of the rows
     grad_norm: Tensor
 
@@ -61,7 +61,7 @@ class NonFiniteGuard:
         fused = device.type == "cuda" and all(group.get("fused") for group in optimizer.param_groups)
         return cls(optimizer, fused and mode == "abort", mode == "skip")
 
-    def before_update(self, number: int, rows: list[int], losses: Tensor, grad_norm: Tensor) -> str:
+    def before_update(self, number: int, rows: Sequence[int | str], losses: Tensor, grad_norm: Tensor) -> str:
         """Check step `number`, counted from 1, by the rows of its units, their losses (U,) and the gradient norm.
 
         Returns why the update must be skipped, or an empty text. DivergedError now, or at the next `look`.

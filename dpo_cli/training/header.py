@@ -57,6 +57,8 @@ def show_header(context: Context, learner: Learner, material: Material, choices:
         ("optimizer", _describe_optimizer(config, steps)),
         ("template", f"{encoder.kind}: {encoder.reason}; {safe_text(closing)} closes a response"),
     ]
+    if mixture := data.describe_mixture():
+        rows.append(("mixture", mixture))
     for name, report in data.reports():
         for number, sentence in enumerate(report.sentences(config.data.max_length)):
             rows.append((name if number == 0 else "", sentence))

@@ -103,7 +103,7 @@ class Window:
 
     def add(self, metrics: dict[str, Tensor], grad_norm: Tensor, batch: list[TokenizedPair], seconds: float) -> None:
         """Add a step."""
-        self.metrics.add(metrics)
+        self.metrics.add(metrics, [pair.source for pair in batch])
         self.grad_norm = grad_norm
         self.tokens += sum(len(pair.prompt) + len(response) for pair in batch for response in pair.responses)
         self.seconds += seconds

@@ -13,7 +13,7 @@ from dpo_cli.console.text import duration, plural, safe_text, significant
 from dpo_cli.data.leaks import NO_LEAKS
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.errors import DivergedError, StorageError
-from dpo_cli.evaluation.scores import ScoredPairs, Scorer, prompts_of, score_pairs, summarize
+from dpo_cli.evaluation.scores import ScoredPairs, Scorer, by_source, prompts_of, score_pairs, summarize, with_sources
 from dpo_cli.models.adapters import START_FILE
 from dpo_cli.models.generators import rng_states
 from dpo_cli.models.memory import describe_peak_memory, peak_memory_gib
@@ -66,10 +66,10 @@ class Recorder:
 
     # Metrics
 
-    def log_start(self, metrics: dict[str, Tensor]) -> None:
+    def log_start(self, metrics: dict[str, Tensor], batch: list[TokenizedPair]) -> None:
         """The line of step 0: the first batch before the first update."""
         start = MeanOverPairs()
-        start.add(metrics)
+        start.add(metrics, [pair.source for pair in batch])
         self._write("train", start.means(), lr=0.0)
 
     def log(self) -> None:
@@ -104,7 +104,10 @@ class Recorder:
             )
 
     def evaluate(self) -> dict[str, float] | None:
-        """Log the means over all held-out pairs, with the intervals of the verdict; None where none are held out."""
+        """Log the means over all held-out pairs, and over those of each source where there are several.
+
+        With the intervals of the verdict, which are of all. Returns the means; None where no pair is held out.
+        """
         held_out, step = self.material.data.held_out, self.progress.step
         if not held_out:
             return None
@@ -112,6 +115,8 @@ class Recorder:
         prompts = prompts_of(held_out)
         estimates = summarize(scores, self.learner.objective, prompts)
         means = {name: estimate.mean for name, estimate in estimates.items()}
+        of_sources = by_source(scores, self.learner.objective, held_out)
+        means |= {name: estimate.mean for name, estimate in with_sources(of_sources).items()}
         intervals = {name: estimates[name].ends() for name in WITH_INTERVALS}
         self._write("eval", means, prompts=prompts.prompts, intervals95=intervals)
         self.progress.evaluated[step] = means["loss"]

@@ -144,9 +144,9 @@ def train_step(
     grad_norm = engine.clip(weights, context.config.max_grad_norm)
     table = engine.sum(table)  # (metrics + watched, B): from here on every rank knows every pair
     metrics = dict(zip(names, table, strict=False))
-    bad = learner.guard.before_update(progress.step + 1, [pair.index for pair in batch], metrics["loss"], grad_norm)
+    bad = learner.guard.before_update(progress.step + 1, [pair.row for pair in batch], metrics["loss"], grad_norm)
     if progress.step == 0 and not bad:
-        recorder.log_start(metrics)
+        recorder.log_start(metrics, batch)
     if not bad:
         learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)

@@ -126,7 +126,7 @@ def manifest_of(context: Context, learner: Learner, material: Material, choices:
         },
         "template": {"kind": material.encoder.kind, "closing_token": material.encoder.closing},
         "data_fingerprint": material.data.train.fingerprint,
-        "data": {name.replace(" ", "_"): report.as_dict() for name, report in material.data.reports()},
+        "data": material.data.facts(),
         "total_steps": material.total_steps,
     }
 
