@@ -4,6 +4,7 @@
 """
 
 FORMATS, FILES, PREPARE = "dpo_cli/data/formats.py", "dpo_cli/data/files.py", "dpo_cli/data/prepare.py"
+MIXTURE, METRICS = "dpo_cli/data/mixture.py", "dpo_cli/theory/metrics.py"
 STORE, SPLITS = "dpo_cli/data/store.py", "dpo_cli/data/splits.py"
 PROMPTS, SAMPLES, GAMES = "dpo_cli/data/prompts.py", "dpo_cli/data/samples.py", "dpo_cli/data/games.py"
 TOKENS, BATCHES = "dpo_cli/data/tokens.py", "dpo_cli/data/batches.py"
@@ -30,6 +31,19 @@ MUTANTS_OF_FILES = [
      'Message("system", before)] * 0', "tests/test_parsers.py -k conversation"),
     ("a response that begins otherwise is cut", FORMATS, "chosen.startswith(prompt) and rejected.startswith(prompt):",
      "chosen.startswith(prompt):", "tests/test_formats.py -k prompt"),
+    ("a mixture rounds the smallest remainder up", MIXTURE, "key=lambda name: pairs[name] - total * parts[name]",
+     "key=lambda name: total * parts[name] - pairs[name]", "tests/test_mixture.py -k proportions"),
+    ("every seed takes the same pairs of a source", MIXTURE, "epoch_order(size, seed, ", "epoch_order(size, 0, ",
+     "tests/test_mixture.py -k seed_chooses"),
+    ("a mixture takes the first pairs of a source", MIXTURE, "_number_of(name), shuffle=True)", "_number_of(name), shuffle=False)",
+     "tests/test_mixture.py -k seed_chooses"),
+    ("copies of a row are one row", MIXTURE, "found.append(rows + start)", "found.append(rows)", "tests/test_mixture.py -k copies"),
+    ("pairs of a mixture carry another source's name", MIXTURE, "return replace(pairs[number - self._starts[block]], source=name)",
+     "return replace(pairs[number - self._starts[block]], source=self.blocks[0][0])", "tests/test_mixture.py -k labels"),
+    ("a source's mean is over all pairs", METRICS, 'pairs_of[self._source.get(name, "")]', "self.pairs",
+     "tests/test_mixture.py -k source"),
+    ("a resumed run forgets the pairs of its sources", METRICS, "mean._pairs_of = {name.removeprefix(PAIRS_OF): int(sums[name])",
+     "mean._pairs_of = {name.removeprefix(PAIRS_OF): 0", "tests/test_mixture.py -k read_back"),
     ("a cell too many in CSV is dropped", FILES, "        if more:", "        if False:", "tests/test_files.py"),
     ("rows after a bad line of JSON are lost", FILES,
      'yield SourceRow(index, f"{shown} line {number}", value, problem)\n            index += 1',

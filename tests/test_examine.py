@@ -391,3 +391,16 @@ def test_without_scikit_learn_the_rest_is_examined(examined: Examined, monkeypat
     report = examined(noise(60))
     assert report["bias"]["words"] is None and report["bias"]["longer_preferred"]["pairs"] == 60
     assert "the bag of words needs scikit-learn: pip install 'dpo-cli[data]'; left out" in report["out"]
+
+
+def test_several_files_are_examined_as_one_and_a_mixture_source_by_source(command: Command, tmp_path: Path) -> None:
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", noise(20, seed)) for seed, name in enumerate("abc")]
+    words = (f"data.train=[{files[0]},{files[1]}]", f"data.eval={{c: {files[2]}}}", f"output_dir={tmp_path}/out")
+    ended = command("dpo-data", "model=tiny", "data=jsonl", *words)
+    assert ended.code == 0, ended.err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["train"]["rows"], report["held_out"]["rows"]) == (40, 20)
+    mixture = command("dpo-data", "model=tiny", "data=mixture", f"data.sources={{a: {{train: {files[0]}, weight: 1}}}}")
+    assert mixture.code == 2 and mixture.err == (
+        "error: data=mixture: dpo-data examines one source; run it for each, with data= and data.train=\n"
+    )

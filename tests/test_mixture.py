@@ -167,6 +167,9 @@ def test_pairs_of_a_row_stay_together_and_copies_of_it_apart(folder: Path, tiny_
     data = load_pairs(config, PairEncoder(tiny_tokenizer, "plain"), 0)
     assert data.train.rows is not None and data.train.rows.tolist() == [3] * 8 + [1] * 5
     assert len(data.train) == 29
+    write_jsonl(folder / "a.jsonl", ranked[:1])
+    data = load_pairs(config, PairEncoder(tiny_tokenizer, "plain"), 0)
+    assert data.train.rows is not None and data.train.rows.tolist() == [3] * 8 + [1] * 5
 
 
 def test_a_second_start_goes_through_no_pair_again(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
