@@ -26,8 +26,8 @@ from typing import Any
 OFTEN = "the of and to in a is that for it as was with be by on not he his but at are this have from or had an"
 
 
-def generate(path: Path, pairs: int) -> Path:
-    """A file of so many pairs, the same every time."""
+def generate(path: Path, pairs: int, words: int = 60) -> Path:
+    """A file of so many pairs, of at most so many words a response, the same every time."""
     draw = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
     often = OFTEN.split()
@@ -40,8 +40,9 @@ def generate(path: Path, pairs: int) -> Path:
     if not path.exists():
         with path.open("w", encoding="utf-8") as file:
             for number in range(pairs):
-                sides = {"prompt": ("user", f"{text(8, 40)} {number}"), "chosen": ("assistant", text(8, 60)),
-                         "rejected": ("assistant", text(8, 60))}  # fmt: skip
+                few = min(8, words)
+                sides = {"prompt": ("user", f"{text(few, words)} {number}"), "chosen": ("assistant", text(few, words)),
+                         "rejected": ("assistant", text(few, words))}  # fmt: skip
                 row = {name: [{"role": role, "content": said}] for name, (role, said) in sides.items()}
                 file.write(json.dumps(row) + "\n")
     return path
@@ -161,7 +162,8 @@ def compare_starts(folder: Path, options: argparse.Namespace, tiny: str) -> None
     """Table `start`."""
     lines = []
     for size in map(int, options.sizes.split(",")):
-        rows, cache = generate(folder / f"pairs-{size}.jsonl", size), folder / f"cache-{size}"
+        rows = generate(folder / f"start-{size}.jsonl", size, options.words)
+        cache = folder / f"cache-{size}"
         shutil.rmtree(cache, ignore_errors=True)
         for what in ("made", "there", "there"):
             words = [
@@ -192,6 +194,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20_000, help="of table prepare")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sizes", default="10000,1000000", help="of table start")
+    parser.add_argument("--words", type=int, default=60, help="of a response at most, in table start")
     parser.add_argument("--folder", type=Path, help="where generated files lie; they are kept there")
     parser.add_argument("--tables", default="prepare,start")
     options = parser.parse_args()

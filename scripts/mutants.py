@@ -169,7 +169,7 @@ MUTANTS = [
            "[: len(text) - len(self.tail)] + self.ending + closing", "[: len(text) - len(self.tail)] + self.ending",
            "tests/test_chat_templates.py -k later_turns"),
     Mutant("spelled special tokens close turns", "dpo_cli/data/chat_template.py",
-           'if self.special_tokens_in_text != "escape":', "if True:", "tests/test_chat_templates.py -k special"),
+           'if self.special_tokens_in_text != "escape" or', "if True or", "tests/test_chat_templates.py -k special"),
     Mutant("a call is cut from its result", "dpo_cli/data/truncation.py", "for start in calls[1:]]",
            "for start in range(last_question + 2, len(spoken))]", "tests/test_chat_templates.py -k no_call_loses"),
     Mutant("calibration of any loss", "dpo_cli/commands/evaluate.py", " if objective.is_calibrated else []", "",
