@@ -25,6 +25,7 @@ import dpo_cli.data.prepare as prepare_module
 from dpo_cli.config.schema import DataConfig
 from dpo_cli.data.batches import Schedule, epoch_blocks, epoch_order
 from dpo_cli.data.pairs import PairData, load_pairs
+from dpo_cli.data.splits import data_fingerprint
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import DataError, OutOfMemoryError, StorageError
 
@@ -119,6 +120,17 @@ def test_what_decides_tokens_makes_another_store(load: Load, file: Path, tmp_pat
     load_pairs(dials(f"data.train={file}", "data.eval_fraction=0"), other, 0)
     assert len(stores(tmp_path)) == 6
     assert encoder.identity() != PairEncoder(encoder.tokenizer, "chat").identity()
+
+
+def test_the_fingerprint_of_a_store_is_that_of_its_pairs(load: Load, file: Path) -> None:
+    for rows in (ROWS, [{**row, **({"probability": 0.75} if n == 20 else {})} for n, row in enumerate(ROWS)]):
+        write_jsonl(file, rows)
+        for words in ((), ("data.eval_fraction=0.4",), ("data.max_length=40",)):
+            train = load(*words).train
+            assert train.fingerprint == data_fingerprint(list(train))
+            sides = [(len(pair.prompt) + max(map(len, pair.responses)), place) for place, pair in enumerate(train)]
+            in_order = [train[place].key for _, place in sorted(sides, key=lambda side: (-side[0], side[1]))]
+            assert [pair.key for pair in train.longest(9)] == in_order[:9]
 
 
 def test_every_option_of_data_acts_on_tokens_or_is_known_not_to() -> None:

@@ -235,20 +235,32 @@ def _make_part(number: int, rows: list[SourceRow]) -> dict[str, Any]:
 def _by_processes(
     work: Work, parts: Iterator[tuple[int, list[SourceRow]]], processes: int, poll: Callable[[], None]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The parts' numbers and facts in order, made by so many processes; rows are read as they are needed."""
+    """Each part's number and facts, made by so many processes; rows are read as they are needed.
+
+    This process is one of them: it makes a part where it would wait for another.
+    """
     # Not by fork: threads of the tokenizer, or a GPU, would be copied in the middle of something.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(work,))
+    pool = ProcessPoolExecutor(processes - 1, mp_context=context, initializer=_begin, initargs=(work,))
     under_way: deque[tuple[int, Future[dict[str, Any]]]] = deque()
     try:
         more = True
         while more or under_way:
-            while more and len(under_way) < 2 * processes:
-                following = next(parts, None)
-                more = following is not None
-                if following is not None:
-                    under_way.append((following[0], pool.submit(_make_part, *following)))
-            if under_way:
+            following = next(parts, None) if more else None
+            more = following is not None
+            if following is not None:
+                number, rows = following
+                if len(under_way) < 2 * (processes - 1):
+                    under_way.append((number, pool.submit(_make_part, number, rows)))
+                else:  # there is enough for the others to do
+                    try:
+                        made = make_part(work, number, rows, poll)
+                    except DataError:
+                        for _, earlier in under_way:  # the first mistake in the file is the one to name
+                            earlier.result()
+                        raise
+                    yield number, made
+            while under_way and (under_way[0][1].done() or not more):
                 number, future = under_way[0]
                 while not wait([future], timeout=0.1).done:
                     poll()

@@ -6,7 +6,6 @@ once and kept beside the stored pairs: a later run begins at once, whatever thei
 
 import hashlib
 import json
-import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_cli.data.leaks import TrainedOn
-from dpo_cli.data.store import Indices, PairStore, StoredPairs
+from dpo_cli.data.store import Indices, PairStore, StoredPairs, fingerprinted
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.storage.durable import make_once
 from dpo_cli.storage.hashing import fingerprint, fingerprint_of_texts
@@ -106,18 +105,25 @@ def training_side(
 
 def write_facts(pairs: StoredPairs, folder: Path, advance: Callable[[int], None]) -> None:
     """Go once through all pairs, and keep what is found, for `TrainingPairs`."""
-    lengths = pairs.lengths()
-    longest_side = lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0)
-    facts: dict[str, Any] = {
-        "fingerprint": data_fingerprint(pairs.each(advance)),
-        "largest_token": max((part.largest_token() for part, _ in pairs.store.parts(pairs.chosen)), default=-1),
-        "most_tokens": int(lengths.sum(axis=1).max(initial=0)),
-        "longest": np.argsort(-longest_side, kind="stable")[:LONGEST].tolist(),
-    }
+    digest, largest_token, most_tokens, seen = hashlib.sha256(), -1, 0, 0
+    longest = np.zeros((0, 2), dtype=np.int64)  # tokens of the longer side, and the pair's place; the longest first
+    for part, places in pairs.store.parts(pairs.chosen):
+        digest.update(part.fingerprinted(places))
+        lengths = part.lengths()[places]
+        sides = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+        longest = np.concatenate([longest, np.stack([sides, seen + np.arange(len(places))], axis=1)])
+        longest = longest[np.argsort(-longest[:, 0], kind="stable")[:LONGEST]]
+        largest_token = max(largest_token, part.largest_token())
+        most_tokens = max(most_tokens, int(lengths.sum(axis=1).max()))
+        seen += len(places)
+        advance(len(places))
     rows = row_sizes(pairs.store.rows(pairs.chosen))
     if rows is not None:
         rows.tofile(folder / "rows")
-    facts["rows"] = rows is not None
+    facts = {
+        "fingerprint": digest.hexdigest(), "largest_token": largest_token, "most_tokens": most_tokens,
+        "longest": longest[:, 1].tolist(), "rows": rows is not None,
+    }  # fmt: skip
     (folder / "facts.json").write_text(json.dumps(facts), encoding="ascii")
     content = TrainedOn.of(pairs.numbers("hash"), pairs.numbers("group")).to_bytes()
     (folder / "trained_on.safetensors").write_bytes(content)
@@ -140,10 +146,5 @@ def data_fingerprint(pairs: Iterable[TokenizedPair]) -> str:
     """A hash of every token of every pair, in order, and of the soft labels."""
     digest = hashlib.sha256()
     for pair in pairs:
-        for ids in (pair.prompt, pair.chosen, pair.rejected):
-            digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
-        for spans in pair.unscored if any(map(len, pair.unscored)) else ():
-            digest.update(len(spans).to_bytes(4, "little") + spans.tobytes())
-        if pair.probability != 1:
-            digest.update(struct.pack("<d", pair.probability))
+        digest.update(fingerprinted(pair))
     return digest.hexdigest()

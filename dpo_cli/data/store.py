@@ -7,6 +7,7 @@ the pairs of so many rows each, as a stream of one record batch (`datasets.Datas
 
 import io
 import json
+import struct
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -58,6 +59,13 @@ def part_bytes(pairs: Sequence[TokenizedPair], hashes: Sequence[int], facts: dic
     with pa.ipc.new_stream(file, schema) as writer:
         writer.write_batch(pa.record_batch(columns, schema=schema))
     return file.getvalue()
+
+
+def fingerprinted(pair: TokenizedPair) -> bytes:
+    """What the fingerprint of data hashes of a pair: the ids with their numbers, what is not scored, a soft label."""
+    lists = [pair.prompt, pair.chosen, pair.rejected, *(pair.unscored if any(map(len, pair.unscored)) else ())]
+    label = struct.pack("<d", pair.probability) if pair.probability != 1 else b""
+    return b"".join([len(ids).to_bytes(4, "little") + ids.tobytes() for ids in lists]) + label
 
 
 def _array(kind: pa.DataType, values: "NDArray[Any]") -> pa.Array:
@@ -127,6 +135,23 @@ class Part:
         """The largest id of any token; -1 where there are none."""
         ids = [self._values[name] for name in LISTS[:3]]
         return max((int(values.max()) for values in ids if len(values)), default=-1)
+
+    def fingerprinted(self, places: Indices) -> bytes:
+        """`fingerprinted` of the pairs at these places, one after the other."""
+        certain = (self._numbers["probability"][places] == 1).all()
+        if not certain or any(len(self._values[name]) for name in LISTS[3:]):
+            return b"".join(fingerprinted(self.pair(place)) for place in places.tolist())
+        lengths = self.lengths()[places]
+        ends = np.cumsum(lengths.ravel() + 1).reshape(-1, 3)  # of each list, behind its number
+        found = np.zeros(int(ends[-1, -1]), dtype="<i4")
+        found[(ends - lengths - 1).ravel()] = lengths.ravel()
+        for column, name in enumerate(LISTS[:3]):
+            begins, sizes = self._offsets[name][places], lengths[:, column]
+            within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            found[np.repeat(ends[:, column] - sizes, sizes) + within] = self._values[name][
+                np.repeat(begins, sizes) + within
+            ]
+        return found.tobytes()
 
     def pair(self, number: int) -> TokenizedPair:
         """The pair at a place of this part, its ids copied out of the mapped file."""
