@@ -52,6 +52,13 @@ def _renders_otherwise(index: int, alone: str, whole: str) -> RefusedRowError:
     )
 
 
+def _marked(value: Any, special: re.Pattern[str]) -> Any:
+    """A text, or lists and objects of texts, with marks around what the pattern finds, and without those before."""
+    from transformers.utils.chat_template_utils import mark_control_tokens
+
+    return mark_control_tokens(value, special)
+
+
 def _strings(value: Any) -> Iterator[str]:
     """Every text in lists and objects, keys aside."""
     if isinstance(value, str):
@@ -85,6 +92,7 @@ class ChatTemplate:
     splitting: tuple[str, ...] = field(init=False)  # special tokens around which text is encoded piece by piece
     special: re.Pattern[str] = field(init=False)  # one of the tokenizer's special tokens
     specials: re.Pattern[str] = field(init=False)  # one of them at the end of a text
+    marks: tuple[str, ...] = field(init=False)  # around a special token that is to be encoded as text
     markers: tuple[str, ...] = field(init=False)  # which text has only when a chat template has rendered it
     # In which form it takes messages.
     takes_parts: bool = field(init=False, default=False)  # content as a list of parts, not as text
@@ -102,6 +110,7 @@ class ChatTemplate:
         longest_first = sorted(special.values(), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.specials = re.compile(rf"({self.special.pattern})\Z")
+        self.marks = tuple(filter(None, _marked("x", re.compile("x")).split("x")))
         try:
             prompt, whole, spaced = self._probes()
         except Exception as error:  # raised by the template, a program of the model's author
@@ -189,33 +198,39 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool, given: Prompt = NOTHING_GIVEN) -> str:
         """The messages as text, with the tools and documents of `given`."""
-        text: str = self.tokenizer.apply_chat_template(
-            [self._as_text(self._as_dict(message)) for message in messages],
+        return self._render_each([messages], add_generation_prompt, given)[0]
+
+    def _render_each(
+        self, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool, given: Prompt
+    ) -> list[str]:
+        """The same for several conversations at once, which is faster."""
+        texts: list[str] = self.tokenizer.apply_chat_template(
+            [[self._as_text(self._as_dict(message)) for message in messages] for messages in conversations],
             tools=[self._as_text(dict(tool)) for tool in given.tools] or None,
             documents=[self._as_text(dict(document)) for document in given.documents] or None,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **self.options,
         )
-        return text
+        return texts
 
     def _as_text(self, value: Any) -> Any:
         """A message, a tool or a text in which special tokens are marked, if they are to be encoded as text."""
-        if self.special_tokens_in_text != "escape" or not any(map(self.special.search, _strings(value))):
+        if self.special_tokens_in_text != "escape" or not any(map(self.spells, _strings(value))):
             return value
-        from transformers.utils.chat_template_utils import mark_control_tokens
+        return _marked(value, self.special)
 
-        return mark_control_tokens(value, self.special)
+    def spells(self, text: str) -> bool:
+        """Whether a text holds a special token, or a mark, which is taken away."""
+        return self.special.search(text) is not None or any(mark in text for mark in self.marks)
 
     def is_marked(self, rendered: str) -> bool:
         """Whether rendered text holds special tokens that are to be encoded as text."""
-        return self.special_tokens_in_text == "escape" and self.readable(rendered) != rendered
+        return self.special_tokens_in_text == "escape" and any(mark in rendered for mark in self.marks)
 
     def readable(self, rendered: str) -> str:
         """Rendered text without marks."""
-        from transformers.utils.chat_template_utils import mark_control_tokens
-
-        return str(mark_control_tokens(rendered, NEVER))
+        return str(_marked(rendered, NEVER))
 
     def spelled(self, given: Prompt, *texts: str) -> list[str]:
         """The special tokens that a conversation spells in its texts, tools and documents, each once."""
@@ -258,23 +273,31 @@ class ChatTemplate:
         return self._accepted(prompt.messages, True, prompt)
 
     def _accepted(self, messages: Sequence[Message], add_generation_prompt: bool, given: Prompt) -> str:
+        return self._accepted_each([messages], add_generation_prompt, given)[0]
+
+    def _accepted_each(
+        self, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool, given: Prompt
+    ) -> list[str]:
         try:
-            return self._render(messages, add_generation_prompt, given)
+            return self._render_each(conversations, add_generation_prompt, given)
         except Exception as error:  # raised by the template
             raise RefusedRowError(f"the chat template refuses it ({safe_text(error, limit=160)})") from None
 
-    def response(self, given: Prompt, prompt: str, content: str, closed: bool) -> str | None:
-        """What the template puts behind `prompt`, its rendering of `given`, for an answer, up to the closing token.
+    def responses(self, given: Prompt, prompt: str, answers: Sequence[tuple[str, bool]]) -> list[str | None]:
+        """What the template puts behind `prompt`, its rendering of `given`, for each answer, up to the closing token.
 
-        An answer that is not `closed` ends with its own text. None where the rendering of the whole conversation does
-        not begin with `prompt`; RefusedRowError where the template refuses the conversation.
+        An answer is its text, and whether it is closed; one that is not ends with its own text. None where the whole
+        conversation does not begin with `prompt`; RefusedRowError where the template refuses it.
         """
-        if self.lead is None:
-            return None
-        whole = self._accepted((*given.messages, Message(ANSWER.role, content)), False, given)
-        if not whole.startswith(prompt) or not whole[len(prompt) :].endswith(self.tail):
-            return None
-        return whole[len(prompt) : len(whole) - len(self.tail)] + (self.ending if closed else "")
+        if self.lead is None or not answers:
+            return [None] * len(answers)
+        conversations = [(*given.messages, Message(ANSWER.role, text)) for text, _ in answers]
+        found: list[str | None] = []
+        for whole, (_, closed) in zip(self._accepted_each(conversations, False, given), answers, strict=True):
+            continues = whole.startswith(prompt) and whole[len(prompt) :].endswith(self.tail)
+            behind = whole[len(prompt) : len(whole) - len(self.tail)] + (self.ending if closed else "")
+            found.append(behind if continues else None)
+        return found
 
     def as_asked(self, content: str, closed: bool) -> str:
         """A response where `response` is None: the answer with what the template puts around a first one."""

@@ -5,6 +5,7 @@ the way is kept in the part, so that a later run says the same.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import shutil
@@ -217,6 +218,7 @@ def _begin(work: Work) -> None:
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()  # what is imported need not be searched for garbage again and again
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -243,6 +245,7 @@ def _by_processes(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes - 1, mp_context=context, initializer=_begin, initargs=(work,))
     under_way: deque[tuple[int, Future[dict[str, Any]]]] = deque()
+    gc.freeze()
     try:
         more = True
         while more or under_way:
@@ -272,6 +275,7 @@ def _by_processes(
             "data.processes=1 needs less"
         ) from None
     finally:
+        gc.unfreeze()
         pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -225,23 +225,24 @@ class PairEncoder:
         prompt = self.prompt_text(pair.prompt)
         responses, sides = [], []
         otherwise = 0
-        for text, messages, finish_reason in (
-            (pair.chosen, turns[0], pair.chosen_finish_reason), (pair.rejected, turns[1], pair.rejected_finish_reason)
-        ):  # fmt: skip
+        closes = [self._closes(reason) for reason in (pair.chosen_finish_reason, pair.rejected_finish_reason)]
+        # In HH form a space stands between the colon and what is said.
+        space = " " if pair.prompt_text.endswith(ASSISTANT) else ""
+        texts = [text.removeprefix(space) for text in (pair.chosen, pair.rejected)]
+        answers = [(text, is_closed) for text, is_closed, more in zip(texts, closes, turns, strict=True) if not more]
+        rendered = iter(self.template.responses(pair.prompt, prompt, answers))
+        for text, is_closed, messages in zip(texts, closes, turns, strict=True):
             spans: ResponseSpans = (), None
             if messages:
                 found = self.template.turns(pair.prompt, prompt, messages)
                 closing = None if found.closing is None else self.tokenizer.convert_tokens_to_ids(found.closing)
-                text = found.text if self._closes(finish_reason) else found.text.removesuffix(self.template.ending)
+                text = found.text if is_closed else found.text.removesuffix(self.template.ending)
                 spans = found.unscored, closing
                 otherwise += not found.as_whole and self.template.lead is not None
             else:
-                # In HH form a space stands between the colon and what is said.
-                text = text.removeprefix(" ") if pair.prompt_text.endswith(ASSISTANT) else text
-                closes = self._closes(finish_reason)
-                rendered = self.template.response(pair.prompt, prompt, text, closes)
-                otherwise += rendered is None and self.template.lead is not None  # without a lead `reason` says it
-                text = self.template.as_asked(text, closes) if rendered is None else rendered
+                behind = next(rendered)
+                otherwise += behind is None and self.template.lead is not None  # without a lead `reason` says it
+                text = self.template.as_asked(text, is_closed) if behind is None else behind
             responses.append(text)
             sides.append(spans)
         notes += self.template.not_rendered(pair.prompt, turns) if pair.has_more else []
