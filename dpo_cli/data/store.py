@@ -7,6 +7,7 @@ the pairs of so many rows each, as a stream of one record batch (`datasets.Datas
 
 import io
 import json
+import mmap
 import struct
 import zlib
 from bisect import bisect_right
@@ -35,6 +36,7 @@ SCHEMA = pa.schema(
     ]
 )
 NUMBERS = {"index": np.int64, "group": np.uint64, "hash": np.uint64, "probability": np.float64}
+TOUCHED = 256  # parts
 Indices = NDArray[np.int64]
 
 
@@ -93,10 +95,11 @@ def _check(columns: Sequence[pa.Array]) -> int:
     return check
 
 
-def mapped(path: Path) -> NDArray[np.uint8]:
-    """A file, mapped: it stays readable when somebody removes it, and no file is held open."""
+def mapped(path: Path) -> mmap.mmap:
+    """A file, mapped: it stays readable when somebody removes it."""
     try:
-        return np.memmap(path, dtype=np.uint8, mode="r")
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise StorageError(f"{safe_text(path)}: cannot be read ({safe_text(error, limit=120)})") from None
 
@@ -104,7 +107,7 @@ def mapped(path: Path) -> NDArray[np.uint8]:
 class Part:
     """A part, from its mapped file."""
 
-    def __init__(self, path: Path, content: NDArray[np.uint8]) -> None:
+    def __init__(self, path: Path, content: Any) -> None:
         """StorageError where the file is damaged."""
         try:
             batch = pa.ipc.open_stream(pa.py_buffer(content)).read_next_batch()
@@ -175,18 +178,31 @@ class PairStore:
         self._ends: list[int] = np.cumsum(sizes, dtype=np.int64).tolist()
         self._mapped = [mapped(folder / part_name(number)) for number in range(len(sizes))]
         self._parts: dict[int, Part] = {}
+        self._touched: set[int] = set()  # parts of which pages may be in memory
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, number: int) -> TokenizedPair:
         part = bisect_right(self._ends, number)
-        return self._part(part).pair(number - (self._ends[part] - self.sizes[part]))
+        pair = self._part(part).pair(number - (self._ends[part] - self.sizes[part]))
+        if len(self._touched) > TOUCHED:
+            self._release()
+        return pair
 
     def _part(self, number: int) -> Part:
+        self._touched.add(number)
         if number not in self._parts:
             self._parts[number] = Part(self.folder / part_name(number), self._mapped[number])
+            self._release()  # the check has read all of it
         return self._parts[number]
+
+    def _release(self) -> None:
+        """Give the memory of mapped pages back; the system's cache of files still has them."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for number in self._touched:
+                self._mapped[number].madvise(mmap.MADV_DONTNEED)
+        self._touched.clear()
 
     def parts(self, chosen: Indices | None) -> Iterator[tuple[Part, Indices]]:
         """Each part with the chosen pairs in it, by their places there; `chosen` is in order, None for all."""
@@ -199,6 +215,7 @@ class PairStore:
                 places = np.asarray(chosen[first:last]) - start
             if len(places):
                 yield self._part(number), places
+                self._release()
             start += size
 
     def numbers(self, name: str, chosen: Indices | None = None) -> NDArray[Any]:
