@@ -191,10 +191,11 @@ class PairStore:
         return pair
 
     def _part(self, number: int) -> Part:
-        self._touched.add(number)
         if number not in self._parts:
             self._parts[number] = Part(self.folder / part_name(number), self._mapped[number])
+            self._touched.add(number)
             self._release()  # the check has read all of it
+        self._touched.add(number)
         return self._parts[number]
 
     def _release(self) -> None:

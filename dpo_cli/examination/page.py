@@ -16,7 +16,8 @@ STYLE = (
     "color:var(--text);background:var(--back)}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem .25rem 0;text-align:left;"
     "vertical-align:top}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}th,.dim{color:var(--dim);"
-    "font-weight:normal}td{overflow-wrap:anywhere}.examples td{border-top:1px solid var(--line)}"
+    "font-weight:normal}td{overflow-wrap:break-word}table{display:block;overflow-x:auto;max-width:100%}"
+    ".examples td{border-top:1px solid var(--line)}"
     "code{font-size:.95em}svg{display:block;max-width:100%}rect{fill:var(--bar)}rect.o{fill:var(--other)}"
     "text{fill:var(--dim);font-size:11px}"
 )
