@@ -15,11 +15,14 @@ from tiny_models import CPU, LORA, VOCABULARY, pair, tiny
 from torch import Tensor
 
 from dpo_cli.config.schema import LoraConfig
-from dpo_cli.data.batches import Layout
+from dpo_cli.data.batches import Layout, SplitByPairs
 from dpo_cli.data.tokens import TokenizedPair, token_ids
+from dpo_cli.evaluation.scores import Scorer, score_pairs
 from dpo_cli.models.adapters import attach_lora
 from dpo_cli.models.head import head_logits, head_trains, token_logps
-from dpo_cli.models.logps import make_micro_batch, pair_logps
+from dpo_cli.models.logps import MicroBatcher, make_micro_batch, pair_logps
+from dpo_cli.models.reference import UnmovedPolicy
+from dpo_cli.objectives.preference import Preference
 
 WAYS = [Layout.PADDED, Layout.PACKED_SEGMENTS]
 
@@ -208,6 +211,18 @@ def test_response_keys_differ_where_other_positions_are_scored_and_stay_where_al
     moved = replace(one, chosen_unscored=token_ids([2, 3, 7, 8]))
     assert moved.response_keys[0] != one.response_keys[0]
     assert moved.response_keys[1] == one.response_keys[1]
+
+
+def test_evaluation_divides_by_the_tokens_that_are_scored_as_training_does() -> None:
+    policy, pairs = tiny(), [PAIRS[0], with_unscored(), PAIRS[3]]
+    scorer = Scorer(
+        policy, Preference.default(), UnmovedPolicy(policy), MicroBatcher(CPU, Layout.PADDED, SplitByPairs(2))
+    )
+    found = score_pairs(scorer, pairs).policy.pairs()
+    in_training = pair_logps(policy, make_micro_batch(pairs, CPU, Layout.PADDED))
+    # Of the pair in the middle 3 of 10 and 1 of 4 tokens are not scored.
+    assert found.chosen_tokens.tolist() == in_training.chosen_tokens.tolist() == [3, 7, 8]
+    assert found.rejected_tokens.tolist() == in_training.rejected_tokens.tolist() == [7, 3, 8]
 
 
 # The head

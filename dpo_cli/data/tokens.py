@@ -64,6 +64,12 @@ class TokenizedPair:
         return self.chosen_unscored, self.rejected_unscored
 
     @property
+    def scored_tokens(self) -> tuple[int, ...]:
+        """How many tokens of chosen and of rejected carry a log-prob."""
+        sides = zip(self.responses, self.unscored, strict=True)
+        return tuple(len(ids) - int((spans[1::2] - spans[::2]).sum()) for ids, spans in sides)
+
+    @property
     def row(self) -> str:
         """Its row for messages: `12`, of a source `hh 12`."""
         return f"{self.source} {self.index}".lstrip()

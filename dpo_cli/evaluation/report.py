@@ -60,7 +60,7 @@ def write_report(
         line |= {"probability": pair.probability} if pair.probability != 1 else {}
         line |= {"source": pair.source} if pair.source else {}
         line["prompt_tokens"] = len(pair.prompt)
-        line["chosen_tokens"], line["rejected_tokens"] = len(pair.chosen), len(pair.rejected)
+        line["chosen_tokens"], line["rejected_tokens"] = pair.scored_tokens
         lines.append(json.dumps(line, allow_nan=False) + "\n")
     for path in (folder, folder / "pairs.jsonl", folder / "report.json", folder / "report.html"):
         if path.is_symlink():  # in an untrusted run directory it could make us write anywhere

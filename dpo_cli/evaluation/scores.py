@@ -91,7 +91,7 @@ def score_pairs(
         for number, window in enumerate(windows(pairs)):
             poll()
             column = {id(pair): WINDOW * number + place for place, pair in enumerate(window)}
-            counted = torch.tensor([[len(response) for response in pair.responses] for pair in window])
+            counted = torch.tensor([pair.scored_tokens for pair in window])
             tokens[WINDOW * number : WINDOW * number + len(window)] = counted
             mine = [window[index] for index in engine.share(window)]
             for scored, values in each_micro_batch(scorer.batcher, mine, score):

@@ -23,7 +23,7 @@ class ResponseScores:
     """One model's score of M responses: log p(response | prompt), in nats; of a reward model the reward."""
 
     values: Tensor  # (M,) float32
-    tokens: Tensor  # (M,) how many tokens each response has, the closing EOS included
+    tokens: Tensor  # (M,) scored tokens of each response, the closing EOS included
     units: Tensor  # (U, R) into the responses: what an objective looks at together, R = 2 for pairs
     probabilities: Tensor | None = None  # (U,) soft labels: that the first of a pair is better; None: all are 1
 
