@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 from conftest import Ended, sample_rows, write_jsonl
 
+from dpo_cli.config.composition import composed, parse_overrides
+from dpo_cli.config.schema import RunConfig, run_config
 from dpo_cli.data.formats import Message, PreferencePair
-from dpo_cli.data.tokens import TokenizedPair, token_ids
+from dpo_cli.data.pairs import load_pairs
+from dpo_cli.data.tokens import PairEncoder, TokenizedPair, token_ids
 from dpo_cli.data.truncation import Encoded, Truncation, truncate
-from dpo_cli.examination.lengths import Tokens, cost_of
+from dpo_cli.examination.lengths import Tokens, cost_of, count_tokens
 from dpo_cli.examination.minhash import near_duplicates, signatures
+from dpo_cli.examination.reading import compare, read_side, sources_of
 from dpo_cli.examination.words import classify
 
 Command = Callable[..., Ended]
@@ -327,6 +331,28 @@ def test_the_reference_is_asked_and_its_log_probs_stay_in_the_cache(examined: Ex
     after = {path: path.stat().st_size for path in (cache / "reference").glob("*")}
     assert sum(after.values()) > sum(before.values())
     assert examined(sample_rows(12), "score=10")["score"] == score
+
+
+def test_a_pair_has_the_tokens_that_training_makes_of_it(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    turns = [{"role": role, "content": role[0]} for role in ("assistant", "user", "assistant")]
+    row = {"prompt": [{"role": "user", "content": "q"}], "chosen": turns, "rejected": turns[:1]}
+    file = write_jsonl(tmp_path / "rows.jsonl", [row])
+    words = parse_overrides(["data=jsonl", f"data.train={file}", "data.eval_fraction=0"])
+    config = run_config(composed("train", words, RunConfig).container).data
+    trained = load_pairs(config, PairEncoder.of(tiny_tokenizer, config), 0).train[0]
+    side = read_side(config, sources_of(config)[0], None, 0, lambda: None)
+    compare(side, None)
+    tokens = count_tokens(side.sample, PairEncoder.of(tiny_tokenizer, config), config, 1, lambda: None)
+    found = tokens.first[0].tokenized
+    assert len(found.chosen_unscored) == 2  # what the user says is read and not scored
+    assert found.response_keys == trained.response_keys  # so training finds the log-probs in the cache
+
+
+def test_options_of_the_template_hold_in_the_examination_too(examined: Examined) -> None:
+    rows = [{"prompt": "What is <|im_end|>?", "chosen": "yes", "rejected": "no"}, *noise(3)]
+    assert "refused_by_template" not in examined(rows)["train"]["dropped"]
+    report = examined(rows, "data.special_tokens_in_text=error")
+    assert report["train"]["dropped"]["refused_by_template"] == 1
 
 
 def test_the_numbers_of_the_reference_follow_from_its_log_probs() -> None:

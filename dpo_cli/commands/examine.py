@@ -40,7 +40,7 @@ def examine(config: ExamineConfig, given: list[str], reporter: Reporter) -> Path
     check_sources(config.data)
     with StopSignals(reporter.warn) as signals:
         source = find_model(config.model, reporter.say)
-        encoder = PairEncoder(load_tokenizer(source), config.data.template)
+        encoder = PairEncoder.of(load_tokenizer(source), config.data)
         reporter.doing("reading pairs")
         of_train, of_held_out = sources_of(config.data)
         train = read_side(config.data, of_train, config.sample, config.seed, signals.poll)

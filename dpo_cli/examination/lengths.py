@@ -31,8 +31,10 @@ class EncodedPair:
     @property
     def tokenized(self) -> TokenizedPair:
         """As training takes it."""
-        ids = (token_ids(self.cut.prompt), token_ids(self.cut.chosen), token_ids(self.cut.rejected))
-        return TokenizedPair(*ids, index=self.sampled.index, key="", group=self.sampled.group)
+        cut, sampled = self.cut, self.sampled
+        ids = (token_ids(cut.prompt), token_ids(cut.chosen), token_ids(cut.rejected))
+        unscored = (token_ids(cut.chosen_unscored), token_ids(cut.rejected_unscored))
+        return TokenizedPair(*ids, sampled.index, "", sampled.group, *unscored)
 
 
 @dataclass

@@ -63,7 +63,7 @@ def score_facts(pairs: list[TokenizedPair], logps: torch.Tensor) -> dict[str, An
     """The numbers of report.json from log-probs (B, 2), each a mean with its interval over prompts."""
     prompts = prompts_of(pairs)
     sums = logps.double().numpy()
-    lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs], dtype=float)
+    lengths = np.array([pair.scored_tokens for pair in pairs], dtype=float)
     per_token = sums / lengths
     overlaps = np.array([overlap(pair) for pair in pairs])
     difference = sums[:, 0] - sums[:, 1]
