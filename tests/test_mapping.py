@@ -247,9 +247,9 @@ def test_rows_as_published_give_the_pairs_that_their_labels_say(load: Load, name
 
 def test_every_yaml_of_a_data_set_is_tried_on_rows_of_its_form() -> None:
     names = {file.stem for file in (conf_dir() / "data").glob("[!_]*.yaml")}
-    assert names == FORMS.keys() | {"hh", "sample"}
+    assert names == FORMS.keys() | {"hh", "sample", "mixture"}
     for file in (conf_dir() / "data").glob("[!_]*.yaml"):
-        assert file.stem in ("hh", "jsonl", "sample") or "\n# Rows: " in file.read_text(), file
+        assert file.stem in ("hh", "jsonl", "sample", "mixture") or "\n# Rows: " in file.read_text(), file
 
 
 def test_a_system_column_comes_before_the_prompt_and_an_empty_one_is_no_message(load: Load) -> None:
