@@ -38,8 +38,8 @@ class Share:
 def pairs_of_weights(weights: Mapping[str, float], available: Mapping[str, int], stop: str) -> dict[str, int]:
     """Pairs of each source in an epoch, in exact proportions, rounded by the largest remainder.
 
-    With `stop` "first" the epoch is as long as no source needs more pairs than it has, with "all" as long as each is
-    used up.
+    With `stop` "first" the epoch is the longest in which no source needs more pairs than it has, with "all" the
+    shortest in which every source is used up.
     """
     exact = {name: Fraction(repr(weight)) for name, weight in weights.items()}
     parts = {name: weight / sum(exact.values()) for name, weight in exact.items()}
@@ -53,7 +53,7 @@ def pairs_of_weights(weights: Mapping[str, float], available: Mapping[str, int],
 
 
 class MixedStore(PairStore):
-    """Pairs of several stores one after the other, each with the name of its source; one may come several times."""
+    """Pairs of several stores one after the other, each with the name of its source; a store may come several times."""
 
     def __init__(self, folder: Path, blocks: Sequence[tuple[str, StoredPairs]]) -> None:
         self.folder, self.blocks = folder, blocks
@@ -108,7 +108,7 @@ def mix(
     seed: int,
     working: Callable[[str, int], Callable[[int], None]],
 ) -> TrainingPairs:
-    """So many training pairs of each source as one data set; a source's pairs come equally often but for one time.
+    """So many training pairs of each source as one data set; each pair of a source comes equally often, or once more.
 
     The choice takes 8 bytes a pair on disk. `working` starts a progress bar.
     """
