@@ -1,4 +1,4 @@
-"""A model's chat template: what it puts around an answer, which conversations it refuses, and what it must not meet.
+"""A chat template: what it puts around an answer, which conversations it refuses, and which text it must not get.
 
 One idea to keep in mind: a prompt and its response together are the template's rendering of the whole conversation, so
 white space that the template puts before an answer is part of the response: the model has to produce it, too.
@@ -17,16 +17,16 @@ from dpo_cli.errors import ConfigError, DataError
 
 QUESTION, ANSWER = Message("user", "question"), Message("assistant", "answer")
 SPACED = "\n  answer  \n"
-# What the common templates put before a turn: ChatML, Llama 2 and Mistral, Llama 3, Gemma.
-# What every template may read besides the options of a config; `*_token` names are the tokenizer's.
+# Variables that every template may read; any other is an option. Those that end in `_token` are the tokenizer's.
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
-NEVER = re.compile("(?!)")
+NEVER = re.compile("(?!)")  # matches no text
 NOTHING_GIVEN = Prompt((), "")
 PROBE_PARAMETERS = {"type": "object", "properties": {"probe": {"type": "string", "description": "probe"}}}
 PROBE_TOOL = {
     "type": "function",
     "function": {"name": "probe", "description": "probe", "parameters": PROBE_PARAMETERS},
 }
+# What the common templates put before a turn: ChatML, Llama 2 and Mistral, Llama 3, Gemma.
 USUAL_MARKERS = ("<|im_start|>", "[INST]", "<|start_header_id|>", "<start_of_turn>")
 
 
@@ -80,9 +80,8 @@ class ChatTemplate:
 
     tokenizer: Any
     options: Mapping[str, Any] = field(default_factory=dict)  # what it reads besides the conversation
-    special_tokens_in_text: str = (
-        "keep"  # a special token that a message spells: escape marks it, to be encoded as text
-    )
+    # What becomes of a special token that a message spells: with `escape` it is marked, to be encoded as text.
+    special_tokens_in_text: str = "keep"
     lead: str | None = field(init=False)  # before an answer; None: it opens an answer otherwise when asked for one
     tail: str = field(init=False)  # behind an answer
     ending: str = field(init=False)  # the part of `tail` before the closing token
@@ -91,7 +90,7 @@ class ChatTemplate:
     openers: tuple[str, ...] = field(init=False)  # put behind a prompt, but not before the answer in a conversation
     splitting: tuple[str, ...] = field(init=False)  # special tokens around which text is encoded piece by piece
     special: re.Pattern[str] = field(init=False)  # one of the tokenizer's special tokens
-    specials: re.Pattern[str] = field(init=False)  # one of them at the end of a text
+    special_at_end: re.Pattern[str] = field(init=False)  # one of them at the end of a text
     marks: tuple[str, ...] = field(init=False)  # around a special token that is to be encoded as text
     markers: tuple[str, ...] = field(init=False)  # which text has only when a chat template has rendered it
     # In which form it takes messages.
@@ -108,8 +107,8 @@ class ChatTemplate:
         self.splitting = tuple(token.content for token in self.tokenizer.added_tokens_decoder.values()
                                if token.special and not token.normalized)  # fmt: skip
         longest_first = sorted(special.values(), key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self.specials = re.compile(rf"({self.special.pattern})\Z")
+        self.special = re.compile("|".join(map(re.escape, longest_first)) or NEVER.pattern)
+        self.special_at_end = re.compile(rf"({self.special.pattern})\Z")
         self.marks = tuple(filter(None, _marked("x", re.compile("x")).split("x")))
         try:
             prompt, whole, spaced = self._probes()
@@ -338,7 +337,7 @@ class ChatTemplate:
             written.append((start, self._end_of_turn(conversation, index, whole, start, given)))
         begin, end = written[0][0], written[-1][1]
         unscored = [(stop - begin, start - begin) for (_, stop), (start, _) in pairwise(written) if stop < start]
-        closing = self.specials.search(whole[begin:end])
+        closing = self.special_at_end.search(whole[begin:end])
         text = whole[begin : end - (len(closing[0]) if closing else 0)]
         return RenderedTurns(text, closing[0] if closing else None, tuple(unscored), begin == len(prompt))
 
@@ -368,7 +367,7 @@ class ChatTemplate:
         if text.endswith(self.tail):
             closing = "" if self.closing is None else self.tokenizer.convert_ids_to_tokens(self.closing)
             return text[: len(text) - len(self.tail)] + self.ending + closing
-        return text.rstrip() if self.specials.search(text.rstrip()) else text
+        return text.rstrip() if self.special_at_end.search(text.rstrip()) else text
 
     def not_rendered(self, given: Prompt, responses: Sequence[Sequence[Message]]) -> list[str]:
         """What a prompt and the responses to it hold that this template does not render: a note for each such thing."""
@@ -376,16 +375,17 @@ class ChatTemplate:
         for name, without in (("tools", replace(given, tools=())), ("documents", replace(given, documents=()))):
             if getattr(given, name) and self.prompt(given) == self.prompt(without):
                 notes.append(f"with {name} that the chat template does not render")
-        notes += self._unread((*given.messages,), given, range(len(given.messages)), "the prompt", True)
+        notes += self._fields_not_rendered((*given.messages,), given, range(len(given.messages)), "the prompt", True)
         for response in responses:
             whole = (*given.messages, *response)
-            notes += self._unread(whole, given, range(len(given.messages), len(whole)), "a response", False)
+            indices = range(len(given.messages), len(whole))
+            notes += self._fields_not_rendered(whole, given, indices, "a response", False)
         return list(dict.fromkeys(notes))
 
-    def _unread(
+    def _fields_not_rendered(
         self, messages: tuple[Message, ...], given: Prompt, indices: range, where: str, asks: bool
     ) -> list[str]:
-        """The fields of these messages without which the rendering is the same."""
+        """A note for each field of these messages without which the rendering is the same."""
         notes = []
         for index in indices:
             for name in messages[index].more.keys() - {"content"}:
