@@ -76,9 +76,9 @@ class TokenizedPair:
 
     @cached_property
     def response_keys(self) -> tuple[bytes, ...]:
-        """Of each response the key of its cached log-prob: 16 bytes for the tokens of prompt and response.
+        """The key of each response's cached log-prob: a hash of 16 bytes.
 
-        And for its unscored positions, where it has any.
+        It is of the tokens of prompt and response, and of the unscored positions where there are any.
         """
         sides = zip(self.responses, self.unscored, strict=True)
         return tuple(_tokens_key(self.prompt, ids, *([spans] if len(spans) else [])) for ids, spans in sides)
@@ -91,8 +91,12 @@ def _tokens_key(*sequences: TokenIds) -> bytes:
     return digest.digest()
 
 
-# Of a response as text: start and stop of what is not scored, and the token that closes it (None: the usual one).
-ResponseSpans = tuple[tuple[tuple[int, int], ...], int | None]
+@dataclass(frozen=True)
+class ResponseSpans:
+    """What of a response as text is not scored, and what closes it."""
+
+    unscored: tuple[tuple[int, int], ...] = ()  # start and stop of each such part, in characters
+    closing: int | None = None  # a token; None: the encoder's `closing`
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class RenderedPair:
     rejected: str
     pair: PreferencePair
     otherwise: int = 0  # responses that the template renders otherwise than it asks for them
-    sides: tuple["ResponseSpans", "ResponseSpans"] = ((), None), ((), None)  # of chosen and rejected
+    spans: tuple[ResponseSpans, ...] = (ResponseSpans(), ResponseSpans())  # of chosen and rejected
     notes: tuple[str, ...] = ()  # what the template leaves out
 
 
@@ -121,9 +125,7 @@ class PairEncoder:
     kind: str | None
     always_closes: bool = False
     template_options: Mapping[str, Any] = field(default_factory=dict)
-    special_tokens_in_text: str = (
-        "escape"  # what becomes of a special token that a message spells under a chat template
-    )
+    special_tokens_in_text: str = "escape"  # what becomes of a special token that a message spells
     template: ChatTemplate | None = field(init=False, default=None)  # None: plain
     closing: int = field(init=False)
     reason: str = field(init=False)  # why this template
@@ -191,8 +193,8 @@ class PairEncoder:
         rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
         template = getattr(tokenizer, "chat_template", None)
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        facts = [type(tokenizer).__name__, rules, template, special, self.kind, self.always_closes]
-        return fingerprint(facts)
+        how = [self.kind, self.always_closes, dict(self.template_options), self.special_tokens_in_text]
+        return fingerprint([type(tokenizer).__name__, rules, template, special, *how])
 
     def _closing_token(self) -> int:
         if self.template is not None and self.template.closing is not None:
@@ -229,7 +231,7 @@ class PairEncoder:
             return RenderedPair(self._plain(pair.prompt, *turns), pair.chosen, pair.rejected, pair)
         notes = self._special_tokens(pair)
         prompt = self.prompt_text(pair.prompt)
-        responses, sides = [], []
+        responses, spans = [], []
         otherwise = 0
         closes = [self._closes(reason) for reason in (pair.chosen_finish_reason, pair.rejected_finish_reason)]
         # In HH form a space stands between the colon and what is said.
@@ -238,21 +240,21 @@ class PairEncoder:
         answers = [(text, is_closed) for text, is_closed, more in zip(texts, closes, turns, strict=True) if not more]
         rendered = iter(self.template.responses(pair.prompt, prompt, answers))
         for text, is_closed, messages in zip(texts, closes, turns, strict=True):
-            spans: ResponseSpans = (), None
+            of_response = ResponseSpans()
             if messages:
                 found = self.template.turns(pair.prompt, prompt, messages)
                 closing = None if found.closing is None else self.tokenizer.convert_tokens_to_ids(found.closing)
                 text = found.text if is_closed else found.text.removesuffix(self.template.ending)
-                spans = found.unscored, closing
+                of_response = ResponseSpans(found.unscored, closing)
                 otherwise += not found.as_whole and self.template.lead is not None
             else:
                 behind = next(rendered)
                 otherwise += behind is None and self.template.lead is not None  # without a lead `reason` says it
                 text = self.template.as_asked(text, is_closed) if behind is None else behind
             responses.append(text)
-            sides.append(spans)
+            spans.append(of_response)
         notes += self.template.not_rendered(pair.prompt, turns) if pair.has_more else []
-        return RenderedPair(prompt, responses[0], responses[1], pair, otherwise, (sides[0], sides[1]), tuple(notes))
+        return RenderedPair(prompt, responses[0], responses[1], pair, otherwise, tuple(spans), tuple(notes))
 
     def _special_tokens(self, pair: PreferencePair) -> list[str]:
         """A note for each special token that the pair spells; BadRowError where that is an error."""
@@ -295,8 +297,8 @@ class PairEncoder:
         ends = [self._end(one.prompt, ids) for one, ids in zip(rendered, prompt_ids, strict=True)]
         responses: list[list[tuple[list[int], tuple[int, ...]]]] = []
         for answers in (
-            [(one.chosen, one.pair.chosen_finish_reason, one.sides[0]) for one in rendered],
-            [(one.rejected, one.pair.rejected_finish_reason, one.sides[1]) for one in rendered],
+            [(one.chosen, one.pair.chosen_finish_reason, one.spans[0]) for one in rendered],
+            [(one.rejected, one.pair.rejected_finish_reason, one.spans[1]) for one in rendered],
         ):
             whole = self._encode_many([end + answer[0] for (end, _), answer in zip(ends, answers, strict=True)])
             responses.append(
@@ -374,17 +376,16 @@ class PairEncoder:
             stub, behind = self._encode("\n"), self._encode("\n" + response)
             before, head = ("\n", stub) if behind[: len(stub)] == stub else ("", [])
             ids = behind[len(stub) :] if head else self._encode(response)
-        ranges, closing = spans
         # A token that straddles the border of what the assistant wrote is scored.
         unscored = [
             shared_length(self._encode(before + response[:at]), head + ids) - len(head)
-            for at in chain.from_iterable(ranges)
+            for at in chain.from_iterable(spans.unscored)
         ]
         if ids and ids[-1] == self.closing:  # the text brought its own
             ids = ids[:-1]
-        self.closing_inside += self.closing in ids and not ranges
+        self.closing_inside += self.closing in ids and not spans.unscored
         self.length_limited += reason is not FinishReason.STOP
-        closing = self.closing if closing is None else closing
+        closing = self.closing if spans.closing is None else spans.closing
         return [*ids, closing] if self._closes(reason) or not ids else ids, tuple(unscored)
 
 
