@@ -1,14 +1,17 @@
 """Near-duplicates by MinHash: texts that share most of their word sequences.
 
 A text is the set of its shingles: the 16 bytes from the start of each word. The share of equal entries in two
-signatures estimates how large a part of all their shingles two texts have in common (the Jaccard similarity).
+signatures estimates the Jaccard similarity: the shingles that two texts share, divided by all their shingles.
 A. Broder, On the resemblance and containment of documents (1997). N texts, S shingles.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dpo_cli.storage.hashing import GOLDEN, mixed
 
 SHINGLE = 16  # bytes
 SLOTS = 64  # of a signature: the standard error of a similarity of 0.8 is 0.05
@@ -39,8 +42,7 @@ def _signatures(texts: Sequence[str]) -> Signatures:
     starts[first - 1] = True  # an empty text has one shingle, too
     positions = np.flatnonzero(starts) + 1
     windows = np.lib.stride_tricks.sliding_window_view(joined, SHINGLE)[positions]
-    halves = np.ascontiguousarray(windows).view("<u8")
-    hashes = _mixed(halves[:, 0] + np.uint64(0x9E3779B97F4A7C15) * _mixed(halves[:, 1])).astype(np.uint32)
+    hashes = _hashed(windows).astype(np.uint32)
     begins = np.searchsorted(positions, first)
     found = np.empty((SLOTS, len(texts)), np.uint32)
     for slot, factor in enumerate(_FACTORS):
@@ -48,11 +50,10 @@ def _signatures(texts: Sequence[str]) -> Signatures:
     return np.ascontiguousarray(found.T)
 
 
-def _mixed(words: "NDArray[np.uint64]") -> "NDArray[np.uint64]":
-    """A round of splitmix64."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+def _hashed(rows: NDArray[Any]) -> NDArray[np.uint64]:
+    """A hash of each row of 16 bytes, (N,)."""
+    words = np.ascontiguousarray(rows).view("<u8")
+    return mixed(words[:, 0] + GOLDEN * mixed(words[:, 1]))
 
 
 def near_duplicates(of_texts: Signatures) -> NDArray[np.int64]:
@@ -62,8 +63,7 @@ def near_duplicates(of_texts: Signatures) -> NDArray[np.int64]:
     """
     earlier = np.full(len(of_texts), -1, dtype=np.int64)
     for band in np.split(of_texts, BANDS, axis=1):
-        pairs = np.ascontiguousarray(band).view("<u8")
-        keys = _mixed(pairs[:, 0] + np.uint64(0x9E3779B97F4A7C15) * _mixed(pairs[:, 1]))
+        keys = _hashed(band)
         _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         others = first[inverse]
         asked = np.flatnonzero((earlier < 0) & (others < np.arange(len(keys))))

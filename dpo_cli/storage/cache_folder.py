@@ -25,7 +25,7 @@ class CacheEntry:
 
 
 def cache_folder(kind: str) -> Path:
-    """Where a kind of cache lies: `reference` for log-probs."""
+    """Where a kind of cache lies: `reference` for log-probs, `tokens` for tokenized pairs."""
     return cache_dir() / kind
 
 

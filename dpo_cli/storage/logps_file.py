@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_cli.storage.durable import UNFINISHED, write_stream
+from dpo_cli.storage.hashing import GOLDEN, mixed
 from dpo_cli.storage.locks import opened_alone
 
 RECORD = np.dtype([("key", "<u8", 2), ("logp", "<f4"), ("check", "<u4")])
@@ -50,12 +51,9 @@ def words_of(keys: Sequence[bytes]) -> NDArray[np.uint64]:
 def checks(records: Records) -> NDArray[np.uint32]:
     """A checksum of key and value of each record, (N,): not against malice, but against torn and flipped bytes."""
     logps = np.ascontiguousarray(records["logp"]).view("<u4").astype(np.uint64)
-    check = np.full(len(records), 0x9E3779B97F4A7C15, dtype=np.uint64)
-    for word in (records["key"][:, 0], records["key"][:, 1], logps):  # a round of splitmix64 each; uint64 wraps around
-        check ^= word
-        check = (check ^ (check >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        check = (check ^ (check >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        check ^= check >> np.uint64(31)
+    check = np.full(len(records), GOLDEN)
+    for words in (records["key"][:, 0], records["key"][:, 1], logps):
+        check = mixed(check ^ words)
     return check.astype(np.uint32)
 
 
