@@ -148,7 +148,7 @@ def test_a_conversation_that_the_template_refuses_is_named_in_its_words_escaped(
 # Rows that the template refuses
 
 
-def dials(file: Path, *words: str) -> DataConfig:
+def data_options(file: Path, *words: str) -> DataConfig:
     words = ("data=jsonl", f"data.train={file}", "data.eval_fraction=0", *words)
     return run_config(composed("train", parse_overrides(list(words)), RunConfig).container).data
 
@@ -169,7 +169,7 @@ def test_a_row_that_the_template_refuses_ends_with_file_line_and_its_words(tmp_p
     tokenizer.chat_template = tokenizer.chat_template.replace("roles must", "\x1b[2J roles must")
     file = write_jsonl(tmp_path / "rows.jsonl", [row(*TURNS), TWICE])
     with pytest.raises(DataError) as error:
-        load_pairs(dials(file), PairEncoder(tokenizer, None), 0)
+        load_pairs(data_options(file), PairEncoder(tokenizer, None), 0)
     assert str(error.value) == (
         f"{file} line 2: the chat template refuses it (\\x1b[2J roles must alternate) "
         "(data.on_bad_row=skip counts and drops such rows)"
@@ -179,13 +179,13 @@ def test_a_row_that_the_template_refuses_ends_with_file_line_and_its_words(tmp_p
 def test_skip_counts_and_drops_the_rows_that_the_template_refuses(tmp_path: Path) -> None:
     encoder = PairEncoder(chat_tokenizer("mistral"), None)
     file = write_jsonl(tmp_path / "rows.jsonl", [TWICE, row(*TURNS), {"prompt": "q"}])
-    report = load_pairs(dials(file, "data.on_bad_row=skip", "data.max_bad_fraction=1"), encoder, 0).train_report
+    report = load_pairs(data_options(file, "data.on_bad_row=skip", "data.max_bad_fraction=1"), encoder, 0).train_report
     assert (report.rows, report.kept) == (3, 1)
     assert dict(report.dropped) == {"refused_by_template": 1, "bad_row": 1}
     assert "dropped 1 row that the chat template refuses" in report.sentences(512)
     only = write_jsonl(tmp_path / "only.jsonl", [TWICE])
     with pytest.raises(DataError, match=r"1 row that the chat template refuses; choose data\.template=plain$"):
-        load_pairs(dials(only, "data.on_bad_row=skip", "data.max_bad_fraction=1"), encoder, 0)
+        load_pairs(data_options(only, "data.on_bad_row=skip", "data.max_bad_fraction=1"), encoder, 0)
 
 
 def test_a_prompt_to_complete_that_the_template_refuses_is_named_or_dropped(tmp_path: Path) -> None:
@@ -229,12 +229,12 @@ def test_text_that_is_rendered_already_is_refused_with_file_line_and_what_to_do(
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
     encoder = PairEncoder(chat_tokenizer("chatml"), None)
     with pytest.raises(DataError) as error:
-        load_pairs(dials(file), encoder, 0)
+        load_pairs(data_options(file), encoder, 0)
     assert str(error.value) == (
         f"{file} line 2: the prompt begins with <|im_start|>, as 3 of the first 4 do: a chat template has rendered "
         "it already, and data.template=chat would do so again; choose data.template=plain"
     )
-    plain = load_pairs(dials(file), PairEncoder(encoder.tokenizer, "plain"), 0)
+    plain = load_pairs(data_options(file), PairEncoder(encoder.tokenizer, "plain"), 0)
     assert plain.train_report.kept == 4 and not plain.train_report.notes
     with pytest.raises(DataError, match=r"and template=chat would do so again; choose template=plain$"):
         prompts, report = read_prompts(str(file), None, skip_bad=False)
@@ -244,7 +244,7 @@ def test_text_that_is_rendered_already_is_refused_with_file_line_and_what_to_do(
 def test_a_row_of_several_pairs_is_one_prompt_there(tmp_path: Path) -> None:
     ranked = {"prompt": chatml("q"), "responses": ["yes", "well", "no"]}
     file = write_jsonl(tmp_path / "rows.jsonl", [ranked, MANY[0], MANY[1]])
-    report = load_pairs(dials(file), PairEncoder(chat_tokenizer("chatml"), None), 0).train_report
+    report = load_pairs(data_options(file), PairEncoder(chat_tokenizer("chatml"), None), 0).train_report
     assert (report.rows, report.kept) == (3, 5)
 
 
@@ -255,13 +255,13 @@ def test_a_row_of_several_pairs_is_one_prompt_there(tmp_path: Path) -> None:
 def test_the_markers_of_every_common_template_are_known(tmp_path: Path, text: str) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": text, "chosen": "yes", "rejected": "no"}])
     with pytest.raises(DataError, match=r"line 1: the prompt begins with .*, as 1 of the first 1 do"):
-        load_pairs(dials(file), PairEncoder(chat_tokenizer("mistral"), None), 0)
+        load_pairs(data_options(file), PairEncoder(chat_tokenizer("mistral"), None), 0)
 
 
 def test_a_marker_here_and_there_is_counted_and_stops_nothing(tmp_path: Path) -> None:
     spoken = [row(("user", "What does <|im_start|> mean?")), row(("user", chatml("q"))), row(("user", "[INST]?"))]
     file = write_jsonl(tmp_path / "rows.jsonl", [*spoken, *MANY])
-    report = load_pairs(dials(file), PairEncoder(chat_tokenizer("chatml"), None), 0).train_report
+    report = load_pairs(data_options(file), PairEncoder(chat_tokenizer("chatml"), None), 0).train_report
     assert report.sentences(512)[1:] == [
         "2 pairs with <|im_start|>, a special token, in their text: it is encoded as text",
         "1 pair with <|im_end|>, a special token, in their text: it is encoded as text",
@@ -353,7 +353,7 @@ def test_the_oldest_tokens_alone_are_cut_where_a_run_began_so(tmp_path: Path) ->
     file = write_jsonl(tmp_path / "rows.jsonl", [row(*TURNS)])
     words = ("data.max_length=60", "data.max_prompt_length=50")
     turns, tokens = (
-        load_pairs(dials(file, *words, *more), encoder, 0).train[0].prompt.tolist()
+        load_pairs(data_options(file, *words, *more), encoder, 0).train[0].prompt.tolist()
         for more in ((), ("data.prompt_truncation=tokens",))
     )
     assert turns == rendered(tokenizer, TURNS[4:], True)
@@ -570,7 +570,7 @@ def test_what_a_template_does_not_render_is_counted_by_name(tmp_path: Path) -> N
             {"prompt": [USER], "chosen": [thinks], "rejected": [thinks | {"content": "x"}], "documents": [{"a": 1}]},
             {"prompt": [USER], "chosen": [ANSWER], "rejected": [NO]}]  # fmt: skip
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
-    report = load_pairs(dials(file), PairEncoder(chat_tokenizer("chatml"), None), 0).train_report
+    report = load_pairs(data_options(file), PairEncoder(chat_tokenizer("chatml"), None), 0).train_report
     assert dict(report.notes) == {
         "with tools that the chat template does not render": 1,
         "with documents that the chat template does not render": 1,
@@ -580,7 +580,7 @@ def test_what_a_template_does_not_render_is_counted_by_name(tmp_path: Path) -> N
         "with reasoning_content in a response that the chat template does not render": 2,
     }
     assert "2 pairs with reasoning_content in a response that the chat template does not render" in report.sentences(9)
-    read = load_pairs(dials(file), PairEncoder(chat_tokenizer("qwen-3"), None), 0).train_report
+    read = load_pairs(data_options(file), PairEncoder(chat_tokenizer("qwen-3"), None), 0).train_report
     assert not any("reasoning" in note or "tool_calls" in note or "tools" in note for note in read.notes)
 
 
@@ -622,10 +622,10 @@ def test_an_option_that_nothing_reads_is_refused_by_name(form: str, kind: str | 
 
 def test_options_are_read_from_the_command_line_and_travel_with_a_run(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", [row(*TURNS)])
-    config = dials(file, "data.template_options.enable_thinking=false")
+    config = data_options(file, "data.template_options.enable_thinking=false")
     assert config.template_options == {"enable_thinking": False}
     assert PairEncoder.of(chat_tokenizer("qwen-3"), config).template_options == {"enable_thinking": False}
-    assert dials(file).template_options == {}
+    assert data_options(file).template_options == {}
 
 
 # Cut conversations with tools
@@ -717,7 +717,7 @@ def test_what_special_tokens_in_text_become_is_chosen_and_counted(tmp_path: Path
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
 
     def with_choice(*words: str) -> PairData:
-        config = dials(file, *words)
+        config = data_options(file, *words)
         return load_pairs(config, PairEncoder.of(tokenizer, config), 0)
 
     tokenizer = chat_tokenizer("chatml")

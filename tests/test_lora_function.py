@@ -109,9 +109,9 @@ def test_switched_off_and_merged_adapters_go_pefts_way() -> None:
         assert torch.allclose(policy(input_ids=IDS).logits, adapted, atol=1e-4)
 
 
-@pytest.mark.parametrize("dials", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
-def test_what_is_more_than_a_plain_lora_is_left_to_peft(dials: dict[str, Any]) -> None:
-    policy = get_peft_model(tiny("gpt_neox"), PeftLoraConfig(r=4, target_modules="all-linear", **dials))
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
+def test_what_is_more_than_a_plain_lora_is_left_to_peft(options: dict[str, Any]) -> None:
+    policy = get_peft_model(tiny("gpt_neox"), PeftLoraConfig(r=4, target_modules="all-linear", **options))
     assert fuse_lora(policy) == 0
 
 

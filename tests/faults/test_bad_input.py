@@ -165,7 +165,7 @@ command_line('two values', 0, 2, "'beta=0.1,0.2': several values need -m: dpo-tr
 command_line("Hydra's own", 0, 2, "'hydra.run.dir=x': Hydra's own settings are fixed here; output_dir= sets where a run goes", ['hydra.run.dir=x'])
 command_line('target', 0, 2, "unknown key 'loss._target_' in '+loss._target_=os.system'; did you mean 'lora.target_modules'?", ['+loss._target_=os.system'])
 command_line('interpolation of the environment', 0, 2, 'the command line does not compose: KeyError raised while resolving interpolation: "Environment variable \'NOT_THERE_1\' not found"', ['output_dir=${oc.env:NOT_THERE_1}'])
-command_line('loss dial of another loss', 0, 2, 'loss.temperature=1.0: the loss sigmoid does not use it; it is an option of discopop', ['loss.temperature=1'])
+command_line('loss option of another loss', 0, 2, 'loss.temperature=1.0: the loss sigmoid does not use it; it is an option of discopop', ['loss.temperature=1'])
 command_line('length below prompt', 0, 2, 'data.max_prompt_length=64: must be below data.max_length=64, or no response fits', ['data.max_length=64', 'data.max_prompt_length=64'])
 command_line('adapter off without adapter', 0, 2, 'reference=adapter_off: needs an adapter to switch off; with lora=off choose reference=frozen', ['lora=off', 'reference=adapter_off'])
 command_line('device that is not there', 0, 2, 'device=cuda:99: not on this machine; it has <...>', ['device=cuda:99', 'data=jsonl', 'data.train={dir}/a.jsonl'], files={'a.jsonl': OK})

@@ -86,10 +86,10 @@ def test_any_texts_become_pairs_that_fit_and_differ_or_are_counted(
         "data.max_bad_fraction=1",
     ]
     words += [f"data.max_length={max_length}", f"data.template={template}"]
-    dials = run_config(composed("train", parse_overrides(words), RunConfig).container).data
+    options = run_config(composed("train", parse_overrides(words), RunConfig).container).data
     with fault(13):
         try:
-            data = load_pairs(dials, PairEncoder(tiny_tokenizer, template), seed=0)
+            data = load_pairs(options, PairEncoder(tiny_tokenizer, template), seed=0)
         except DataError as error:
             assert ": no pair can be used: " in str(error) or ": has no pairs; " in str(error)
             return
