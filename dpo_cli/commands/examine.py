@@ -15,10 +15,11 @@ from dpo_cli.errors import DataError, StorageError
 from dpo_cli.examination.findings import findings
 from dpo_cli.examination.fix import changes_path, fix_path, write_fixed
 from dpo_cli.examination.lengths import EncodedPair, count_tokens
-from dpo_cli.examination.page import LENGTHS, SCORES, page, share
+from dpo_cli.examination.page import page
 from dpo_cli.examination.reading import Side, compare, read_side, sources_of
 from dpo_cli.examination.reference import reference_logps, score_facts
 from dpo_cli.examination.report import VERSION, bias_facts, pointless, side_facts, token_facts
+from dpo_cli.examination.tables import SIDES, lengths, max_lengths, phrases, scores, share
 from dpo_cli.examination.words import Words, classify
 from dpo_cli.models.loading import find_model, load_tokenizer
 from dpo_cli.paths import user_path
@@ -150,10 +151,7 @@ def _show(reporter: Reporter, report: dict[str, Any]) -> None:
     if report["score"] is not None:
         score = report["score"]
         reporter.say(f"what the reference makes of {plural(score['pairs'], 'pair')}")
-        rows = [(label, share(score[key])) for label, key in SCORES]
-        rows.append(("nearly the same responses", plural(score["overlapping"], "pair")))
-        rows.append(("equally likely responses", plural(score["alike"], "pair")))
-        reporter.facts(rows)
+        reporter.facts(scores(score))
         reporter.say()
     if report["pointless"] is None:
         found = report["findings"]
@@ -174,9 +172,7 @@ def _show_side(reporter: Reporter, name: str, side: dict[str, Any]) -> None:
     rows = []
     for reason, number in counts:
         for place, example in enumerate(side["examples"].get(reason, [{}])):
-            text = example.get("problem") or " | ".join(
-                safe_text(example[key], 40) for key in LENGTHS if key in example
-            )
+            text = example.get("problem") or " | ".join(safe_text(example[key], 40) for key in SIDES if key in example)
             where = f"row {example['index'] + 1}: {text}" if example else ""
             rows.append([reason if place == 0 else "", f"{number:,}" if place == 0 else "", where])
     if rows:
@@ -190,16 +186,8 @@ def _show_lengths(reporter: Reporter, tokens: dict[str, Any], data: dict[str, An
         f"tokens of {plural(tokens['pairs'], 'pair')}{part}, by the tokenizer of {safe_text(data['model'])}, "
         f"template {data['template']}"
     )
-    names = list(tokens["lengths"]["prompt"])
-    rows = [[side, *(f"{tokens['lengths'][side][name]:,.0f}" for name in names)] for side in LENGTHS]
-    reporter.grid(["", *names], rows)
-    keys = ("prompt_too_long", "prompts_cut", "responses_cut", "tokens_per_epoch")
-    tried = [
-        [f"{one['max_length']:,}{'*' if one['max_length'] == data['max_length'] else ''}",
-         *(f"{one[key]:,}" for key in keys)]
-        for one in tokens["max_length"]
-    ]  # fmt: skip
-    reporter.grid(["max_length (* now)", "pairs dropped", "prompts cut", "responses cut", "tokens an epoch"], tried)
+    reporter.grid(*lengths(tokens))
+    reporter.grid(*max_lengths(tokens, data["max_length"]))
     reporter.say()
 
 
@@ -213,12 +201,7 @@ def _show_bias(reporter: Reporter, bias: dict[str, Any]) -> None:
         rows.append(("words alone", f"find the chosen response in {share(accuracy)} of {accuracy['pairs']:,} pairs"))
     reporter.facts(rows)
     if words is not None and words["phrases"]:
-        shown = [
-            [one["phrase"], "chosen" if one["weight"] > 0 else "rejected", f"{one['weight']:+.2f}",
-             f"{100 * one['in_chosen']:.1f}%", f"{100 * one['in_rejected']:.1f}%"]
-            for one in words["phrases"]
-        ]  # fmt: skip
-        reporter.grid(["phrase", "speaks for", "weight", "in chosen", "in rejected"], shown, left=2)
+        reporter.grid(*phrases(words), left=2)
     reporter.say()
 
 
@@ -226,7 +209,7 @@ def _show_pair(reporter: Reporter, one: EncodedPair, encoder: PairEncoder) -> No
     """The exact ids of a pair, what was cut, and the pair as the model sees it."""
     closing = encoder.tokenizer.decode([encoder.closing])
     rows = []
-    for name in LENGTHS:
+    for name in SIDES:
         whole, cut = getattr(one.whole, name), getattr(one.cut, name)
         lost = len(whole) - len(cut)
         end = (

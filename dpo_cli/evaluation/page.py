@@ -57,10 +57,15 @@ def page(
         heading = "<tr><th>prompt</th><th>reference (before)</th><th>policy (after)</th></tr>"
         cells = "".join("<tr>" + "".join(f"<td>{html_text(text)}</td>" for text in row) + "</tr>" for row in answers)
         parts.append(f'<h2>Greedy answers</h2><table class="answers">{heading}{cells}</table>')
+    return whole_page(title, STYLE, parts)
+
+
+def whole_page(title: str, style: str, parts: Sequence[str]) -> str:
+    """A page that runs no script and asks nobody: its parts are HTML, its title is text."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f"<title>{html_text(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"<title>{html_text(title)}</title><style>{style}</style></head><body>{''.join(parts)}</body></html>\n"
     )
 
 

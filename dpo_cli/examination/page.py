@@ -3,10 +3,12 @@
 Every text from elsewhere passes `html_text`; the page's own policy forbids scripts, frames and requests of any kind.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-from dpo_cli.console.text import interval, plural, significant
-from dpo_cli.evaluation.page import POLICY, html_text
+from dpo_cli.console.text import plural, significant
+from dpo_cli.evaluation.page import html_text, whole_page
+from dpo_cli.examination.tables import SIDES, lengths, max_lengths, phrases, scores, share
 
 STYLE = (
     ":root{color-scheme:light dark;--text:#222;--back:#fff;--dim:#777;--line:#ddd;--bar:#4a7;--other:#c55}"
@@ -22,7 +24,6 @@ STYLE = (
     "text{fill:var(--dim);font-size:11px}"
 )
 WIDTH, HEIGHT = 720, 110  # pixels of a figure
-LENGTHS = ("prompt", "chosen", "rejected")
 
 
 def page(report: dict[str, Any]) -> str:
@@ -39,17 +40,13 @@ def page(report: dict[str, Any]) -> str:
     if report["score"]:
         parts.append(_score(report["score"]))
     parts.append(_examples(report))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f"<title>{html_text(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+    return whole_page(title, STYLE, parts)
 
 
-def _table(headings: list[str], rows: list[list[Any]], left: int = 1, kind: str = "") -> str:
+def _table(headings: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1, kind: str = "") -> str:
     """The first `left` columns are texts, the others numbers."""
 
-    def cells(tag: str, row: list[Any]) -> str:
+    def cells(tag: str, row: Sequence[Any]) -> str:
         return "".join(
             f"<{tag}>{html_text(cell)}</{tag}>" if place < left else f'<{tag} class="n">{html_text(cell)}</{tag}>'
             for place, cell in enumerate(row)
@@ -57,13 +54,6 @@ def _table(headings: list[str], rows: list[list[Any]], left: int = 1, kind: str 
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f'<table class="{kind}"><tr>{cells("th", headings)}</tr>{body}</table>'
-
-
-def share(estimate: dict[str, Any]) -> str:
-    """A mean with its interval, in words."""
-    low, high = (float("nan") if end is None else end for end in estimate["interval95"])
-    mean = "not known" if estimate["mean"] is None else significant(estimate["mean"])
-    return f"{mean} ({interval(low, high)})"
 
 
 def _findings(found: list[dict[str, str]]) -> str:
@@ -83,18 +73,11 @@ def _sides(report: dict[str, Any]) -> str:
 
 
 def _lengths(tokens: dict[str, Any], max_length: int) -> str:
-    names = list(next(iter(tokens["lengths"].values())))
-    rows = [[side, *(f"{tokens['lengths'][side][name]:,.0f}" for name in names)] for side in LENGTHS]
-    tried = [
-        [f"{one['max_length']:,}" + (" (now)" if one["max_length"] == max_length else ""),
-         *(f"{one[key]:,}" for key in ("prompt_too_long", "prompts_cut", "responses_cut", "tokens_per_epoch"))]
-        for one in tokens["max_length"]
-    ]  # fmt: skip
     of = f"{plural(tokens['pairs'], 'pair')} of {tokens['of']:,}, in tokens, before anything is cut"
     return (
-        f"<h2>Lengths</h2><p>{html_text(of)}</p>{_table(['', *names], rows)}"
-        + "".join(_bars(side, tokens["histogram"]["edges"], tokens["histogram"][side]) for side in LENGTHS)
-        + _table(["max_length", "pairs dropped", "prompts cut", "responses cut", "tokens an epoch"], tried)
+        f"<h2>Lengths</h2><p>{html_text(of)}</p>{_table(*lengths(tokens))}"
+        + "".join(_bars(side, tokens["histogram"]["edges"], tokens["histogram"][side]) for side in SIDES)
+        + _table(*max_lengths(tokens, max_length))
     )
 
 
@@ -129,29 +112,12 @@ def _bias(bias: dict[str, Any]) -> str:
         f"{words['accuracy']['pairs']:,} pairs that it did not see. A policy that does not beat "
         f"{significant(words['accuracy']['mean'] or 0, 2)} has learned no more than these words.</p>"
     )
-    shown = [
-        [one["phrase"], "chosen" if one["weight"] > 0 else "rejected", f"{one['weight']:+.2f}",
-         f"{100 * one['in_chosen']:.1f}%", f"{100 * one['in_rejected']:.1f}%"]
-        for one in words["phrases"]
-    ]  # fmt: skip
-    return text + _table(["phrase", "speaks for", "weight", "in chosen", "in rejected"], shown, left=2)
-
-
-SCORES = (
-    ("nats a token, chosen", "nats_per_token_chosen"),
-    ("nats a token, rejected", "nats_per_token_rejected"),
-    ("ordered rightly already, by sums", "ordered_by_sum"),
-    ("ordered rightly already, per token", "ordered_per_token"),
-    ("tokens that both responses share", "token_overlap"),
-)
+    return text + _table(*phrases(words), left=2)
 
 
 def _score(score: dict[str, Any]) -> str:
-    rows = [[label, share(score[key])] for label, key in SCORES]
-    rows += [["pairs with nearly the same responses", f"{score['overlapping']:,}"]]
-    rows += [["pairs whose responses are equally likely", f"{score['alike']:,}"]]
     heading = f"<h2>What the reference makes of {plural(score['pairs'], 'pair')}</h2>"
-    return heading + _table(["", "mean (95% interval over prompts)"], rows)
+    return heading + _table(["", "mean (95% interval over prompts)"], scores(score))
 
 
 def _examples(report: dict[str, Any]) -> str:

@@ -1,0 +1,57 @@
+"""Tables of report.json as text: the console and the page show the same ones."""
+
+from typing import Any
+
+from dpo_cli.console.text import interval, plural, significant
+
+SIDES = ("prompt", "chosen", "rejected")
+Table = tuple[list[str], list[list[str]]]  # headings, and the cells of each row
+
+
+def share(estimate: dict[str, Any]) -> str:
+    """A mean with its interval, in words."""
+    low, high = (float("nan") if end is None else end for end in estimate["interval95"])
+    mean = "not known" if estimate["mean"] is None else significant(estimate["mean"])
+    return f"{mean} ({interval(low, high)})"
+
+
+def lengths(tokens: dict[str, Any]) -> Table:
+    """Mean and quantiles of the tokens of prompt, chosen and rejected."""
+    names = list(tokens["lengths"]["prompt"])
+    return ["", *names], [[side, *(f"{tokens['lengths'][side][name]:,.0f}" for name in names)] for side in SIDES]
+
+
+def max_lengths(tokens: dict[str, Any], now: int) -> Table:
+    """What each max_length drops, cuts and costs; a star marks the one of the config."""
+    keys = ("prompt_too_long", "prompts_cut", "responses_cut", "tokens_per_epoch")
+    rows = [
+        [f"{one['max_length']:,}{'*' if one['max_length'] == now else ''}", *(f"{one[key]:,}" for key in keys)]
+        for one in tokens["max_length"]
+    ]
+    return ["max_length (* now)", "pairs dropped", "prompts cut", "responses cut", "tokens an epoch"], rows
+
+
+def phrases(words: dict[str, Any]) -> Table:
+    """The phrases that give the label away; the first two columns are text."""
+    rows = [
+        [one["phrase"], "chosen" if one["weight"] > 0 else "rejected", f"{one['weight']:+.2f}",
+         f"{100 * one['in_chosen']:.1f}%", f"{100 * one['in_rejected']:.1f}%"]
+        for one in words["phrases"]
+    ]  # fmt: skip
+    return ["phrase", "speaks for", "weight", "in chosen", "in rejected"], rows
+
+
+def scores(score: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the reference model makes of the pairs, a line each."""
+    labels = {
+        "nats a token, chosen": "nats_per_token_chosen",
+        "nats a token, rejected": "nats_per_token_rejected",
+        "ordered rightly already, by sums": "ordered_by_sum",
+        "ordered rightly already, per token": "ordered_per_token",
+        "tokens that both responses share": "token_overlap",
+    }
+    return [
+        *((label, share(score[key])) for label, key in labels.items()),
+        ("nearly the same responses", plural(score["overlapping"], "pair")),
+        ("equally likely responses", plural(score["alike"], "pair")),
+    ]
