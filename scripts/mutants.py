@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOSSES, METRICS = "dpo_cli/theory/losses.py", "dpo_cli/theory/metrics.py"
 LOGPS, HEAD, TOKENS = "dpo_cli/models/logps.py", "dpo_cli/models/head.py", "dpo_cli/data/tokens.py"
 ATTENTION, CACHE = "dpo_cli/models/attention.py", "dpo_cli/models/reference_cache.py"
-LOGPS_FILE = "dpo_cli/storage/logps_file.py"
+LOGPS_FILE, PRECOMPUTE = "dpo_cli/storage/logps_file.py", "dpo_cli/models/precompute.py"
 RUNNER, SCORES = "dpo_cli/training/runner.py", "dpo_cli/evaluation/scores.py"
 BUILD, START = "dpo_cli/training/build.py", "dpo_cli/training/start.py"
 RECORDS, PROBE = "dpo_cli/training/records.py", "dpo_cli/training/memory_probe.py"
@@ -135,7 +135,7 @@ MUTANTS = [
            "tests/test_cache_folder.py"),
     Mutant("the cache drops what was used last", "dpo_cli/storage/cache_folder.py", "(entry.used, ", "(-entry.used, ",
            "tests/test_cache_folder.py"),
-    Mutant("another model's values are used", CACHE, "if how.loaded is not None and found.some:",
+    Mutant("another model's values are used", PRECOMPUTE, "if how.loaded is not None and found.some:",
            "if False:",
            "tests/test_reference_cache.py"),
     Mutant("the cache does not know the dtype", CACHE, "[VERSION, model, str(dtype), ", "[VERSION, model, ",
@@ -258,13 +258,13 @@ MUTANTS = [
            OF_FAULTS + "test_storage.py -k damaged_file_is_named"),
     Mutant("an optimizer's state of any shape is taken", CHECKPOINT, "if shapes is not None and shapes[", "if False and shapes[",
            OF_FAULTS + "test_hostile.py -k wrong_shape"),
-    Mutant("what is known is asked for again", CACHE, "if not cache.missing(micro_batch.examples):", "if False:",
+    Mutant("what is known is asked for again", PRECOMPUTE, "if not cache.missing(micro_batch.examples):", "if False:",
            "tests/test_reference_cache.py"),
     Mutant("the best checkpoint is pruned", CHECKPOINT, " and (best is None or checkpoint != best[0]):", ":",
            "tests/test_reproduce.py"),
     Mutant("reference values of another run", BUILD, "resumed and not cache.adopt(own)",
            "resumed and not own.exists()", OF_FAULTS + "test_storage.py -k another_run_left"),
-    Mutant("reference values beside other pairs", CACHE, "[batch[index] for index in mine], compute",
+    Mutant("reference values beside other pairs", PRECOMPUTE, "[batch[index] for index in mine], compute",
            "cache.missing([batch[index] for index in mine]), compute", "tests/test_reference_cache.py"),
     Mutant("the lock is not taken", LOCKS, "owned = lock_descriptor(descriptor, blocking=in_use is None)", "owned = True",
            OF_FAULTS + "test_storage.py -k second_run"),

@@ -27,19 +27,13 @@ from dpo_cli.console.reporter import Reporter
 from dpo_cli.data.batches import Layout, SplitByPairs, SplitByTokens
 from dpo_cli.data.tokens import TokenizedPair, token_ids
 from dpo_cli.errors import StoppedError
-from dpo_cli.models import reference_cache
+from dpo_cli.models import precompute
 from dpo_cli.models.adapters import attach_lora
 from dpo_cli.models.loading import model_fingerprint
 from dpo_cli.models.logps import MicroBatch, MicroBatcher, make_micro_batch
+from dpo_cli.models.precompute import FillOptions, complete
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, Reference
-from dpo_cli.models.reference_cache import (
-    CachedReference,
-    FillOptions,
-    ReferenceCache,
-    cache_key,
-    cache_path,
-    complete,
-)
+from dpo_cli.models.reference_cache import CachedReference, ReferenceCache, cache_key, cache_path
 from dpo_cli.storage import logps_file
 from dpo_cli.storage.cache_folder import clear_cache
 from dpo_cli.storage.logps_file import RECORD
@@ -462,14 +456,14 @@ def test_a_run_takes_the_values_it_began_with_before_those_of_the_cache(tmp_path
 def large(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Four pairs are many, the cache is empty. Hears how many batches each set of pairs has that is gone through."""
     clear_cache()
-    original, surveys = reference_cache.survey, list[int]()
+    original, surveys = precompute.survey, list[int]()
 
     def survey(cache: ReferenceCache, needed: Any, *more: Any) -> Any:
         surveys.append(len(needed))
         return original(cache, needed, *more)
 
     monkeypatch.setattr(build, "LARGE", 4)
-    monkeypatch.setattr(reference_cache, "survey", survey)
+    monkeypatch.setattr(precompute, "survey", survey)
     return surveys
 
 

@@ -33,15 +33,9 @@ from dpo_cli.models.loading import (
 from dpo_cli.models.logps import MicroBatcher
 from dpo_cli.models.memory import enough_tokens
 from dpo_cli.models.packing import remembered_layout
+from dpo_cli.models.precompute import FillOptions, complete
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, NoReference, Reference
-from dpo_cli.models.reference_cache import (
-    CachedReference,
-    FillOptions,
-    ReferenceCache,
-    cache_key,
-    cache_path,
-    complete,
-)
+from dpo_cli.models.reference_cache import CachedReference, ReferenceCache, cache_key, cache_path
 from dpo_cli.paths import user_path
 from dpo_cli.runs.manifest import settings_in
 from dpo_cli.runs.model_ref import (

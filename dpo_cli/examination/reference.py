@@ -21,15 +21,9 @@ from dpo_cli.models.loading import check_positions, find_model, load_model, mode
 from dpo_cli.models.logps import MicroBatcher
 from dpo_cli.models.memory import enough_tokens
 from dpo_cli.models.packing import remembered_layout
+from dpo_cli.models.precompute import FillOptions, complete
 from dpo_cli.models.reference import FrozenReference
-from dpo_cli.models.reference_cache import (
-    CachedReference,
-    FillOptions,
-    ReferenceCache,
-    cache_key,
-    cache_path,
-    complete,
-)
+from dpo_cli.models.reference_cache import CachedReference, ReferenceCache, cache_key, cache_path
 
 ALIKE = 0.1  # nats: the two responses are all but equally likely
 OVERLAPPING = 0.8  # a share of common tokens above which the responses are nearly the same text

@@ -37,17 +37,9 @@ from dpo_cli.models.loading import (
 from dpo_cli.models.logps import MicroBatcher, causal_model
 from dpo_cli.models.memory import Budget, give_memory_back, measure_budget, plan_memory
 from dpo_cli.models.packing import remembered_layout
+from dpo_cli.models.precompute import LARGE, FillOptions, complete, survey
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, NoReference, Reference, UnmovedPolicy
-from dpo_cli.models.reference_cache import (
-    LARGE,
-    CachedReference,
-    FillOptions,
-    ReferenceCache,
-    cache_key,
-    cache_path,
-    complete,
-    survey,
-)
+from dpo_cli.models.reference_cache import CachedReference, ReferenceCache, cache_key, cache_path
 from dpo_cli.objectives.objective import Objective
 from dpo_cli.objectives.table import make_objective
 from dpo_cli.paths import user_path
