@@ -54,11 +54,12 @@ from dpo_cli.models.reference_cache import CachedReference, ReferenceCache
 from dpo_cli.runs.checkpoint import checkpoints, save_policy, trained_weights
 from dpo_cli.runs.run_directory import RunDirectory
 from dpo_cli.trackers.trackers import Trackers
-from dpo_cli.training.build import build, complete_reference
+from dpo_cli.training.build import build
 from dpo_cli.training.memory_probe import probe_memory
 from dpo_cli.training.parts import Context, Learner, Material, Progress
 from dpo_cli.training.preflight import preflight
 from dpo_cli.training.records import Recorder
+from dpo_cli.training.reference_logps import complete_reference
 from dpo_cli.training.runner import forward_backward, train_step
 
 SAMPLE = Path(__file__).resolve().parents[1] / "dpo_cli" / "assets" / "sample" / "train.jsonl"

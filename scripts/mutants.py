@@ -25,6 +25,7 @@ ATTENTION, CACHE = "dpo_cli/models/attention.py", "dpo_cli/models/reference_cach
 LOGPS_FILE, PRECOMPUTE = "dpo_cli/storage/logps_file.py", "dpo_cli/models/precompute.py"
 RUNNER, SCORES = "dpo_cli/training/runner.py", "dpo_cli/evaluation/scores.py"
 BUILD, START = "dpo_cli/training/build.py", "dpo_cli/training/start.py"
+REFERENCE_LOGPS = "dpo_cli/training/reference_logps.py"
 RECORDS, PROBE = "dpo_cli/training/records.py", "dpo_cli/training/memory_probe.py"
 DURABLE, CHECKPOINT = "dpo_cli/storage/durable.py", "dpo_cli/runs/checkpoint.py"
 DIRECTORY, LINE_LOG = "dpo_cli/runs/run_directory.py", "dpo_cli/storage/line_log.py"
@@ -262,7 +263,7 @@ MUTANTS = [
            "tests/test_reference_cache.py"),
     Mutant("the best checkpoint is pruned", CHECKPOINT, " and (best is None or checkpoint != best[0]):", ":",
            "tests/test_reproduce.py"),
-    Mutant("reference values of another run", BUILD, "resumed and not cache.adopt(own)",
+    Mutant("reference values of another run", REFERENCE_LOGPS, "resumed and not cache.adopt(own)",
            "resumed and not own.exists()", OF_FAULTS + "test_storage.py -k another_run_left"),
     Mutant("reference values beside other pairs", PRECOMPUTE, "[batch[index] for index in mine], compute",
            "cache.missing([batch[index] for index in mine]), compute", "tests/test_reference_cache.py"),

@@ -37,7 +37,7 @@ from dpo_cli.models.reference_cache import CachedReference, ReferenceCache, cach
 from dpo_cli.storage import logps_file
 from dpo_cli.storage.cache_folder import clear_cache
 from dpo_cli.storage.logps_file import RECORD
-from dpo_cli.training import build
+from dpo_cli.training import reference_logps
 
 Command = Callable[..., Ended]
 BATCHER = MicroBatcher(CPU, Layout.PACKED_SEGMENTS, SplitByTokens(40, Layout.PACKED_SEGMENTS))
@@ -462,7 +462,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         surveys.append(len(needed))
         return original(cache, needed, *more)
 
-    monkeypatch.setattr(build, "LARGE", 4)
+    monkeypatch.setattr(reference_logps, "LARGE", 4)
     monkeypatch.setattr(precompute, "survey", survey)
     return surveys
 

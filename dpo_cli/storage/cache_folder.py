@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo_cli.console.reporter import Reporter
+from dpo_cli.console.text import plural, significant
 from dpo_cli.errors import ConfigError, DpoError
 from dpo_cli.paths import cache_dir
 from dpo_cli.storage.durable import remove_folder
@@ -72,6 +74,29 @@ def shrink(folder: Path, limit: float, keep: Collection[Path | None] = ()) -> li
             size -= entry.bytes
             dropped.append(entry)
     return dropped
+
+
+def make_room(kind: str, gib: float | None, key: str, reporter: Reporter, keep: Collection[Path | None]) -> None:
+    """Drop what was unused longest in a kind of cache, as far as it is above the limit of `gib` that `key` sets.
+
+    The reporter says what was dropped, and warns where what `keep` names takes more than the limit.
+    """
+    folder = cache_folder(kind)
+    if gib is None:
+        return
+    dropped = shrink(folder, gib * 2**30, keep)
+    if dropped:
+        freed = sum(entry.bytes for entry in dropped) / 2**30
+        reporter.say(
+            f"{folder}: dropped {plural(len(dropped), 'item')} that {'was' if len(dropped) == 1 else 'were'} unused "
+            f"longest, {significant(freed)} GiB ({key}={gib:g})"
+        )
+    left = sum(entry.bytes for entry in folder_files(folder)) / 2**30
+    if left > gib:
+        reporter.warn(
+            f"{folder}: this run needs {significant(left)} GiB, more than {key}={gib:g}; raise it, or "
+            "another run drops them"
+        )
 
 
 def _remove(path: Path) -> bool:

@@ -15,9 +15,9 @@ from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.models.dtype import wait_for
 from dpo_cli.models.generators import rng_states, set_rng_states
 from dpo_cli.models.memory import DoesNotFitError, alone_too_large, describe_peak_memory, make_room
-from dpo_cli.training.build import trained_batches
 from dpo_cli.training.optimizers import STATE_VALUES
 from dpo_cli.training.parts import Context, Learner, Material
+from dpo_cli.training.reference_logps import trained_batches
 
 T = TypeVar("T")
 FEW = 1024  # batches

@@ -33,12 +33,13 @@ from dpo_cli.runs.replay import determinism
 from dpo_cli.runs.run_directory import AS_BEGUN, RunDirectory, as_begun, config_changes, directory_of
 from dpo_cli.signals import StopSignals
 from dpo_cli.trackers.trackers import check_installed
-from dpo_cli.training.build import build, complete_reference, describe_source
+from dpo_cli.training.build import build
 from dpo_cli.training.header import show_header
 from dpo_cli.training.memory_probe import dry_run, probe_memory, until_it_fits
 from dpo_cli.training.parts import Context, Learner, Material, Progress
 from dpo_cli.training.preflight import preflight
 from dpo_cli.training.records import Recorder
+from dpo_cli.training.reference_logps import complete_reference, describe_source
 from dpo_cli.training.start import Start, find_start, open_records, say_what_differs, tracked
 
 
