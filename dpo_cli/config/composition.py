@@ -7,7 +7,7 @@ before the packaged one on Hydra's search path; a user's file (`--config`) becom
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,9 +257,7 @@ def _composed(config_name: str, overrides: list[Override], schema: type, own: Pa
 
 
 def _resolve_sources(data: dict[str, Any], choice: Composed) -> None:
-    """Give each source of a mixture all its options, so that a stored config needs no YAML: those of the YAML of its
-    name, under what `data` sets for every source, under what the source sets itself.
-    """  # fmt: skip
+    """Give each source of a mixture all its options, so that a stored config needs no YAML of a source."""
     sources, example = data.get("sources"), "data.sources={hh: 0.3, tulu3: 0.7}"
     if choice.choices.get("data") == "mixture" and not sources:
         raise ConfigError(f"data=mixture: name its sources with their weights, for instance '{example}'")
@@ -267,30 +265,39 @@ def _resolve_sources(data: dict[str, Any], choice: Composed) -> None:
         return
     names = [name for name in groups(choice.own)["data"] if name != "mixture"]
     default = _of_yaml("jsonl", None)
+    for_each = {option: data[option] for option in FOR_EACH if data[option] != default[option]}
     for name, given in sources.items():
         key, is_weight = f"data.sources.{name}", isinstance(given, int | float) and not isinstance(given, bool)
         if not is_weight and not isinstance(given, dict):
             raise FieldError(key, given, "must be a weight, or options such as {train: pairs.jsonl, weight: 0.5}")
         own = {"weight": given} if is_weight else dict(given)
-        chosen = own.pop("data", name if name in names or "train" not in own else "jsonl")
-        if chosen not in names:
-            of_files = "; for files write {train: pairs.jsonl, weight: 0.5}"
-            raise ConfigError(
-                f"{key}: no data set is named {safe_text(chosen, 60)}{did_you_mean(str(chosen), names)}{of_files} "
-                f"(choices: {', '.join(names)})"
-            )
-        options = _of_yaml(str(chosen), choice.own)
-        if options["sources"]:
-            raise ConfigError(f"{key}: {chosen} is a mixture itself; name its sources here")
-        for option in FOR_EACH:
-            if data[option] != default[option]:
-                options[option] = data[option]
-        for option, value in own.items():
-            both = isinstance(value, dict) and isinstance(options.get(option), dict)
-            options[option] = {**options[option], **value} if both else value
-        foreign = (*OF_WHOLE, *MIXTURE)
-        kept = {option: value for option, value in options.items() if option not in foreign or option in own}
-        sources[name] = {"weight": None, "pairs": None, **kept}
+        chosen = str(own.pop("data", name if name in names or "train" not in own else "jsonl"))
+        sources[name] = _options_of_source(_of_data_set(key, chosen, names, choice.own), for_each, own)
+
+
+def _of_data_set(key: str, name: str, names: Sequence[str], own: Path | None) -> dict[str, Any]:
+    """The options of the YAML that a source is read with; ConfigError where there is none, or a mixture."""
+    if name not in names:
+        of_files = "; for files write {train: pairs.jsonl, weight: 0.5}"
+        raise ConfigError(
+            f"{key}: no data set is named {safe_text(name, 60)}{did_you_mean(name, names)}{of_files} "
+            f"(choices: {', '.join(names)})"
+        )
+    options = _of_yaml(name, own)
+    if options["sources"]:
+        raise ConfigError(f"{key}: {name} is a mixture itself; name its sources here")
+    return options
+
+
+def _options_of_source(of_yaml: dict[str, Any], for_each: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The options of one source: those of its YAML, over them what `data` sets for each source, over them its own."""
+    options = {**of_yaml, **for_each}
+    for option, value in own.items():
+        both = isinstance(value, dict) and isinstance(options.get(option), dict)
+        options[option] = {**options[option], **value} if both else value
+    foreign = (*OF_WHOLE, *MIXTURE)
+    kept = {option: value for option, value in options.items() if option not in foreign or option in own}
+    return {"weight": None, "pairs": None, **kept}
 
 
 def _of_yaml(name: str, own: Path | None) -> dict[str, Any]:

@@ -65,7 +65,7 @@ OF_WHOLE = (
 )  # fmt: skip
 # `data.` sets them for all sources.
 FOR_EACH = ("eval_fraction", "ties", "soft_labels", "limit", "eval_limit", "on_bad_row", "max_bad_fraction")
-OF_ROWS = ("subset", "eval_split", "columns", "preferred", "tied", "roles")  # how the rows of one source are read
+OF_SOURCE = ("subset", "eval_split", "columns", "preferred", "tied", "roles")  # how the rows of one source are read
 MIXTURE = ("sources", "stop")
 # Names of sources and held-out sets stand behind a metric's: rewards/margins/hh. These stand there already.
 METRIC_ENDINGS = (
@@ -193,7 +193,7 @@ class DataConfig:
         if not self.sources:
             return
         _require(self.train is None, "data.train", self.train, "leave it out: data.sources names what is trained on")
-        for key in OF_ROWS if self.eval is None else ():
+        for key in OF_SOURCE if self.eval is None else ():
             why = f"each source of a mixture has its own: data.sources.NAME.{key}"
             _require(not getattr(self, key), f"data.{key}", getattr(self, key), why)
         kinds = set()
