@@ -1,7 +1,7 @@
 """dpo-data run=RUN: which labels of a run's training data are probably wrong, by cross-fitting with the run's config.
 
-The rows are parted into folds by prompt. For each fold a policy is trained on the others as the run was, and the fold's
-pairs are scored by it: so no margin is of a pair that its policy has seen.
+The rows are split into folds by prompt. For each fold a policy is trained on the others as the run was, and scores the
+fold's pairs: no policy has seen a pair that it scores.
 """
 
 import json
@@ -34,7 +34,7 @@ SHOWN = 5  # on the console
 def find_suspects(config: ExamineConfig, reporter: Reporter) -> Path:
     """Train and score every fold; returns the folder of suspects.jsonl and suspects.json.
 
-    What is finished of an earlier call is taken from its folder. A DpoError of a fold's training ends the whole.
+    An earlier call that was stopped is continued. A DpoError of a fold's training ends the command.
     """
     assert config.run is not None
     run = user_path(config.run, CheckpointError, "run")
@@ -46,31 +46,16 @@ def find_suspects(config: ExamineConfig, reporter: Reporter) -> Path:
         folder = user_path(config.output_dir, StorageError, "output_dir")
     which, _ = sources_of(earlier.data)
     places = _write_folds(earlier, which, folder, config.folds)
-    pairs = []
-    for fold in range(config.folds):
-        reporter.say(f"fold {fold + 1} of {config.folds}: train on the other rows, score {len(places[fold]):,} rows")
-        reporter.say()
-        of_run = Reporter()  # whose log is that of the fold's run
-        try:
-            trained = train(_of_fold(earlier, folder, fold), of_run)
-        finally:
-            of_run.close()
-        options: dict[str, Any] = {"checkpoint": str(trained), "name": "fold", "device": earlier.device}
-        scored = evaluate(config_of(composed("eval", [], EvalConfig).container | options, EvalConfig), [], reporter)
-        for line in (scored / "pairs.jsonl").read_text(encoding="utf-8").splitlines():
-            pair = json.loads(line)
-            if pair["margin"] is not None:
-                pairs.append({**pair, "index": places[fold][pair["index"]]})
+    pairs = [
+        pair
+        for fold, indices in enumerate(places)
+        for pair in _score_fold(earlier, folder, fold, indices, len(places), reporter)
+    ]
     if len(pairs) < FEWEST:
         raise DataError(f"{name_of(which.name)}: {plural(len(pairs), 'pair')} could be scored; {FEWEST} are needed")
     groups = [int(pair["prompt"], 16) for pair in pairs]
     noise = label_noise([pair["margin"] for pair in pairs], groups, config.seed)
-    found = sorted(zip(noise.probabilities.tolist(), pairs, strict=True), key=lambda one: (-one[0], one[1]["index"]))
-    suspects = [
-        {"index": pair["index"], "margin": pair["margin"], "probability": probability, "key": pair["key"]}
-        for probability, pair in found
-        if probability > SUSPECT
-    ]
+    suspects = _suspects(pairs, noise.probabilities.tolist())
     _add_excerpts(suspects, earlier, which)
     smoothing = round(noise.share.mean, 2) if noise.share.low > 0 else 0.0
     facts = {
@@ -81,19 +66,14 @@ def find_suspects(config: ExamineConfig, reporter: Reporter) -> Path:
         "wrong_labels": estimate_facts(noise.share),
         "label_smoothing": smoothing,
     }
-    lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in suspects)
-    files = {"suspects.jsonl": lines, "suspects.json": json.dumps(facts, indent=1) + "\n"}
-    try:
-        write_together({folder / name: text.encode("utf-8", "backslashreplace") for name, text in files.items()})
-    except OSError as error:
-        raise StorageError(f"{safe_text(folder)}: the suspects cannot be written ({error.strerror})") from None
-    share = f"{significant(noise.share.mean, 2)} ({interval(noise.share.low, noise.share.high, 2)})"
+    _write(folder, suspects, facts)
     reporter.say()
     for one in suspects[:SHOWN]:
         reporter.say(
             f"row {one['index'] + 1}, wrong with probability {one['probability']:.2f}, margin {one['margin']:+.2f}"
         )
         reporter.say(f"    {' | '.join(safe_text(one[name], 60) for name in ('prompt', 'chosen', 'rejected'))}")
+    share = f"{significant(noise.share.mean, 2)} ({interval(noise.share.low, noise.share.high, 2)})"
     step = f"loss.label_smoothing={smoothing}" if smoothing else "none is needed: the interval reaches 0"
     reporter.facts(
         [
@@ -105,8 +85,47 @@ def find_suspects(config: ExamineConfig, reporter: Reporter) -> Path:
     return folder
 
 
+def _score_fold(
+    run: RunConfig, folder: Path, fold: int, indices: list[int], folds: int, reporter: Reporter
+) -> list[dict[str, Any]]:
+    """Train on the rows of the other folds; the scored pairs of this one, with the indices of their rows in the source.
+
+    Pairs whose score is not finite are left out.
+    """
+    reporter.say(f"fold {fold + 1} of {folds}: train on the other rows, score {len(indices):,} rows")
+    reporter.say()
+    of_run = Reporter()  # whose log is that of the fold's run
+    try:
+        trained = train(_of_fold(run, folder, fold), of_run)
+    finally:
+        of_run.close()
+    options: dict[str, Any] = {"checkpoint": str(trained), "name": "fold", "device": run.device}
+    scored = evaluate(config_of(composed("eval", [], EvalConfig).container | options, EvalConfig), [], reporter)
+    pairs = map(json.loads, (scored / "pairs.jsonl").read_text(encoding="utf-8").splitlines())
+    return [{**pair, "index": indices[pair["index"]]} for pair in pairs if pair["margin"] is not None]
+
+
+def _suspects(pairs: list[dict[str, Any]], probabilities: list[float]) -> list[dict[str, Any]]:
+    """The pairs whose label is probably wrong, the most probable first."""
+    found = sorted(zip(probabilities, pairs, strict=True), key=lambda one: (-one[0], one[1]["index"]))
+    return [
+        {"index": pair["index"], "margin": pair["margin"], "probability": probability, "key": pair["key"]}
+        for probability, pair in found
+        if probability > SUSPECT
+    ]
+
+
+def _write(folder: Path, suspects: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in suspects)
+    files = {"suspects.jsonl": lines, "suspects.json": json.dumps(facts, indent=1) + "\n"}
+    try:
+        write_together({folder / name: text.encode("utf-8", "backslashreplace") for name, text in files.items()})
+    except OSError as error:
+        raise StorageError(f"{safe_text(folder)}: the suspects cannot be written ({error.strerror})") from None
+
+
 def _of_fold(run: RunConfig, folder: Path, fold: int) -> RunConfig:
-    """The run's config for one fold; a fold that was begun is resumed."""
+    """The run's config for one fold; a fold that was started is resumed."""
     data = replace(
         run.data,
         train=str(folder / f"others-{fold + 1}.jsonl"),
