@@ -16,11 +16,10 @@ from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import interval, plural, safe_text, significant
 from dpo_cli.data.files import name_of
 from dpo_cli.data.groups import prompt_group
-from dpo_cli.data.mapping import RowMapping
 from dpo_cli.data.prepare import content_key
 from dpo_cli.errors import CheckpointError, ConfigError, DataError, StorageError
 from dpo_cli.examination.label_noise import label_noise
-from dpo_cli.examination.reading import SourceName, read_row, rows_of, sources_of
+from dpo_cli.examination.reading import SourceName, rows_with_pairs, sources_of
 from dpo_cli.examination.report import estimate_facts, excerpts
 from dpo_cli.paths import user_path
 from dpo_cli.storage.durable import whole_file, write_together
@@ -144,15 +143,13 @@ def _of_fold(run: RunConfig, folder: Path, fold: int) -> RunConfig:
 
 def _write_folds(run: RunConfig, which: SourceName, folder: Path, folds: int) -> list[list[int]]:
     """The rows of each fold and those of the others, as files; of each fold the index of each row in the source."""
-    mapping = RowMapping.of(run.data)
     places: list[list[int]] = [[] for _ in range(folds)]
     rows: list[tuple[int, bytes]] = []
-    for row in rows_of(run.data, which):
-        read = read_row(row, run.data, mapping)
+    for read in rows_with_pairs(run.data, which):
         if read.pairs:
             fold = prompt_group(read.pairs[0].prompt) % folds
-            places[fold].append(row.index)
-            line = json.dumps(row.value, ensure_ascii=False, default=str) + "\n"
+            places[fold].append(read.row.index)
+            line = json.dumps(read.row.value, ensure_ascii=False, default=str) + "\n"
             rows.append((fold, line.encode("utf-8", "backslashreplace")))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,12 +165,10 @@ def _write_folds(run: RunConfig, which: SourceName, folder: Path, folds: int) ->
 
 def _add_excerpts(suspects: list[dict[str, Any]], run: RunConfig, which: SourceName) -> None:
     """Where each suspect stands, and the beginning of its texts."""
-    mapping = RowMapping.of(run.data)
     wanted: dict[int, list[dict[str, Any]]] = {}
     for one in suspects:
         wanted.setdefault(one["index"], []).append(one)
-    for row in rows_of(run.data, which) if wanted else ():
-        for one in wanted.get(row.index, []):
-            pairs = read_row(row, run.data, mapping).pairs
-            pair = next((pair for pair in pairs if content_key(pair) == one["key"]), pairs[0])
-            one |= {"location": row.location, **excerpts(pair)}
+    for read in rows_with_pairs(run.data, which, wanted) if wanted else ():
+        for one in wanted[read.row.index]:
+            pair = next((pair for pair in read.pairs if content_key(pair) == one["key"]), read.pairs[0])
+            one |= {"location": read.row.location, **excerpts(pair)}

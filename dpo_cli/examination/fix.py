@@ -1,4 +1,4 @@
-"""fix=: the rows that are worth training on, as they were, and a list of the others with the reason of each."""
+"""fix=: writes the rows that are worth training on, unchanged, and a list of the others with the reason of each."""
 
 import json
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def reasons_of_rows(side: Side) -> dict[int, str]:
 
 def write_fixed(side: Side, config: DataConfig, path: Path) -> tuple[int, int]:
     """Write both files, whole; how many rows are kept and dropped. StorageError where they cannot be written."""
-    reasons = reasons_of_rows(side)
+    reasons, mapping = reasons_of_rows(side), RowMapping.of(config)
 
     def lines(dropped: bool) -> Iterator[bytes]:
         for row in rows_of(config, side.which):
@@ -52,7 +52,7 @@ def write_fixed(side: Side, config: DataConfig, path: Path) -> tuple[int, int]:
             if (reason is not None) is dropped:
                 change = {"index": row.index, "location": row.location, "reason": reason}
                 if reason == "bad_row":
-                    change["problem"] = read_row(row, config, RowMapping.of(config)).problem
+                    change["problem"] = read_row(row, config, mapping).problem
                 content = change if dropped else row.value
                 yield (json.dumps(content, ensure_ascii=False, default=str) + "\n").encode("utf-8", "backslashreplace")
 

@@ -1,12 +1,12 @@
 """One pass over a source: what becomes of each pair, in columns of numbers, and a sample of pairs as text.
 
-Texts are not kept, but for the sample. Whoever needs the text of a row again reads the source again (`rows_of`).
+Only the sample keeps texts. What needs the text of another row reads the source again (`rows_with_pairs`).
 """
 
 import random
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -97,6 +97,12 @@ def read_row(row: SourceRow, config: DataConfig, mapping: RowMapping) -> ReadRow
         return ReadRow(row, (), safe_text(error, limit=300), "")
 
 
+def rows_with_pairs(config: DataConfig, which: SourceName, wanted: Container[int] | None = None) -> Iterator[ReadRow]:
+    """Every row with its pairs, or those with the `wanted` indices; one that cannot be read comes with its problem."""
+    mapping = RowMapping.of(config)
+    return (read_row(row, config, mapping) for row in rows_of(config, which) if wanted is None or row.index in wanted)
+
+
 @dataclass
 class Side:
     """The pairs of the training or the held-out source. N pairs, in the order of the file."""
@@ -108,9 +114,9 @@ class Side:
     indices: "array[int]" = field(default_factory=lambda: array("q"))  # (N,) row of each pair
     hashes: "array[int]" = field(default_factory=lambda: array("Q"))  # (N,) of prompt and the set of responses
     groups: "array[int]" = field(default_factory=lambda: array("Q"))  # (N,) of the prompt
-    ordered: "array[int]" = field(default_factory=lambda: array("b"))  # (N,) 1: chosen stands before rejected by text
+    ordered: "array[int]" = field(default_factory=lambda: array("b"))  # (N,) 1: chosen sorts before rejected
     reasons: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, np.int8))  # (N,) index in OF_PAIRS, or KEPT
-    near: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # (N,) near-duplicate of, or -1
+    near: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # (N,) similar earlier pair, or -1
     sources: Counter[str] = field(default_factory=Counter)  # pairs by where they are from
     sources_of_sample: dict[int, str] = field(default_factory=dict)  # position -> source
     sample: list[SampledPair] = field(default_factory=list)  # of the pairs that are kept, in order
@@ -142,8 +148,7 @@ def read_side(config: DataConfig, which: SourceName, sampled: int | None, seed: 
     drawn = random.Random(seed)
     usable = 0
     parts: list[Signatures] = []
-    mapping = RowMapping.of(config)
-    reader = (read_row(row, config, mapping) for row in rows_of(config, which))
+    reader = rows_with_pairs(config, which)
     for chunk in iter(lambda: list(islice(reader, CHUNK)), []):
         poll()
         texts = []
@@ -195,7 +200,10 @@ def _draw(side: Side, one: SampledPair, source: str, seen: int, sampled: int | N
 
 
 def compare(train: Side, held_out: Side | None) -> None:
-    """Look for duplicates, contradictions and near-duplicates within each side, and for leaks between them."""
+    """Find duplicates and contradictions within each side, near-duplicates in both, and leaks between them.
+
+    Changes `reasons`, `near` and `sample` of the sides.
+    """
     sides = [train] if held_out is None else [train, held_out]
     for side in sides:
         _look_within(side)

@@ -1,6 +1,7 @@
 """report.json of an examination: every number that the console and the page show. `report_schema.json` describes it."""
 
 import math
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,8 @@ import numpy as np
 from dpo_cli.config.schema import DataConfig
 from dpo_cli.console.text import safe_text
 from dpo_cli.data.formats import PreferencePair
-from dpo_cli.data.mapping import RowMapping
 from dpo_cli.examination.lengths import Tokens, cost_of, histogram, lengths_tried, quantiles
-from dpo_cli.examination.reading import OF_PAIRS, OF_TOKENS, Side, read_row, rows_of
+from dpo_cli.examination.reading import OF_PAIRS, OF_TOKENS, Side, rows_with_pairs
 from dpo_cli.examination.words import Words
 from dpo_cli.theory.statistics import Clusters, Estimate
 
@@ -53,15 +53,11 @@ def _examples(side: Side, wanted: dict[str, list[int]], config: DataConfig) -> d
     """Row and excerpt of the wanted rows, by reason; the source is read again, as far as the last of them."""
     rows = {index for indices in wanted.values() for index in indices}
     found: dict[int, Facts] = {}
-    for row in rows_of(config, side.which) if rows else ():
-        if row.index in rows:
-            read = read_row(row, config, RowMapping.of(config))
-            place = {"index": row.index, "location": safe_text(row.location)}
-            found[row.index] = place | (
-                {"problem": read.problem} if read.problem is not None else excerpts(read.pairs[0])
-            )
-            if len(found) == len(rows):
-                break
+    for read in islice(rows_with_pairs(config, side.which, rows), len(rows)):
+        place = {"index": read.row.index, "location": safe_text(read.row.location)}
+        found[read.row.index] = place | (
+            {"problem": read.problem} if read.problem is not None else excerpts(read.pairs[0])
+        )
     return {reason: [found[index] for index in indices if index in found] for reason, indices in wanted.items()}
 
 
