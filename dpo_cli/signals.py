@@ -17,7 +17,7 @@ def known_signals(*names: str) -> tuple[signal.Signals, ...]:
 class StopSignals:
     """While entered, SIGTERM, SIGUSR1 and Ctrl-C are noted; `poll` raises where it is safe to stop.
 
-    A safe point may never come: a stranger's chat template can loop for ever. A SIGTERM or Ctrl-C after a first
+    A safe point may never come: an untrusted chat template can loop for ever. A SIGTERM or Ctrl-C after a first
     signal exits at once, with the exit code of the first one. After `protect_saving` only a second Ctrl-C does.
     """
 

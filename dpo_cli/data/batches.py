@@ -37,9 +37,9 @@ def _generator(seed: int, epoch: int) -> np.random.Philox:
 
 
 def epoch_blocks(pairs: int, seed: int, epoch: int, shuffle: bool) -> Iterator[Order]:
-    """The same order in blocks of some BLOCK pairs, so that ten million of them are never sorted at once.
+    """`epoch_order` in blocks of about BLOCK pairs, (block,) each: ten million pairs are never sorted at once.
 
-    Each block is what lies between two bounds of the random numbers, which are drawn again for it.
+    A block holds the pairs whose random numbers lie between two bounds. The numbers are made again for each block.
     """
     if not shuffle:
         yield from (np.arange(start, min(start + BLOCK, pairs)) for start in range(0, pairs, BLOCK))

@@ -88,7 +88,7 @@ class HeldOut:
     report: Report
     source: Source
     config: DataConfig
-    by_hash: bool
+    by_hash: bool  # split off from training rows, not named by data.eval
 
 
 @dataclass(frozen=True)

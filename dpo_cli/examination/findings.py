@@ -1,14 +1,14 @@
-"""What to do about it: the worst findings of an examination, each with the next step."""
+"""The worst findings of an examination, each with the next step."""
 
 import shlex
 from dataclasses import dataclass
 from typing import Any
 
 from dpo_cli.console.text import plural, significant
+from dpo_cli.examination.reading import OF_PAIRS
 
 CUT = 0.02  # a share of responses that are cut above which it is a finding
 BIASED = 0.55  # a share of labels above which length or words count as giving them away
-MENDED = ("bad_row", "tie", "empty_response", "identical", "contradictory", "duplicate", "leaked")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ def findings(report: dict[str, Any], fixed: str | None) -> list[Finding]:
     train = report["train"]
     dropped, tokens, bias = train["dropped"], report["tokens"], report["bias"]
     found: list[Finding] = []
-    mended = {reason: dropped[reason] for reason in MENDED if dropped.get(reason)}
+    mended = {reason: dropped[reason] for reason in ("bad_row", *OF_PAIRS) if dropped.get(reason)}
     if mended:
         listed = ", ".join(f"{reason} {number:,}" for reason, number in mended.items())
         words = report["data"]["overrides"]

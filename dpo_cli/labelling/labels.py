@@ -14,7 +14,8 @@ class LabelledPair:
     prompt: Any  # as in the file of samples: text, or a list of messages
     chosen: str
     rejected: str
-    probability: float  # that `chosen` is better: sigmoid(reward_chosen - reward_rejected); of a sampled label any
+    # That `chosen` is better: sigmoid(reward_chosen - reward_rejected). A sampled label may have one below 1/2.
+    probability: float
     reward_chosen: float  # in nats
     reward_rejected: float
     by: str  # the kind of judge: human, reward, implicit, rule

@@ -158,7 +158,7 @@ class ReferenceCache:
 
     @property
     def damaged(self) -> int:
-        """Records that were passed over so far."""
+        """Damaged records that were found so far."""
         return self._damaged + sum(len(part.damaged) for part in self._parts)
 
     @property
@@ -168,7 +168,7 @@ class ReferenceCache:
         return f"{size / 2**20:.1f} MB" if size >= 2**20 else f"{size / 2**10:.1f} kB"
 
     def find(self, keys: Sequence[bytes]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """The values of responses and which are known, both (N,)."""
+        """The log-probs of responses, in nats, 0 for unknown ones; which are known. Both (N,)."""
         recent = [self._recent.get(key) for key in keys]
         values = np.array([0.0 if logp is None else logp for logp in recent], dtype=np.float32)
         found = np.array([logp is not None for logp in recent], dtype=np.bool_)
@@ -213,9 +213,9 @@ class ReferenceCache:
             self.trouble = f"{path}: cannot be written ({error.strerror}); its log-probs stay in memory"
 
     def _merge(self, tail: Records | None = None) -> None:
-        """Sort what is unsorted: into the file, or in memory where it cannot be written. What is known stays as it is.
+        """Sort what is unsorted: into the file, or in memory where it cannot be written. Known values do not change.
 
-        `tail` is that of the file where it has not been read.
+        `tail` is that of the file where it has not been read yet.
         """
         recent = make_records(list(self._recent), list(self._recent.values()))
         ours = [self._sorted.records, recent]  # before others': a value that this process has used must not change
@@ -265,7 +265,7 @@ class ReferenceCache:
         return any(part.covers == name for part in self._adopted)
 
     def list_path(self, name: bytes) -> Path | None:
-        """Where a copy of the log-probs of a set of responses lies, which spares going through them."""
+        """Where the cache keeps a copy for the set of responses of that name: a run with it looks none of them up."""
         return self.path.with_name(f"{self.path.stem}-{name.hex()}.logps") if self.path is not None else None
 
     def write(self, path: Path, batches: "Batches", covers: bytes, poll: Callable[[], None] = lambda: None) -> None:
@@ -288,7 +288,7 @@ class ReferenceCache:
         yield make_records(keys, self.logps(keys))
 
     def copy(self, source: Path, target: Path) -> None:
-        """Have a file that `write` has made at another place too; StorageError where that fails."""
+        """Put a file that `write` has made at a second place, too; StorageError where that fails."""
         try:
             link_or_copy(source, target)
         except OSError as error:

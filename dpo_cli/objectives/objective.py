@@ -91,7 +91,7 @@ class Objective(ABC):
         """Losses and metrics of each unit."""
 
     def check_soft_labels(self, location: str) -> None:  # noqa: B027 - most losses take them
-        """DataError where the row at `location` has a soft label and the loss takes none; "" where no row has one."""
+        """DataError where the loss takes no soft labels: `location` is the first row with one, or empty."""
 
     @property
     def start_loss(self) -> float:

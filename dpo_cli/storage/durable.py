@@ -56,7 +56,7 @@ def write_together(files: Mapping[Path, bytes], shared: bool = False) -> None:
 
 @contextmanager
 def whole_file(path: Path, shared: bool = True) -> Iterator[BinaryIO]:
-    """A file to write into, piece by piece, that appears under its name when it is whole; an error leaves none."""
+    """A file to write into, piece by piece; it appears under its name once it is whole, and not after an error."""
     beside = path.with_name(f"{UNFINISHED}{path.name}" + (f"-{os.getpid()}" if shared else ""))
     try:
         with open(beside, "w+b", opener=lambda name, flags: os.open(name, flags | SAFELY, 0o666)) as file:
@@ -77,7 +77,7 @@ def write_stream(path: Path, write: Callable[[BinaryIO], T], shared: bool = Fals
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file that is never changed a second name; where the disk cannot do that, copy it."""
+    """Link `target` to a file that never changes; copy it where the disk has no hard links. OSError where both fail."""
     beside = target.with_name(f"{UNFINISHED}{target.name}")
     beside.unlink(missing_ok=True)
     try:
@@ -109,7 +109,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def make_once(target: Path, write: Callable[[Path], None]) -> None:
-    """As `write_folder`, where there is no such folder yet, also if another process makes the same one meanwhile."""
+    """Do `write_folder` unless the folder exists; another process may make the same one meanwhile."""
     if not target.is_dir():
         try:
             write_folder(target, write)

@@ -58,7 +58,7 @@ def checks(records: Records) -> NDArray[np.uint32]:
 
 
 def undamaged(records: Records) -> NDArray[np.bool_]:
-    """Of which records the checksum holds, (N,)."""
+    """Whose checksum is right, (N,)."""
     return checks(records) == records["check"]
 
 
@@ -79,11 +79,11 @@ class SortedRecords:
 
     @property
     def name(self) -> tuple[int, int]:
-        """Two of the same name hold the same."""
+        """Number of records and CRC: two with the same name have the same content."""
         return len(self), self.crc
 
     def find(self, words: NDArray[np.uint64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """The values of keys (N, 2), and which of them are known, both (N,)."""
+        """The log-probs of keys (N, 2), in nats, 0 for unknown ones; which keys are known. Both (N,)."""
         values, found = np.zeros(len(words), dtype=np.float32), np.zeros(len(words), dtype=np.bool_)
         if not len(self):
             return values, found
@@ -116,7 +116,7 @@ class SortedRecords:
         return int(first.searchsorted(word))
 
     def is_whole(self) -> bool:
-        """Whether the content is what was once written."""
+        """Whether the content still has the CRC that it was written with."""
         crc = 0
         for block in blocks_of(self.records):
             crc = zlib.crc32(block.view(np.uint8).data, crc)
@@ -276,6 +276,6 @@ def opened_in_place(path: Path) -> Iterator[int]:
 
 
 def sweep_unfinished(path: Path) -> None:
-    """Remove what a killed process has left of a merge. Only who has the file alone may call it."""
+    """Remove what a killed process has left of a merge. The caller holds the lock of `path`."""
     for left in path.parent.glob(f"{UNFINISHED}{path.name}-*"):
         left.unlink(missing_ok=True)
