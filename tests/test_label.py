@@ -215,8 +215,8 @@ def test_a_response_of_finish_reason_length_is_judged_as_generated_and_trained_o
     judged = sorted(cut.values(), reverse=True)
     assert [line["reward_chosen"], line["reward_rejected"]] == pytest.approx(judged, abs=1e-5)
     for objective, words in (("dpo", "left without a closing EOS"), ("reward", "closed all the same")):
-        dials = [*tiny_words(labels, tmp_path / objective), "data.eval_fraction=0", "max_steps=1", "batch_size=1"]
-        ended = command("dpo-train", *dials, *(["objective=reward"] if objective == "reward" else []))
+        overrides = [*tiny_words(labels, tmp_path / objective), "data.eval_fraction=0", "max_steps=1", "batch_size=1"]
+        ended = command("dpo-train", *overrides, *(["objective=reward"] if objective == "reward" else []))
         assert ended.code == 0, ended.err
         assert f"1 response with finish_reason length: {words}" in " ".join(ended.out.split())
 
@@ -317,7 +317,7 @@ def test_a_file_of_labels_trains(command: Command, tmp_path: Path) -> None:
 # Pairs
 
 
-def dials(**changes: Any) -> LabelConfig:
+def label_config(**changes: Any) -> LabelConfig:
     words = ["samples=x", "by=rule", "rule=shorter", *(f"{key}={value}" for key, value in changes.items())]
     return config_of(composed("label", parse_overrides(words), LabelConfig).container, LabelConfig)
 
@@ -327,7 +327,7 @@ def sample(number: int, texts: list[str]) -> Sample:
 
 
 def paired(samples: list[Sample], rewards: list[list[float]], **changes: Any) -> list[LabelledPair]:
-    return list(pairs_of_rewards(samples, rewards, dials(**changes), "judge").pairs)
+    return list(pairs_of_rewards(samples, rewards, label_config(**changes), "judge").pairs)
 
 
 def test_three_answers_make_three_pairs_or_the_best_against_the_worst() -> None:

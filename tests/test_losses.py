@@ -93,8 +93,8 @@ def test_each_loss_has_its_own_gradient_weight(name: str) -> None:
 
 def test_the_gradient_weight_of_every_loss_is_half_at_the_start_and_leaves_no_gradient_behind() -> None:
     start = LogRatios(torch.zeros(3), torch.zeros(3), GOLDEN.chosen_tokens, GOLDEN.rejected_tokens)
-    for name, dials, _ in FAMILY:
-        loss = make_loss(name, BETA, **dials).loss
+    for name, hyperparameters, _ in FAMILY:
+        loss = make_loss(name, BETA, **hyperparameters).loss
         with torch.no_grad():
             weights = gradient_weight(loss, start)
         assert weights.tolist() == [0.5, 0.5, 0.5] and not weights.requires_grad
@@ -149,21 +149,27 @@ FAMILY = [
 ]
 
 
-@pytest.mark.parametrize(("name", "dials", "expected"), FAMILY)
-def test_every_loss_gives_its_golden_numbers(name: str, dials: dict[str, float], expected: list[float]) -> None:
-    assert make_loss(name, BETA, **dials)(POLICY, GOLDEN).tolist() == pytest.approx(expected, rel=2e-5, abs=2e-6)
+@pytest.mark.parametrize(("name", "hyperparameters", "expected"), FAMILY)
+def test_every_loss_gives_its_golden_numbers(
+    name: str, hyperparameters: dict[str, float], expected: list[float]
+) -> None:
+    assert make_loss(name, BETA, **hyperparameters)(POLICY, GOLDEN).tolist() == pytest.approx(
+        expected, rel=2e-5, abs=2e-6
+    )
 
 
 def test_the_table_of_dials_in_the_config_is_that_of_the_functions() -> None:
-    assert {name: set(dials) for name, dials in LOSS_OPTIONS.items()} == {name: loss_options(name) for name in LOSSES}
+    assert {name: set(hyperparameters) for name, hyperparameters in LOSS_OPTIONS.items()} == {
+        name: loss_options(name) for name in LOSSES
+    }
     assert {name for name, _, _ in FAMILY} == set(LOSSES)
 
 
-@pytest.mark.parametrize(("name", "dials", "expected"), FAMILY)
+@pytest.mark.parametrize(("name", "hyperparameters", "expected"), FAMILY)
 def test_autograd_of_every_loss_agrees_with_finite_differences(
-    name: str, dials: dict[str, float], expected: list[float]
+    name: str, hyperparameters: dict[str, float], expected: list[float]
 ) -> None:
-    preference = make_loss(name, BETA, **dials)
+    preference = make_loss(name, BETA, **hyperparameters)
     tokens = (GOLDEN.chosen_tokens, GOLDEN.rejected_tokens)
     chosen = torch.tensor([0.3, -1.1, 2.0], dtype=torch.float64, requires_grad=True)
     rejected = torch.tensor([-0.2, 0.4, -1.3], dtype=torch.float64, requires_grad=True)
@@ -174,13 +180,13 @@ def test_autograd_of_every_loss_agrees_with_finite_differences(
     assert torch.autograd.gradcheck(loss, (chosen, rejected), eps=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "dials", "expected"), FAMILY)
+@pytest.mark.parametrize(("name", "hyperparameters", "expected"), FAMILY)
 def test_at_the_start_every_loss_pulls_chosen_above_rejected(
-    name: str, dials: dict[str, float], expected: list[float]
+    name: str, hyperparameters: dict[str, float], expected: list[float]
 ) -> None:
     chosen, rejected = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
     ratios = LogRatios(chosen, rejected, torch.tensor([4]), torch.tensor([4]))
-    make_loss(name, BETA, **dials)(POLICY, ratios).sum().backward()
+    make_loss(name, BETA, **hyperparameters)(POLICY, ratios).sum().backward()
     assert chosen.grad is not None and rejected.grad is not None
     # A step against the gradient moves d = c - r by grad_r - grad_c, which must be up.
     pull = float(rejected.grad - chosen.grad)

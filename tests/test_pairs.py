@@ -31,7 +31,7 @@ from dpo_cli.errors import DataError
 Load = Callable[..., PairData]
 
 
-def dials(*words: str) -> DataConfig:
+def data_options(*words: str) -> DataConfig:
     return run_config(composed("train", parse_overrides(["data=jsonl", *words]), RunConfig).container).data
 
 
@@ -40,7 +40,7 @@ def load(tiny_tokenizer: Any, tmp_path: Path) -> Load:
     def run(rows: list[Any], *words: str, seed: int = 0) -> PairData:
         path = write_jsonl(tmp_path / "rows.jsonl", rows)
         words = ("data.template=plain", "data.eval_fraction=0", *words)
-        return load_pairs(dials(f"data.train={path}", *words), PairEncoder(tiny_tokenizer, "plain"), seed)
+        return load_pairs(data_options(f"data.train={path}", *words), PairEncoder(tiny_tokenizer, "plain"), seed)
 
     return run
 
@@ -196,7 +196,7 @@ def test_the_fingerprint_changes_with_any_token(load: Load) -> None:
 
 def test_hub_data_that_cannot_be_reached_says_what_to_do(tiny_tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"Anthropic/hh-rlhf \(split train\): cannot be loaded from the hub"):
-        load_pairs(dials("data.train=Anthropic/hh-rlhf"), PairEncoder(tiny_tokenizer, "plain"), 0)
+        load_pairs(data_options("data.train=Anthropic/hh-rlhf"), PairEncoder(tiny_tokenizer, "plain"), 0)
 
 
 # Order and cutting

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from conftest import sample_rows, write_jsonl
-from test_pairs import dials
+from test_pairs import data_options
 
 import dpo_cli.data.batches as batches_module
 import dpo_cli.data.files as files_module
@@ -52,7 +52,7 @@ def load(file: Path, tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.Mo
 
     def run(*words: str, **more: Any) -> PairData:
         options = [f"data.train={file}", "data.eval_fraction=0", "data.processes=1", *words]
-        return load_pairs(dials(*options), PairEncoder(tiny_tokenizer, "plain"), 0, **more)
+        return load_pairs(data_options(*options), PairEncoder(tiny_tokenizer, "plain"), 0, **more)
 
     return run
 
@@ -117,7 +117,7 @@ def test_what_decides_tokens_makes_another_store(load: Load, file: Path, tmp_pat
         load(f"data.{word}")
         assert len(stores(tmp_path)) == 5, word
     other = PairEncoder(encoder.tokenizer, "plain", always_closes=True)
-    load_pairs(dials(f"data.train={file}", "data.eval_fraction=0"), other, 0)
+    load_pairs(data_options(f"data.train={file}", "data.eval_fraction=0"), other, 0)
     assert len(stores(tmp_path)) == 6
     assert encoder.identity() != PairEncoder(encoder.tokenizer, "chat").identity()
 
@@ -270,7 +270,7 @@ def test_the_counts_of_the_encoder_are_those_of_all_parts(load: Load, file: Path
     write_jsonl(file, [{**row, "chosen_finish_reason": "length"} for row in ROWS])
     for processes in (2, 1):  # made, then read
         encoder = PairEncoder(tiny_tokenizer, "plain")
-        options = dials(f"data.train={file}", "data.eval_fraction=0", f"data.processes={processes}")
+        options = data_options(f"data.train={file}", "data.eval_fraction=0", f"data.processes={processes}")
         load_pairs(options, encoder, 0)
         assert encoder.length_limited == 40
 

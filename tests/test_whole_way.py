@@ -341,9 +341,9 @@ def test_checkpoints_play_each_other_before_a_judge(command: Command, prompts: P
     short = [{"prompt": prompt, "chosen": "a", "rejected": "b" * 30} for prompt in PROMPTS]
     train = write_jsonl(tmp_path / "short.jsonl", short)
     run = tmp_path / "run"
-    dials = ("model=tiny", "model.dtype=float32", "optimizer.lr=3e-2", "optimizer.warmup_steps=0", "beta=0.01")
+    data_options = ("model=tiny", "model.dtype=float32", "optimizer.lr=3e-2", "optimizer.warmup_steps=0", "beta=0.01")
     ended = command(
-        "dpo-train", *dials, "data=jsonl", f"data.train={train}", "data.eval_fraction=0", "max_steps=12",
+        "dpo-train", *data_options, "data=jsonl", f"data.train={train}", "data.eval_fraction=0", "max_steps=12",
         "batch_size=5", f"output_dir={run}",
     )  # fmt: skip
     assert ended.code == 0, ended.err

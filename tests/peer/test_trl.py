@@ -42,7 +42,7 @@ BATCH = 8  # pairs
 # different order; 1e-5 absolute would ask more of them than fp32 has.
 ROUNDING = 5e-7
 
-# TRL's `loss_type`s, each with the dials that it needs, by TRL's name and by ours.
+# TRL's `loss_type`s, each with the hyperparameters that it needs, by TRL's name and by ours.
 TRL_LOSSES: dict[str, dict[str, float]] = {
     "sigmoid": {},
     "hinge": {},
@@ -75,9 +75,9 @@ class Numbers:
 def our_loss(name: str, policy: PairLogps, reference: PairLogps) -> Tensor:
     if name == "sft":
         return sft_loss(policy)
-    dials = {OUR_NAMES.get(dial, dial): value for dial, value in TRL_LOSSES[name].items()}
-    assert set(dials) <= loss_options(name)
-    return LOSSES[name](LogRatios.between(policy, reference), BETA, **dials)
+    hyperparameters = {OUR_NAMES.get(theirs, theirs): value for theirs, value in TRL_LOSSES[name].items()}
+    assert set(hyperparameters) <= loss_options(name)
+    return LOSSES[name](LogRatios.between(policy, reference), BETA, **hyperparameters)
 
 
 # The two sides

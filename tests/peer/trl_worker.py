@@ -69,11 +69,11 @@ def collate(trainer, examples):
     return batch
 
 
-def loss_of(trainer, model, batch, name, dials):
+def loss_of(trainer, model, batch, name, hyperparameters):
     """TRL's loss `name` of a batch: its mean over the batch's pairs."""
     trainer.loss_types = [name]
-    trainer.label_smoothing = dials.get("label_smoothing", 0.0)
-    trainer.args.discopop_tau = dials.get("discopop_tau", 0.05)
+    trainer.label_smoothing = hyperparameters.get("label_smoothing", 0.0)
+    trainer.args.discopop_tau = hyperparameters.get("discopop_tau", 0.05)
     return trainer.compute_loss(model, batch)
 
 
@@ -86,8 +86,8 @@ def values_of(trainer, losses):
     for example in examples:
         batch, model = collate(trainer, [example]), Recorder(trainer.model)
         with torch.no_grad():
-            for name, dials in losses.items():
-                columns[f"loss/{name}"].append(loss_of(trainer, model, batch, name, dials))
+            for name, hyperparameters in losses.items():
+                columns[f"loss/{name}"].append(loss_of(trainer, model, batch, name, hyperparameters))
         for side in ("chosen", "rejected"):
             columns[f"policy/{side}"].append(torch.tensor(trainer._metrics["train"][f"logps/{side}"][-1]))
             columns[f"reference/{side}"].append(batch[f"ref_{side}_logps"][0])
