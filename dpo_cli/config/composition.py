@@ -46,13 +46,8 @@ from dpo_cli.paths import user_path
 
 HELP_LISTS = "--help lists keys and groups"
 SEVERAL = ("tracker",)  # groups of which a run can have several choices at once
-MAPPINGS = (
-    "data.columns.",
-    "data.roles.",
-    "data.template_options.",
-    "data.sources.",
-    "data.eval.",
-)  # free-form: they take keys that the schema does not list
+# Free-form: they take keys that the schema does not list.
+MAPPINGS = ("data.columns.", "data.roles.", "data.template_options.", "data.sources.", "data.eval.")
 
 
 def conf_dir() -> Path:

@@ -67,17 +67,10 @@ OF_WHOLE = (
 FOR_EACH = ("eval_fraction", "ties", "soft_labels", "limit", "eval_limit", "on_bad_row", "max_bad_fraction")
 OF_SOURCE = ("subset", "eval_split", "columns", "preferred", "tied", "roles")  # how the rows of one source are read
 MIXTURE = ("sources", "stop")
-# Names of sources and held-out sets stand behind a metric's: rewards/margins/hh. These stand there already.
+# The name of a source or held-out set is put behind a metric's name: rewards/margins/hh. These names end so already.
 METRIC_ENDINGS = (
-    "chosen",
-    "rejected",
-    "margins",
-    "accuracies",
-    "improvement",
-    "policy",
-    "reference",
-    "heaviest_10_share",
-)
+    "chosen", "rejected", "margins", "accuracies", "improvement", "policy", "reference", "heaviest_10_share",
+)  # fmt: skip
 PROMPTS_NEEDED = "name a file of prompts, for instance prompts=prompts.jsonl"
 
 # Whether a resumed run may change a key: silently (what is shown, kept or checked), or with a warning (the end of the

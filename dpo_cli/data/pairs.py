@@ -208,15 +208,15 @@ def load_pairs(
         _require_pairs(sum(len(one.pairs) for one in held_out), held_out_report)
     reports = {name: one.report for name, one in found.items() if name}
     return PairData(
-        training,
-        _together(held_out),
-        _sum(reports) if reports else found[""].report if found else Report(""),
-        held_out_report,
-        _first_texts(training, found) if training is not None else [],
-        _some_texts(held_out),
-        reports,
-        named,
-        shares,
+        training=training,
+        held_out=_together(held_out),
+        train_report=_sum(reports) if reports else found[""].report if found else Report(""),
+        held_out_report=held_out_report,
+        train_texts=_first_texts(training, found) if training is not None else [],
+        held_out_texts=_some_texts(held_out),
+        train_parts=reports,
+        held_out_parts=named,
+        shares=shares,
     )
 
 
