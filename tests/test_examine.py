@@ -191,7 +191,7 @@ def test_nothing_is_found_in_noise(examined: Examined) -> None:
     accuracy = report["bias"]["words"]["accuracy"]
     assert accuracy["interval95"][0] < 0.5 < accuracy["interval95"][1]
     assert report["bias"]["words"]["phrases"] == [] and report["findings"] == []
-    assert "nothing to mend was found" in report["out"]
+    assert "no findings" in report["out"]
 
 
 def test_pairs_of_one_prompt_are_on_one_side_of_the_folds() -> None:

@@ -158,7 +158,7 @@ def test_every_loss_gives_its_golden_numbers(
     )
 
 
-def test_the_table_of_dials_in_the_config_is_that_of_the_functions() -> None:
+def test_the_table_of_loss_options_in_the_config_is_that_of_the_functions() -> None:
     assert {name: set(hyperparameters) for name, hyperparameters in LOSS_OPTIONS.items()} == {
         name: loss_options(name) for name in LOSSES
     }

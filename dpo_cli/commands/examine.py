@@ -54,7 +54,7 @@ def examine(config: ExamineConfig, given: list[str], reporter: Reporter) -> Path
         words = _words(train, config.seed, reporter) if len(tokens.used) else None
         score = None
         if config.score and tokens.first:
-            reporter.doing("asking the reference")
+            reporter.doing("scoring pairs with the reference")
             scored = [one.tokenized for one in tokens.first[: config.score]]
             score = score_facts(scored, reference_logps(scored, config.model, config.device, reporter, signals.poll))
         report: dict[str, Any] = {
@@ -150,12 +150,12 @@ def _show(reporter: Reporter, report: dict[str, Any]) -> None:
         _show_bias(reporter, report["bias"])
     if report["score"] is not None:
         score = report["score"]
-        reporter.say(f"what the reference makes of {plural(score['pairs'], 'pair')}")
+        reporter.say(f"the reference model on {plural(score['pairs'], 'pair')}")
         reporter.facts(scores(score))
         reporter.say()
     if report["pointless"] is None:
         found = report["findings"]
-        reporter.say(f"{plural(len(found), 'finding')}" if found else "nothing to mend was found")
+        reporter.say(f"{plural(len(found), 'finding')}" if found else "no findings")
         for one in found:
             reporter.say(f"  {one['text']}", style="yellow")
             reporter.say(f"    next: {one['next']}")

@@ -113,8 +113,7 @@ PAGES = {
             ("dpo-data cache=show", ""),
             ("dpo-data run=outputs/a", "labels that are probably wrong"),
         ),
-        "Writes report.json and report.html: what would be dropped, lengths and their cost, and what gives the label "
-        "away.",
+        "Writes report.json and report.html: what would be dropped, lengths and their cost, length and word bias.",
         "0 done, 2 command line, 3 data that cannot be read, or from which nothing can be learned, 4 model, 6 memory, "
         "7 storage, 75 stopped by a signal, 130 Ctrl-C",
     ),

@@ -1,1 +1,1 @@
-"""Examining preference data before it is trained on: what is dropped, how long it is, what gives the label away."""
+"""Examining preference data before it is trained on: what is dropped, how long it is, what predicts the label."""

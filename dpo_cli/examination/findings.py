@@ -7,8 +7,8 @@ from typing import Any
 from dpo_cli.console.text import plural, significant
 from dpo_cli.examination.reading import OF_PAIRS
 
-CUT = 0.02  # a share of responses that are cut above which it is a finding
-BIASED = 0.55  # a share of labels above which length or words count as giving them away
+CUT = 0.02  # a share of cut responses, above which it is a finding
+BIASED = 0.55  # a share of labels that length or words predict, above which it is a finding
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _of_bias(bias: dict[str, Any]) -> list[Finding]:
     longer = bias["longer_preferred"]
     low, high = (end if end is not None else 0.5 for end in longer["interval95"])
     if low > BIASED or high < 1 - BIASED:
-        text = f"the longer response is preferred in {100 * longer['mean']:.0f}% of pairs: length gives the label away"
+        text = f"the longer response is preferred in {100 * longer['mean']:.0f}% of pairs: length predicts the label"
         step = "loss=sigmoid_norm compares log-probs per token; watch the lengths of completions"
         found.append(Finding("longer_preferred", text, step))
     words = bias["words"]

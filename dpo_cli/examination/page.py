@@ -58,7 +58,7 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1
 
 def _findings(found: list[dict[str, str]]) -> str:
     if not found:
-        return "<p>Nothing to mend was found.</p>"
+        return "<p>No findings.</p>"
     return "<h2>Findings</h2>" + _table(["finding", "next step"], [[one["text"], one["next"]] for one in found], left=2)
 
 
@@ -102,7 +102,7 @@ def _bias(bias: dict[str, Any]) -> str:
         [one["source"], f"{one['longer_preferred']['pairs']:,}", share(one["longer_preferred"])]
         for one in bias["by_source"]
     ]
-    text = "<h2>What gives the label away</h2><h3>The longer response is preferred</h3>"
+    text = "<h2>Length and word bias</h2><h3>The longer response is preferred</h3>"
     text += _table(["source", "pairs", "share (95% interval over prompts)"], rows)
     words = bias["words"]
     if not words:
@@ -116,7 +116,7 @@ def _bias(bias: dict[str, Any]) -> str:
 
 
 def _score(score: dict[str, Any]) -> str:
-    heading = f"<h2>What the reference makes of {plural(score['pairs'], 'pair')}</h2>"
+    heading = f"<h2>The reference model on {plural(score['pairs'], 'pair')}</h2>"
     return heading + _table(["", "mean (95% interval over prompts)"], scores(score))
 
 

@@ -1,4 +1,4 @@
-"""What the reference model makes of the pairs: how far they are from what it writes, and what it orders already.
+"""What the reference model says of the pairs: how likely their responses are, and which it orders rightly already.
 
 Its log-probs come from the cache on disk, and are left there for training. B pairs.
 """

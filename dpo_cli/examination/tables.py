@@ -32,17 +32,17 @@ def max_lengths(tokens: dict[str, Any], now: int) -> Table:
 
 
 def phrases(words: dict[str, Any]) -> Table:
-    """The phrases that give the label away; the first two columns are text."""
+    """The phrases that predict the label best; the first two columns are text."""
     rows = [
         [one["phrase"], "chosen" if one["weight"] > 0 else "rejected", f"{one['weight']:+.2f}",
          f"{100 * one['in_chosen']:.1f}%", f"{100 * one['in_rejected']:.1f}%"]
         for one in words["phrases"]
     ]  # fmt: skip
-    return ["phrase", "speaks for", "weight", "in chosen", "in rejected"], rows
+    return ["phrase", "predicts", "weight", "in chosen", "in rejected"], rows
 
 
 def scores(score: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the reference model makes of the pairs, a line each."""
+    """What the reference model says of the pairs, a line each."""
     labels = {
         "nats a token, chosen": "nats_per_token_chosen",
         "nats a token, rejected": "nats_per_token_rejected",

@@ -1,4 +1,4 @@
-"""How well a bag of words finds the chosen response: what a policy must beat, and the phrases that give it away.
+"""How well a bag of words finds the chosen response: what a policy must beat, and the phrases that predict it.
 
 Logistic regression on the counts of words and of two words in a row, chosen minus rejected. There is no intercept and
 the sides are swapped at random, so guessing is right half of the time.
@@ -21,7 +21,7 @@ MIN_PAIRS = 5  # a phrase stands in so many responses, or it is left out
 MAX_PHRASES = 50_000  # the most frequent
 STRENGTH = 0.03  # of the regression: 1 / (the weight of the squared norm)
 SHOWN = 10  # phrases of each side
-WORD = r"\w+|[^\w\s]"  # punctuation gives labels away, too
+WORD = r"\w+|[^\w\s]"  # punctuation may predict labels, too
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Phrase:
     """A word or two words in a row, and how often responses hold it."""
 
     text: str
-    weight: float  # above 0 where it speaks for chosen; in log-odds for one more of it
+    weight: float  # log-odds of chosen for one more of it: above 0 it predicts chosen
     chosen: float  # the share of chosen responses that hold it
     rejected: float
 
@@ -79,13 +79,13 @@ def classify(pairs: Sequence[PreferencePair], groups: Sequence[int], seed: int) 
         scores[held_out] = trained(rows).decision_function(differences[held_out]) * labels[held_out]
     right = np.where(scores > 0, 1.0, np.where(scores == 0, 0.5, 0.0))
     accuracy = Clusters(groups).share(right)
-    if accuracy.low <= 0.5:  # no better than guessing: no phrase gives a label away
+    if accuracy.low <= 0.5:  # no better than guessing: no phrase predicts a label
         return Words(accuracy, len(pairs), [])
     weights = trained(np.arange(len(pairs))).coef_[0]
     # A weight counts as far as pairs differ in the phrase.
     spread = np.sqrt(np.asarray(differences.multiply(differences).mean(axis=0)).ravel())
     of_chosen, of_rejected = (np.asarray((side > 0).mean(axis=0)).ravel() for side in (chosen, rejected))
-    # A word may count only beside others; shown is what also stands more often on the side that it speaks for.
+    # Some words count only beside others. Shown are those that are also more frequent on the side that they predict.
     clear = weights * (of_chosen - of_rejected) > 0
     order = [n for n in np.argsort(-np.abs(weights) * spread) if clear[n]]
     best = [n for sign in (1, -1) for n in [n for n in order if weights[n] * sign > 0][:SHOWN]]
