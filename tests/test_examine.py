@@ -171,7 +171,7 @@ def test_the_longer_response_is_counted_as_preferred_as_often_as_it_is(examined:
     assert any(one["name"] == "longer_preferred" for one in report["findings"])
 
 
-def test_a_planted_phrase_is_found_and_speaks_for_its_side(examined: Examined) -> None:
+def test_a_planted_phrase_is_found_and_predicts_its_side(examined: Examined) -> None:
     rows = noise(300)
     for number, row in enumerate(rows):
         if number % 5 < 3:  # in three of five chosen responses

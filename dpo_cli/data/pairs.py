@@ -111,6 +111,18 @@ def check_sources(config: DataConfig) -> None:
                 raise DataError(f"{name_of(source) if len(files) == 1 else safe_text(file)}: the file is empty")
 
 
+def held_out_sets(config: DataConfig) -> dict[str, str | list[str]]:
+    """The held-out sets by name: those of `data.eval`, or the `eval_split` of a hub data set. Empty without either.
+
+    DataError where `data.train` names neither files nor a hub data set.
+    """
+    assert config.train is not None
+    sets = config.held_out_sets()
+    if sets or config.eval_split is None or local_files(config.train) is not None:
+        return sets
+    return {"": config.train}
+
+
 @dataclass(frozen=True)
 class Loader:
     """What it takes to make tokenized pairs of a source."""
@@ -130,10 +142,7 @@ class Loader:
         assert config.train is not None
         training, report, source = None, Report(name_of(config.train)), None
         held_out: list[HeldOut] = []
-        sets, held_out_split = config.held_out_sets(), config.eval_split or config.train_split
-        if not sets and config.eval_split is not None and local_files(config.train) is None:
-            assert isinstance(config.train, str)
-            sets = {"": config.train}
+        sets, held_out_split = held_out_sets(config), config.eval_split or config.train_split
         splits = not sets and config.eval_fraction > 0
         if splits or not self.held_out_only:
             source = open_source(config.train, config.subset, config.train_split)

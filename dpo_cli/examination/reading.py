@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from dpo_cli.config.schema import DataConfig
 from dpo_cli.console.text import safe_text
-from dpo_cli.data.files import SourceRow, local_files, open_source
+from dpo_cli.data.files import SourceRow, open_source
 from dpo_cli.data.formats import BadRowError, PreferencePair, pairs_of
 from dpo_cli.data.groups import normalised, prompt_group
 from dpo_cli.data.leaks import pair_hash
 from dpo_cli.data.mapping import RowMapping, canonical, source_of
+from dpo_cli.data.pairs import held_out_sets
 from dpo_cli.data.report import count
 from dpo_cli.errors import ConfigError
 from dpo_cli.examination.minhash import Signatures, near_duplicates, signatures
@@ -68,12 +69,10 @@ def sources_of(config: DataConfig) -> tuple[SourceName, SourceName | None]:
     if config.sources:
         raise ConfigError("data=mixture: dpo-data examines one source; run it for each, with data= and data.train=")
     assert config.train is not None
-    sets, split = [*config.held_out_sets().values()], config.eval_split or config.train_split
+    sets, split = [*held_out_sets(config).values()], config.eval_split or config.train_split
     held = sets[0] if len(sets) == 1 else None
     if len(sets) > 1:  # of files, read as one
         held = [file for one in sets for file in ([one] if isinstance(one, str) else one)]
-    if held is None and config.eval_split is not None and local_files(config.train) is None:
-        held = config.train
     train = SourceName(config.train, config.train_split, config.limit)
     return train, SourceName(held, split, config.eval_limit) if held is not None else None
 
