@@ -1,4 +1,4 @@
-"""Forms of preference data that people have: whether each is read, with the label that its rows have.
+"""Published forms of preference data: whether each is read, with the label that its rows have.
 
     python scripts/forms.py
 

@@ -187,7 +187,7 @@ def _data_options(config: EvalConfig, ref: ModelRef, overrides: list[tuple[str, 
 
 
 def _set(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key of data in plain options; ConfigError for a source that there is not."""
+    """Set a key of data in plain options; ConfigError for a source that the run does not have."""
     *groups, leaf = key.removeprefix("data.").split(".")
     options = data
     for group in groups:

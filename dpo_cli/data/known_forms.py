@@ -31,7 +31,7 @@ def form_of(row: Row, columns: Columns, sentence: str) -> str:
     for name, theirs in _mappings().items():
         needed, may_have = _needed(theirs), _may_have(theirs)
         special = (needed | may_have) & full - ours - OWN_NAMES
-        if our_prompt - {"responses"} <= full:  # the prompt is read; a column that another YAML takes for it is no more
+        if our_prompt - {"responses"} <= full:  # another YAML's column for the prompt adds nothing
             special -= _columns_of(theirs, ("prompt",))
         absent = needed - full
         word = f"data={name}"
@@ -52,7 +52,7 @@ def _needed(columns: Mapping[str, Any]) -> set[str]:
 
 
 def _may_have(columns: Mapping[str, Any]) -> set[str]:
-    """The columns of a row that a mapping reads where they are; `source` makes no pair another one."""
+    """The columns of a row that a mapping reads where they are; `source` changes no pair."""
     return _columns_of(columns, set(OPTIONAL) - {"source"})
 
 

@@ -104,9 +104,9 @@ class Recorder:
             )
 
     def evaluate(self) -> dict[str, float] | None:
-        """Log the means over all held-out pairs, and over those of each source where there are several.
+        """Log the means over all held-out pairs with the verdict's intervals, and the means over each source's pairs.
 
-        With the intervals of the verdict, which are of all. Returns the means; None where no pair is held out.
+        Returns the means; None where no pair is held out.
         """
         held_out, step = self.material.data.held_out, self.progress.step
         if not held_out:
