@@ -189,22 +189,10 @@ def load_pairs(
     a row cannot be read (unless `on_bad_row=skip`), no pair is left, or held-out pairs were trained on (with
     `eval_leaks=error`).
     """
-    loader = Loader(encoder, seed, held_out_only, poll, working)
-    if config.sources and config.eval is not None:  # it takes the place of what the sources hold out
-        found = {name: loader.load(name, replace(part, eval=None, eval_split=None, eval_fraction=0.0))
-                 for name, part in config.parts().items() if not held_out_only}  # fmt: skip
-        of_whole = replace(config, train=next(iter(config.held_out_sets().values())), sources={}, stop="first")
-        held_out = Loader(encoder, seed, True, poll, working).load("", of_whole).held_out
-    else:
-        found = {name: loader.load(name, part) for name, part in config.parts().items()}
-        held_out = [one for of_source in found.values() for one in of_source.held_out]
+    found, held_out = _load_sources(config, Loader(encoder, seed, held_out_only, poll, working))
     training, shares = None, tuple[Share, ...]()
     if not held_out_only:
-        sides = {name: one.training for name, one in found.items() if one.training is not None}
-        training, shares = sides.get(""), ()
-        if training is None:
-            shares = _shares(config, {name: len(side) for name, side in sides.items()})
-            training = mix(sides, {share.source: share.pairs for share in shares}, seed, working)
+        training, shares = _mixed(config, found, seed, working)
         trained_on = training.trained_on
     for one in held_out:
         if trained_on is not None:
@@ -227,6 +215,30 @@ def load_pairs(
         held_out_parts=named,
         shares=shares,
     )
+
+
+def _load_sources(config: DataConfig, loader: Loader) -> tuple[dict[str, OfSource], list[HeldOut]]:
+    """What each source gives, by its name, and all held-out sets; a name is "" where there is no mixture."""
+    if not config.sources or config.eval is None:
+        found = {name: loader.load(name, part) for name, part in config.parts().items()}
+        return found, [one for of_source in found.values() for one in of_source.held_out]
+    # data.eval takes the place of what the sources hold out.
+    parts = {} if loader.held_out_only else config.parts()
+    without = {name: replace(part, eval=None, eval_split=None, eval_fraction=0.0) for name, part in parts.items()}
+    of_whole = replace(config, train=next(iter(config.held_out_sets().values())), sources={}, stop="first")
+    found = {name: loader.load(name, part) for name, part in without.items()}
+    return found, replace(loader, held_out_only=True).load("", of_whole).held_out
+
+
+def _mixed(
+    config: DataConfig, found: dict[str, OfSource], seed: int, working: Callable[[str, int], Callable[[int], None]]
+) -> tuple[TrainingPairs, tuple[Share, ...]]:
+    """The training pairs of all sources together, and the share of each; no shares where there is no mixture."""
+    sides = {name: one.training for name, one in found.items() if one.training is not None}
+    if "" in sides:
+        return sides[""], ()
+    shares = _shares(config, {name: len(side) for name, side in sides.items()})
+    return mix(sides, {share.source: share.pairs for share in shares}, seed, working), shares
 
 
 def _shares(config: DataConfig, available: dict[str, int]) -> tuple[Share, ...]:
