@@ -207,17 +207,26 @@ def compare(train: Side, held_out: Side | None) -> None:
     for side in sides:
         _look_within(side)
     if held_out is not None:
-        for one, other in ((train, held_out), (held_out, train)):
-            kept = one.reasons == KEPT
-            found = np.isin(column(one.hashes), column(other.hashes)) | np.isin(
-                column(one.groups), column(other.groups)
-            )
-            one.reasons[kept & found] = OF_PAIRS.index("leaked")
+        _look_for_leaks(train, held_out)
+    _look_for_near_duplicates(sides)
+    for side in sides:
+        kept = (one for one in side.sample if side.reasons[one.position] == KEPT)
+        side.sample = sorted(kept, key=lambda one: one.position)
+
+
+def _look_for_leaks(train: Side, held_out: Side) -> None:
+    for one, other in ((train, held_out), (held_out, train)):
+        kept = one.reasons == KEPT
+        same_pair = np.isin(column(one.hashes), column(other.hashes))
+        same_prompt = np.isin(column(one.groups), column(other.groups))
+        one.reasons[kept & (same_pair | same_prompt)] = OF_PAIRS.index("leaked")
+
+
+def _look_for_near_duplicates(sides: list[Side]) -> None:
     near = near_duplicates(np.concatenate([side.signatures for side in sides]))
+    hashes = np.concatenate([column(side.hashes) for side in sides])
+    rows = np.concatenate([np.asarray(side.indices) for side in sides])
     start = 0
-    hashes, rows = (
-        np.concatenate([np.asarray(getattr(side, name)) for side in sides]) for name in ("hashes", "indices")
-    )
     for side in sides:
         of_side = near[start : start + side.pairs]
         own = np.arange(start, start + side.pairs)
@@ -226,10 +235,6 @@ def compare(train: Side, held_out: Side | None) -> None:
         other_row = (of_side < start) | (rows[own] != rows[of_side])
         side.near = np.where((side.reasons == KEPT) & (of_side >= 0) & other_text & other_row, of_side, -1)
         start += side.pairs
-    for side in sides:
-        side.sample = sorted(
-            (one for one in side.sample if side.reasons[one.position] == KEPT), key=lambda one: one.position
-        )
 
 
 def _look_within(side: Side) -> None:
