@@ -136,6 +136,8 @@ def test_the_time_left_is_shown_from_the_second_step_on(
         reporter.record({**RECORD, "step": number})
     reporter.stop()
     assert re.findall(r"ETA \d+ \w+", shown.getvalue())[-1:] == ([left] if left else [])
+    rates = re.findall(r"([\d.]+)/s ETA", shown.getvalue())
+    assert rates[-1:] == ([{"ETA 32 s": "0.25", "ETA 35 s": "0.2"}[left]] if left and stream is Terminal else [])
 
 
 def test_work_between_two_steps_has_a_bar_of_its_own_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

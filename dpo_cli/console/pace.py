@@ -22,6 +22,13 @@ class Pace:
             self._first = self._last, self.done
 
     @property
+    def rate(self) -> float | None:
+        """Units a second, the mean since the first advance; None before the second."""
+        if self._first is None or self.done == self._first[1] or self._last <= self._first[0]:
+            return None
+        return (self.done - self._first[1]) / (self._last - self._first[0])
+
+    @property
     def left(self) -> float | None:
         """Seconds until the total is done, at the mean pace since the first advance; None before the second."""
         if self._first is None or self.done == self._first[1]:

@@ -111,11 +111,18 @@ def drift_lines(record: dict[str, Any]) -> list[str]:
 
 
 class _EtaColumn(ProgressColumn):
-    """The time left by the task's `Pace`: rich's own estimate needs several steps within 30 seconds."""
+    """Rate and time left by the task's `Pace`: rich's own estimate needs several steps within 30 seconds."""
 
     def render(self, task: Task) -> Text:
-        left = task.fields["pace"].left
-        return Text("ETA -" if left is None else f"ETA {duration(left)}")
+        pace = task.fields["pace"]
+        return Text("ETA -" if pace.left is None else f"{rate_text(pace)} ETA {duration(pace.left)}".strip())
+
+
+def rate_text(pace: Pace) -> str:
+    """Units a second: `3,204/s`, `0.21/s`; empty where it is not known."""
+    if pace.rate is None:
+        return ""
+    return f"{pace.rate:,.0f}/s" if pace.rate >= 100 else f"{significant(pace.rate)}/s"
 
 
 class Reporter:
@@ -261,7 +268,7 @@ class Reporter:
             # Evaluations log no record: off a terminal a line every half minute shows their progress.
             if self._live is None and self._unit != "step" and time.monotonic() - self._last_plain > 30:
                 self._last_plain = time.monotonic()
-                left = f", about {duration(self._pace.left)} left" if self._pace.left else ""
+                left = f", {rate_text(self._pace)}, about {duration(self._pace.left)} left" if self._pace.left else ""
                 self.say(f"{self._unit} {self._pace.done}/{self._pace.total}{left}")
 
     def bar(self, what: str, total: int) -> Callable[[int], None]:
