@@ -221,7 +221,7 @@ def test_where_training_would_be_pointless_the_code_is_3_and_the_report_is_writt
     both_ways = rows + [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     for made, says in (
         ([{"prompt": "p", "chosen": "s", "rejected": "s"}] * 3, "no pair can be used (identical 3); name other pairs"),
-        ([{"text": "x"}] * 3, "3 of 3 rows cannot be read; see data.format and data.columns"),
+        ([{"text": "x"}] * 3, "3 of 3 rows cannot be read; the first is "),
         ([*both_ways, *noise(10, seed=9)], "20 of 30 pairs are labelled both ways, so there is nothing to learn"),
     ):
         report = examined(made, code=3)
@@ -230,6 +230,34 @@ def test_where_training_would_be_pointless_the_code_is_3_and_the_report_is_writt
     assert report["pointless"] is None and report["train"]["dropped"] == {"contradictory": 2}
     report = examined(noise(3), "data.max_length=8", code=3)
     assert "no pair can be used (prompt_too_long 3); raise data.max_length" in report["err"]
+
+
+def test_rows_that_cannot_be_read_come_with_the_yaml_that_reads_them(examined: Examined) -> None:
+    turn = {"from": "human", "value": "q"}
+    rows = [{"conversations": [turn], **{side: {"from": "gpt", "value": side} for side in ("chosen", "rejected")}}] * 4
+    report = examined(rows, code=3)
+    assert "4 of 4 rows cannot be read; the first is " in report["err"]
+    assert report["err"].endswith("data=sharegpt reads such rows\n")
+    assert all(
+        one["problem"].endswith("data=sharegpt reads such rows") for one in report["train"]["examples"]["bad_row"]
+    )
+    assert report["out"].count("row 1: ") == 1 and "row 2: " not in report["out"]  # the same problem is shown once
+    plain = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    for form in ("alpaca", "hh"):
+        assert "data=jsonl reads" in examined([plain] * 4, f"data={form}", code=3)["err"]
+
+
+def test_the_reason_of_the_template_is_shown(examined: Examined) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    turns = [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "1"},
+             {"role": "assistant", "content": "yes"}]  # fmt: skip
+    asked = [{"role": "user", "content": "q"}]
+    rows = [{"prompt": asked, "chosen": turns, "rejected": turns[2:]}]
+    report = examined(rows, code=3)
+    problem = report["train"]["examples"]["refused_by_template"][0]["problem"]
+    assert problem.startswith("the chat template refuses it (")
+    assert problem.endswith("; it has tool calls, and not every template renders these")
+    assert f"no pair can be used (refused_by_template 1); the first: {problem}. " in report["err"]
 
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> \"' &amp; \x1b[2J\u202e"

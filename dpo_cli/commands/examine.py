@@ -171,7 +171,9 @@ def _show_side(reporter: Reporter, name: str, side: dict[str, Any]) -> None:
     counts += [("near_duplicate", side["near_duplicates"])] if side["near_duplicates"] else []
     rows = []
     for reason, number in counts:
-        for place, example in enumerate(side["examples"].get(reason, [{}])):
+        examples = side["examples"].get(reason, [{}])
+        different = {one.get("problem") or one.get("index"): one for one in reversed(examples)}  # a problem once
+        for place, example in enumerate(reversed(different.values())):
             text = example.get("problem") or " | ".join(safe_text(example[key], 40) for key in SIDES if key in example)
             where = f"row {example['index'] + 1}: {text}" if example else ""
             rows.append([reason if place == 0 else "", f"{number:,}" if place == 0 else "", where])

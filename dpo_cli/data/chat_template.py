@@ -280,7 +280,9 @@ class ChatTemplate:
         try:
             return self._render_each(conversations, add_generation_prompt, given)
         except Exception as error:  # raised by the template
-            raise RefusedRowError(f"the chat template refuses it ({safe_text(error, limit=160)})") from None
+            called = any("tool_calls" in message.more for messages in conversations for message in messages)
+            hint = "; it has tool calls, and not every template renders these" if called else ""
+            raise RefusedRowError(f"the chat template refuses it ({safe_text(error, limit=160)}){hint}") from None
 
     def responses(self, given: Prompt, prompt: str, answers: Sequence[tuple[str, bool]]) -> list[str | None]:
         """What the template puts behind `prompt`, its rendering of `given`, for each answer, up to the closing token.

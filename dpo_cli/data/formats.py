@@ -269,7 +269,10 @@ def hh(row: Row) -> PreferencePair:
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     cut = chosen.rfind(ASSISTANT, 0, shared_length(chosen, rejected))
     if cut < 0:
-        raise BadRowError("chosen and rejected share no '\\n\\nAssistant:' turn, so there is no prompt (format=hh)")
+        other = "; the row has a prompt: data=jsonl reads it" if row.get("prompt") else ""
+        raise BadRowError(
+            f"chosen and rejected share no '\\n\\nAssistant:' turn, so there is no prompt (format=hh){other}"
+        )
     cut += len(ASSISTANT)
     prompt = chosen[:cut]
     messages = dialogue_messages(prompt)

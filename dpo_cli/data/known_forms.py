@@ -13,6 +13,7 @@ from dpo_cli.data.mapping import OPTIONAL, Columns
 
 # What the formats read without a mapping.
 OWN_NAMES = {"prompt", "chosen", "rejected", "responses", "scores", *CONTEXT}
+PLAIN = {"prompt", "chosen", "rejected"}
 UNPAIRED = "; rows of one completion with a label are for KTO, which dpo-cli does not train: a row needs two responses"
 
 
@@ -41,6 +42,8 @@ def form_of(row: Row, columns: Columns, sentence: str) -> str:
         if special and not absent and len((needed | may_have) & full) > most:
             most = len((needed | may_have) & full)
             found = sentence.format(form=word, columns=", ".join(str(key) for key in row if key in special))
+    if not found and full >= PLAIN and not _needed(columns) <= full:  # a YAML was named, and its columns are not there
+        return sentence.format(form="data=jsonl", columns=", ".join(sorted(PLAIN)))
     return found
 
 

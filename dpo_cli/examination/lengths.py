@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_cli.config.schema import DataConfig
+from dpo_cli.console.text import safe_text
 from dpo_cli.data.formats import BadRowError
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair, token_ids
 from dpo_cli.data.truncation import Encoded, Truncation, truncate
@@ -46,6 +47,7 @@ class Tokens:
     rejected: Lengths  # (N,)
     used: list[SampledPair]  # (N,) the pairs: those that the template does not refuse
     dropped: dict[str, list[SampledPair]] = field(default_factory=dict)  # by reason, under data.max_length
+    problems: dict[int, str] = field(default_factory=dict)  # why the template refuses a row, by its index
     truncation: Truncation = field(default_factory=Truncation)  # of the pairs that are kept
     first: list[EncodedPair] = field(default_factory=list)  # of those
 
@@ -74,7 +76,8 @@ def count_tokens(
         for one in sample[start : start + CHUNK]:
             try:
                 text = encoder.render(one.pair)
-            except BadRowError:
+            except BadRowError as error:
+                tokens.problems[one.index] = safe_text(error, limit=300)
                 tokens.dropped.setdefault("refused_by_template", []).append(one)
                 continue
             if text.chosen == text.rejected:  # a template may trim white space

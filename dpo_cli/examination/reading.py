@@ -18,6 +18,7 @@ from dpo_cli.console.text import safe_text
 from dpo_cli.data.files import SourceRow, open_source
 from dpo_cli.data.formats import BadRowError, PreferencePair, pairs_of
 from dpo_cli.data.groups import normalised, prompt_group
+from dpo_cli.data.known_forms import form_of
 from dpo_cli.data.leaks import pair_hash
 from dpo_cli.data.mapping import RowMapping, canonical, source_of
 from dpo_cli.data.pairs import held_out_sets
@@ -102,6 +103,11 @@ def rows_with_pairs(config: DataConfig, which: SourceName, wanted: Container[int
     return (read_row(row, config, mapping) for row in rows_of(config, which) if wanted is None or row.index in wanted)
 
 
+def advice(read: ReadRow, config: DataConfig) -> str:
+    """The problem of a row that cannot be read, with the YAML that reads such rows where there is one."""
+    return f"{read.problem}{form_of(read.row.value or {}, config.columns, '; {form} reads such rows')}"
+
+
 @dataclass
 class Side:
     """The pairs of the training or the held-out source. N pairs, in the order of the file."""
@@ -109,6 +115,7 @@ class Side:
     which: SourceName
     name: str
     rows: int = 0
+    first_problem: str = ""  # file and line of the first bad row, and why it cannot be read
     bad_rows: "array[int]" = field(default_factory=lambda: array("q"))  # their indices
     indices: "array[int]" = field(default_factory=lambda: array("q"))  # (N,) row of each pair
     hashes: "array[int]" = field(default_factory=lambda: array("Q"))  # (N,) of prompt and the set of responses
@@ -154,6 +161,7 @@ def read_side(config: DataConfig, which: SourceName, sampled: int | None, seed: 
         for read in chunk:
             side.rows += 1
             if read.problem is not None:
+                side.first_problem = side.first_problem or f"{read.row.location}: {advice(read, config)}"
                 side.bad_rows.append(read.row.index)
             for pair in read.pairs:
                 reason = _reason(pair)

@@ -10,7 +10,7 @@ from dpo_cli.config.schema import DataConfig
 from dpo_cli.console.text import safe_text
 from dpo_cli.data.formats import PreferencePair
 from dpo_cli.examination.lengths import Tokens, cost_of, histogram, lengths_tried, quantiles
-from dpo_cli.examination.reading import OF_PAIRS, OF_TOKENS, Side, rows_with_pairs
+from dpo_cli.examination.reading import OF_PAIRS, OF_TOKENS, Side, advice, rows_with_pairs
 from dpo_cli.examination.words import Words
 from dpo_cli.theory.statistics import Clusters, Estimate
 
@@ -37,6 +37,10 @@ def side_facts(side: Side, tokens: Tokens | None, config: DataConfig) -> Facts:
         for reason, pairs in tokens.dropped.items():
             wanted[reason] = [*wanted.get(reason, []), *(one.index for one in pairs)]
     wanted = {reason: list(dict.fromkeys(indices))[:EXAMPLES] for reason, indices in wanted.items() if indices}
+    examples = _examples(side, wanted, config)
+    if tokens is not None:
+        for example in examples.get("refused_by_template", []):
+            example["problem"] = tokens.problems[example["index"]]
     return {
         "source": side.name,
         "rows": side.rows,
@@ -45,7 +49,7 @@ def side_facts(side: Side, tokens: Tokens | None, config: DataConfig) -> Facts:
         "dropped": dict(dropped),
         "near_duplicates": len(near),
         "sources": {safe_text(name, 40): number for name, number in side.sources.most_common()},
-        "examples": _examples(side, wanted, config),
+        "examples": examples,
     }
 
 
@@ -56,7 +60,7 @@ def _examples(side: Side, wanted: dict[str, list[int]], config: DataConfig) -> d
     for read in islice(rows_with_pairs(config, side.which, rows), len(rows)):
         place = {"index": read.row.index, "location": safe_text(read.row.location)}
         found[read.row.index] = place | (
-            {"problem": read.problem} if read.problem is not None else excerpts(read.pairs[0])
+            {"problem": advice(read, config)} if read.problem is not None else excerpts(read.pairs[0])
         )
     return {reason: [found[index] for index in indices if index in found] for reason, indices in wanted.items()}
 
@@ -121,18 +125,20 @@ def pointless(side: Side, tokens: Tokens | None) -> str | None:
     labelled = side.pairs - int((side.reasons == OF_PAIRS.index("tie")).sum())
     counts = side.dropped()
     if side.rows and 2 * len(side.bad_rows) > side.rows:
-        return f"{len(side.bad_rows):,} of {side.rows:,} rows cannot be read; see data.format and data.columns"
+        bad = f"{len(side.bad_rows):,} of {side.rows:,} rows cannot be read"
+        return f"{bad}; the first is {side.first_problem}"
     if 2 * counts["contradictory"] > labelled:
         both = f"{counts['contradictory']:,} of {labelled:,} pairs are labelled both ways"
         return f"{both}, so there is nothing to learn from them; take these pairs out, or label them again"
     if side.kept == 0 or (tokens is not None and tokens.kept == 0):
         reasons = counts + (tokens.counts if tokens is not None else type(counts)())
         listed = ", ".join(f"{reason} {number:,}" for reason, number in reasons.items())
+        refused = next(iter(tokens.problems.values()), "") if tokens is not None else ""
         lengthy = set(reasons) & {"prompt_too_long", "identical_after_truncation"}
         remedy = (
             "raise data.max_length"
             if lengthy
-            else "data.template=plain takes any text"
+            else f"the first: {refused}. Another model's template may take it; data.template=plain takes plain text"
             if (set(reasons) & set(OF_TOKENS))
             else "name other pairs"
         )
