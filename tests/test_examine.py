@@ -17,7 +17,7 @@ from dpo_cli.data.formats import Message, PreferencePair
 from dpo_cli.data.pairs import load_pairs
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair, token_ids
 from dpo_cli.data.truncation import Encoded, Truncation, truncate
-from dpo_cli.examination.lengths import Tokens, cost_of, count_tokens
+from dpo_cli.examination.lengths import Tokens, cost_of, count_tokens, quantiles
 from dpo_cli.examination.minhash import near_duplicates, signatures
 from dpo_cli.examination.reading import compare, read_side, sources_of
 from dpo_cli.examination.words import classify
@@ -245,6 +245,45 @@ def test_rows_that_cannot_be_read_come_with_the_yaml_that_reads_them(examined: E
     plain = {"prompt": "p", "chosen": "a", "rejected": "b"}
     for form in ("alpaca", "hh"):
         assert "data=jsonl reads" in examined([plain] * 4, f"data={form}", code=3)["err"]
+
+
+def test_findings_name_steps_that_work(examined: Examined, tmp_path: Path) -> None:
+    def next_of(report: dict[str, Any]) -> dict[str, tuple[str, str]]:
+        return {one["name"]: (one["text"], one["next"]) for one in report["findings"]}
+
+    bad = [*noise(46), {"prompt": "p"}, {"prompt": "p"}]
+    text, step = next_of(examined(bad))["bad_row"]
+    # 2 of 48 are 4.17%, more than max_bad_fraction=0.01 allows.
+    assert text == "2 rows cannot be read" and "data.on_bad_row=skip data.max_bad_fraction=0.042 drops them" in step
+    assert "max_bad_fraction" not in next_of(examined(bad, "data.max_bad_fraction=0.05"))["bad_row"][1]
+    assert "bad_row" not in next_of(examined(bad, f"fix={tmp_path / 'clean.jsonl'}"))
+    ranked = [{"prompt": f"{n}", "responses": ["a b", "c", "d e"], "scores": [2, 1, 1]} for n in range(5)]
+    text, step = next_of(examined(ranked))["dropped"]
+    assert text == "of 5 rows, which make 15 pairs: tie 5" and "data.ties=half" in step
+    report = examined([{"prompt": f"{n}", "chosen": "a" * 300, "rejected": "b" * 600} for n in range(5)],
+                      "data.max_length=512")  # fmt: skip
+    assert next_of(report)["max_length"][1].startswith("data.max_length=1024 drops 0 and cuts 0, ")
+
+
+def test_too_few_prompts_for_the_words_are_said(examined: Examined) -> None:
+    assert "the bag of words needs pairs of 50 prompts; left out\n" in examined(noise(49))["out"]
+    assert "the bag of words" not in examined(noise(50))["out"]
+
+
+def test_a_quantile_is_a_length_that_occurs_and_not_above_the_share() -> None:
+    found = quantiles(np.array([44, 45]))
+    assert found == {"mean": 44.5, "5%": 44, "median": 44, "95%": 45, "99%": 45, "longest": 45}
+    assert quantiles(np.arange(1, 101))["95%"] == 95
+
+
+def test_the_report_of_a_pattern_is_named_after_its_folder(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("shards").mkdir()
+    write_jsonl(Path("shards/one.jsonl"), noise(5))
+    assert command("dpo-data", "model=tiny", "data=jsonl", "data.train=shards/*.jsonl").code == 0
+    assert Path("outputs/data/shards/report.json").is_file()
 
 
 def test_the_reason_of_the_template_is_shown(examined: Examined) -> None:

@@ -20,7 +20,7 @@ from dpo_cli.examination.reading import Side, compare, read_side, sources_of
 from dpo_cli.examination.reference import reference_logps, score_facts
 from dpo_cli.examination.report import VERSION, bias_facts, pointless, side_facts, token_facts
 from dpo_cli.examination.tables import SIDES, lengths, max_lengths, phrases, scores, share
-from dpo_cli.examination.words import Words, classify
+from dpo_cli.examination.words import FEWEST, Words, classify
 from dpo_cli.models.loading import find_model, load_tokenizer
 from dpo_cli.paths import user_path
 from dpo_cli.signals import StopSignals
@@ -73,7 +73,7 @@ def examine(config: ExamineConfig, given: list[str], reporter: Reporter) -> Path
             "score": score,
             "pointless": reason,
         }
-        report["findings"] = [asdict(one) for one in findings(report, config.fix)]
+        report["findings"] = [asdict(one) for one in findings(report, config.fix, config.data.max_bad_fraction)]
         report["seconds"] = time.monotonic() - started
         _show(reporter, report)
         for one in tokens.first[: config.show]:
@@ -107,6 +107,9 @@ def show_caches(action: str, reporter: Reporter) -> None:
 
 def _words(train: Side, seed: int, reporter: Reporter) -> Words | None:
     pairs, groups = [one.pair for one in train.sample], [one.group for one in train.sample]
+    if len(set(groups)) < FEWEST:
+        reporter.say(f"the bag of words needs pairs of {FEWEST} prompts; left out")
+        return None
     reporter.doing("training a bag of words")
     try:
         return classify(pairs, groups, seed)
@@ -120,6 +123,8 @@ def _write(report: dict[str, Any], config: ExamineConfig) -> Path:
         folder = user_path(config.output_dir, StorageError, "output_dir")
     else:
         stem = Path(report["train"]["source"].split(" ")[0].replace(":", "-")).name.split(".")[0]
+        if not any(c.isalnum() for c in stem):  # a pattern: shards/*.jsonl
+            stem = Path(report["train"]["source"]).parent.name or "data"
         folder = Path("outputs") / "data" / "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)
     files = {"report.html": page(report), "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n"}
     try:
@@ -194,7 +199,7 @@ def _show_lengths(reporter: Reporter, tokens: dict[str, Any], data: dict[str, An
 
 
 def _show_bias(reporter: Reporter, bias: dict[str, Any]) -> None:
-    rows = [("longer preferred", f"in {share(bias['longer_preferred'])} of pairs; the interval is over prompts")]
+    rows = [("longer preferred", f"share of pairs {share(bias['longer_preferred'])}; the interval is over prompts")]
     rows += [("", f"{one['source']}: {share(one['longer_preferred'])}, {one['longer_preferred']['pairs']:,} pairs")
              for one in bias["by_source"]]  # fmt: skip
     words = bias["words"]

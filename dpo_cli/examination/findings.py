@@ -1,5 +1,6 @@
 """The worst findings of an examination, each with the next step."""
 
+import math
 import shlex
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,11 @@ class Finding:
     next: str  # a command or an override, with what it does
 
 
-def findings(report: dict[str, Any], fixed: str | None) -> list[Finding]:
-    """The findings of a report, the worst first; `fixed` is the file that `fix=` names."""
+def findings(report: dict[str, Any], fixed: str | None, max_bad_fraction: float) -> list[Finding]:
+    """The findings of a report, the worst first; `fixed` is the file that `fix=` names.
+
+    `max_bad_fraction` is the share of bad rows that a run accepts.
+    """
     train = report["train"]
     dropped, tokens, bias = train["dropped"], report["tokens"], report["bias"]
     found: list[Finding] = []
@@ -33,9 +37,17 @@ def findings(report: dict[str, Any], fixed: str | None) -> list[Finding]:
         if fixed is not None:
             others = [word for word in words if not word.startswith("data.train=")]
             step = f"dpo-train {shlex.join([*others, f'data.train={fixed}'])}"
-        found.append(Finding("dropped", f"of {plural(train['rows'], 'row')}: {listed}", step))
-    if dropped.get("bad_row"):
+        elif set(mended) == {"tie"}:
+            step = "dpo-train leaves them out; data.ties=half trains on them with probability 1/2"
+        of = plural(train["rows"], "row")
+        if train["pairs"] + dropped.get("bad_row", 0) != train["rows"]:
+            of += f", which make {plural(train['pairs'], 'pair')}"
+        found.append(Finding("dropped", f"of {of}: {listed}", step))
+    if dropped.get("bad_row") and fixed is None:
         step = "data.on_bad_row=skip drops them; without it dpo-train stops at the first"
+        if dropped["bad_row"] > max_bad_fraction * train["rows"]:
+            most = math.ceil(1000 * dropped["bad_row"] / train["rows"]) / 1000
+            step = f"data.on_bad_row=skip data.max_bad_fraction={most:g} drops them; without it dpo-train stops"
         found.append(Finding("bad_row", f"{plural(dropped['bad_row'], 'row')} cannot be read", step))
     if (held_out := report["held_out"]) and held_out["dropped"].get("leaked"):
         text = f"{plural(held_out['dropped']['leaked'], 'held-out pair')} or their first human turns are in training"
@@ -64,7 +76,8 @@ def _of_lengths(tokens: dict[str, Any], max_length: int) -> list[Finding]:
     text = (
         f"max_length={max_length} drops {plural(lost, 'pair')} and cuts {plural(tokens['responses_cut'], 'response')}"
     )
-    cuts = f"cuts {enough['responses_cut']:,}, {_millions(enough['tokens_per_epoch'])} tokens an epoch"
+    costs = f"{_millions(enough['tokens_per_epoch'])} tokens an epoch"
+    cuts = f"drops {enough['prompt_too_long']:,} and cuts {enough['responses_cut']:,}, {costs}"
     return [Finding("max_length", text, f"data.max_length={enough['max_length']} {cuts}")]
 
 
@@ -79,7 +92,7 @@ def _of_bias(bias: dict[str, Any]) -> list[Finding]:
     words = bias["words"]
     if words and (words["accuracy"]["interval95"][0] or 0) > BIASED:
         mean = significant(words["accuracy"]["mean"], 2)
-        text = f"words alone find the chosen response in {mean} of held-out pairs"
+        text = f"a bag of words finds the chosen response in {mean} of pairs that it did not see"
         step = f"a policy that does not beat {mean} has learned no more than these words"
         found.append(Finding("words", text, step))
     return found

@@ -106,7 +106,7 @@ def count_tokens(
 
 def quantiles(values: Lengths) -> dict[str, float]:
     """Mean and quantiles of N lengths."""
-    found = {name: float(np.quantile(values, share, method="higher")) for name, share in QUANTILES.items()}
+    found = {name: float(np.quantile(values, share, method="inverted_cdf")) for name, share in QUANTILES.items()}
     return {"mean": float(values.mean()), **found}
 
 
