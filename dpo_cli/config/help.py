@@ -107,7 +107,7 @@ PAGES = {
         (
             ("dpo-data data=hh", ""),
             ("dpo-data data=jsonl data.train=pairs.jsonl", ""),
-            ("dpo-data data=jsonl data.train=pairs.jsonl data.eval=held_out.jsonl", "and leaks between the two"),
+            ("dpo-data data=jsonl data.train=pairs.jsonl data.eval=held_out.jsonl", "leaks between the two, too"),
             ("dpo-data data=jsonl data.train=pairs.jsonl fix=cleaned.jsonl", ""),
             ("dpo-data data=hh show=3 score=500", ""),
             ("dpo-data cache=show", ""),
@@ -225,4 +225,4 @@ def _row(left: str, text: str) -> str:
 
 
 def _example(words: str, text: str) -> str:
-    return f"  {words:<45} {text}".rstrip()
+    return f"  {words:<45}  {text}".rstrip()

@@ -87,7 +87,7 @@ def local_files(source: str | Sequence[str]) -> tuple[Path, ...] | None:
         if glob.has_magic(source) and not path.exists():
             files = tuple(Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file())
             if not files:
-                raise DataError(f"{shown}: no file has such a name")
+                raise DataError(f"{shown}: no file matches this pattern")
             return files
     file = local_path(source)
     return None if file is None else (file,)

@@ -68,7 +68,7 @@ command_line('missing eval file', 10, 3, '{dir}/b.jsonl: no such file; did you m
 data('empty file', 10, b'', 'the file is empty')
 data('only blank lines', 10, b'\n\n  \n', 'has no pairs; name another file, or change data.eval_fraction')
 command_line('a folder without data', 10, 3, '{dir}/x: is a folder without a file of these types: .jsonl, .jsonl.gz, .json, .csv, .parquet', ['data=jsonl', 'data.train={dir}/x'], files={'x/.a.jsonl': OK, 'x/a.txt': OK})
-command_line('a pattern that matches nothing', 10, 3, '{dir}/x*.jsonl: no file has such a name', ['data=jsonl', 'data.train={dir}/x*.jsonl'], files={'a.jsonl': OK})
+command_line('a pattern that matches nothing', 10, 3, '{dir}/x*.jsonl: no file matches this pattern', ['data=jsonl', 'data.train={dir}/x*.jsonl'], files={'a.jsonl': OK})
 command_line('one file of a list missing', 10, 3, '{dir}/b.jsonl: no such file; did you mean {dir}/a.jsonl?', ['data=jsonl', 'data.train=[{dir}/a.jsonl,{dir}/b.jsonl]'], files={'a.jsonl': OK})
 command_line('one file of a list empty', 10, 3, '{dir}/b.jsonl: the file is empty', ['data=jsonl', 'data.train=[{dir}/a.jsonl,{dir}/b.jsonl]'], files={'a.jsonl': OK, 'b.jsonl': b''})
 command_line('a hub data set in a list', 10, 3, 'nobody/nothing: no such file; a list names files, data=mixture takes hub data sets', ['data=jsonl', 'data.train=[{dir}/a.jsonl,nobody/nothing]'], files={'a.jsonl': OK})
