@@ -265,6 +265,20 @@ def test_findings_name_steps_that_work(examined: Examined, tmp_path: Path) -> No
     assert next_of(report)["max_length"][1].startswith("data.max_length=1024 drops 0 and cuts 0, ")
 
 
+def test_columns_that_nothing_reads_and_soft_labels_are_said(examined: Examined) -> None:
+    rows = [{**row, "probability": w, "response_1": "x"} for row, w in zip(noise(4), (1, 0.7, 0.4, None), strict=True)]
+    rows[0]["<note>"] = "n"
+    report = examined(rows)
+    assert report["train"]["not_used"] == {"response_1": 4, "<note>": 1} and report["train"]["soft_labels"] == 2
+    assert "\n2 rows with a soft label; " in report["out"]
+    assert "\nnot used: response_1 (4 rows), <note> (1 row)\n" in report["out"]
+    assert "not used: response_1 (4 rows), &lt;note&gt; (1 row)" in report["page"]
+    report = examined(rows, "data.soft_labels=false")
+    assert report["train"]["soft_labels"] == 0
+    rated = [{**row, "score_chosen": 3, "score_rejected": 2} for row in noise(3)]
+    assert "reads score_chosen, score_rejected, too" in examined(rated)["out"]
+
+
 def test_too_few_prompts_for_the_words_are_said(examined: Examined) -> None:
     assert "the bag of words needs pairs of 50 prompts; left out\n" in examined(noise(49))["out"]
     assert "the bag of words" not in examined(noise(50))["out"]

@@ -19,7 +19,7 @@ from dpo_cli.examination.page import page
 from dpo_cli.examination.reading import Side, compare, read_side, sources_of
 from dpo_cli.examination.reference import reference_logps, score_facts
 from dpo_cli.examination.report import VERSION, bias_facts, pointless, side_facts, token_facts
-from dpo_cli.examination.tables import SIDES, lengths, max_lengths, phrases, scores, share
+from dpo_cli.examination.tables import SIDES, columns_read, lengths, max_lengths, phrases, scores, share
 from dpo_cli.examination.words import FEWEST, Words, classify
 from dpo_cli.models.loading import find_model, load_tokenizer
 from dpo_cli.paths import user_path
@@ -184,6 +184,8 @@ def _show_side(reporter: Reporter, name: str, side: dict[str, Any]) -> None:
             rows.append([reason if place == 0 else "", f"{number:,}" if place == 0 else "", where])
     if rows:
         reporter.grid(["reason", "count", "for instance (prompt | chosen | rejected)"], rows, left=3)
+    for line in columns_read(side):
+        reporter.say(line)
     reporter.say()
 
 

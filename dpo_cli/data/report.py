@@ -67,11 +67,7 @@ class Report:
             shown = [f"{safe_text(name, 40)} {number:,}" for name, number in self.sources.most_common()]
             lines.append(f"rows by source: {_first(shown)}")
         if self.not_used:
-            by_rows: dict[int, list[str]] = {}
-            for name, number in self.not_used.most_common():
-                by_rows.setdefault(number, []).append(safe_text(name, 40))
-            shown = [f"{_first(names)} ({plural(number, 'row')})" for number, names in by_rows.items()]
-            lines.append(f"not used: {_first(shown)}{self.not_used_form}")
+            lines.append(f"not used: {columns_not_used(self.not_used)}{self.not_used_form}")
         lines += [f"also in training: {self.leaks}"] if self.leaks else []
         if self.truncation.prompts_cut:
             lines.append(
@@ -134,6 +130,14 @@ class Report:
 def dropped(reason: str, number: int) -> str:
     """How many rows or pairs were dropped, and for which reason, in words."""
     return f"{plural(number, 'row' if reason in OF_ROWS else 'pair')} {REASONS[reason]}"
+
+
+def columns_not_used(rows: Counter[str]) -> str:
+    """The columns that nothing reads, each with its number of rows."""
+    by_rows: dict[int, list[str]] = {}
+    for name, number in rows.most_common():
+        by_rows.setdefault(number, []).append(safe_text(name, 40))
+    return _first([f"{_first(names)} ({plural(number, 'row')})" for number, names in by_rows.items()])
 
 
 def _first(names: list[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_cli.console.text import plural, significant
 from dpo_cli.evaluation.page import html_text, whole_page
-from dpo_cli.examination.tables import SIDES, lengths, max_lengths, phrases, scores, share
+from dpo_cli.examination.tables import SIDES, columns_read, lengths, max_lengths, phrases, scores, share
 
 STYLE = (
     ":root{color-scheme:light dark;--text:#222;--back:#fff;--dim:#777;--line:#ddd;--bar:#4a7;--other:#c55}"
@@ -69,7 +69,9 @@ def _sides(report: dict[str, Any]) -> str:
     rows += [[reason, *(f"{side['dropped'].get(reason, 0):,}" for _, side in sides)] for reason in reasons]
     rows += [["kept", *(f"{side['kept']:,}" for _, side in sides)]]
     rows += [["near-duplicates among them", *(f"{side['near_duplicates']:,}" for _, side in sides)]]
-    return "<h2>Rows and pairs</h2>" + _table(["", *(name for name, _ in sides)], rows)
+    lines = [f"{name}: {line}" for name, side in sides for line in columns_read(side)]
+    text = "".join(f"<p>{html_text(line)}</p>" for line in lines)
+    return "<h2>Rows and pairs</h2>" + _table(["", *(name for name, _ in sides)], rows) + text
 
 
 def _lengths(tokens: dict[str, Any], max_length: int) -> str:

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from dpo_cli.config.schema import DataConfig
 from dpo_cli.console.text import safe_text
 from dpo_cli.data.files import SourceRow, open_source
-from dpo_cli.data.formats import BadRowError, PreferencePair, pairs_of
+from dpo_cli.data.formats import BadRowError, PreferencePair, fields_read, pairs_of
 from dpo_cli.data.groups import normalised, prompt_group
 from dpo_cli.data.known_forms import form_of
 from dpo_cli.data.leaks import pair_hash
-from dpo_cli.data.mapping import RowMapping, canonical, source_of
+from dpo_cli.data.mapping import RowMapping, canonical, not_used, source_of
 from dpo_cli.data.pairs import held_out_sets
 from dpo_cli.data.report import count
 from dpo_cli.errors import ConfigError
@@ -43,6 +43,8 @@ class ReadRow:
     pairs: tuple[PreferencePair, ...]
     problem: str | None
     source: str  # where the row is from, where a column says so
+    not_used: tuple[str, ...] = ()  # columns that nothing reads
+    soft_label: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ def read_row(row: SourceRow, config: DataConfig, mapping: RowMapping) -> ReadRow
         return ReadRow(row, (), row.problem, "")
     try:
         read = canonical(row.value, mapping)
-        return ReadRow(row, pairs_of(read, config.format), None, source_of(read, config.columns))
+        pairs, soft = pairs_of(read, config.format), read.get("probability", 1.0) != 1
+        unused = not_used(row.value, mapping.columns, fields_read(read, config.format))
+        return ReadRow(row, pairs, None, source_of(read, config.columns), tuple(unused), soft)
     except BadRowError as error:
         return ReadRow(row, (), safe_text(error, limit=300), "")
 
@@ -124,6 +128,9 @@ class Side:
     reasons: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, np.int8))  # (N,) index in OF_PAIRS, or KEPT
     near: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # (N,) similar earlier pair, or -1
     sources: Counter[str] = field(default_factory=Counter)  # pairs by where they are from
+    not_used: Counter[str] = field(default_factory=Counter)  # rows by the column that nothing reads
+    not_used_form: str = ""  # another YAML that reads such columns
+    soft_labels: int = 0  # rows whose label has a probability below 1
     sources_of_sample: dict[int, str] = field(default_factory=dict)  # position -> source
     sample: list[SampledPair] = field(default_factory=list)  # of the pairs that are kept, in order
     signatures: Signatures = field(default_factory=lambda: signatures([]))
@@ -163,6 +170,11 @@ def read_side(config: DataConfig, which: SourceName, sampled: int | None, seed: 
             if read.problem is not None:
                 side.first_problem = side.first_problem or f"{read.row.location}: {advice(read, config)}"
                 side.bad_rows.append(read.row.index)
+            side.soft_labels += read.soft_label
+            if read.not_used and not side.not_used:
+                side.not_used_form = form_of(read.row.value or {}, config.columns, "; {form} reads {columns}, too")
+            for name in read.not_used:
+                count(side.not_used, name)
             for pair in read.pairs:
                 reason = _reason(pair)
                 chosen, rejected = normalised(pair.chosen), normalised(pair.rejected)

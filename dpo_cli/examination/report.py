@@ -49,6 +49,9 @@ def side_facts(side: Side, tokens: Tokens | None, config: DataConfig) -> Facts:
         "dropped": dict(dropped),
         "near_duplicates": len(near),
         "sources": {safe_text(name, 40): number for name, number in side.sources.most_common()},
+        "not_used": {safe_text(name, 40): number for name, number in side.not_used.most_common()},
+        "not_used_form": side.not_used_form,
+        "soft_labels": side.soft_labels,
         "examples": examples,
     }
 

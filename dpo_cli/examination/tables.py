@@ -1,8 +1,10 @@
 """Tables of report.json as text: the console and the page show the same ones."""
 
+from collections import Counter
 from typing import Any
 
 from dpo_cli.console.text import interval, plural, significant
+from dpo_cli.data.report import columns_not_used
 
 SIDES = ("prompt", "chosen", "rejected")
 Table = tuple[list[str], list[list[str]]]  # headings, and the cells of each row
@@ -55,3 +57,10 @@ def scores(score: dict[str, Any]) -> list[tuple[str, str]]:
         ("nearly the same responses", plural(score["overlapping"], "pair")),
         ("equally likely responses", plural(score["alike"], "pair")),
     ]
+
+
+def columns_read(side: dict[str, Any]) -> list[str]:
+    """What a side's rows have besides texts, a sentence each: soft labels, and columns that nothing reads."""
+    soft = f"{plural(side['soft_labels'], 'row')} with a soft label; data.soft_labels=false takes it as certain"
+    unused = f"not used: {columns_not_used(Counter(side['not_used']))}{side['not_used_form']}"
+    return [*([soft] if side["soft_labels"] else []), *([unused] if side["not_used"] else [])]
