@@ -174,7 +174,7 @@ _RULES = (
         lambda h: _nothing_learned(h) and (h.still or not h.in_nats) and not _overfit(h),
         lambda h: (
             f"nothing was learned: the margin is {significant(h.margin)}"
-            + (f", and no response moved by more than {h.moved:.2g} nats a token" if h.moved is not None else "")
+            + (f", and the last training pairs moved by {h.moved:.2g} nats a token" if h.moved is not None else "")
         ),
         _next_of_size,
     ),
