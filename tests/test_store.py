@@ -170,6 +170,42 @@ def test_a_file_that_changes_while_it_is_read_is_refused(load: Load, file: Path)
         load(poll=grow)
 
 
+@pytest.mark.parametrize("after_parts", [0, 1])
+def test_rows_never_lie_under_the_name_of_others(
+    after_parts: int, load: Load, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file is replaced after it was hashed, or after a part was made, and later put back as it was."""
+    before, first = file.read_bytes(), content(load())
+    shutil.rmtree(file.parent / "cache" / "tokens")
+    made = 0
+
+    def replaced() -> None:
+        time.sleep(0.02)  # a clock of the file system
+        file.write_bytes(before.replace(b"Here is", b"Here's a"))
+
+    identity, make_part = files_module.FileSource.identity, prepare_module.make_part
+
+    def looked_at(source: Any) -> list[Any]:
+        found = identity(source)
+        if after_parts == 0:
+            replaced()
+        return found
+
+    def part(*arguments: Any) -> dict[str, Any]:
+        nonlocal made
+        facts, made = make_part(*arguments), made + 1
+        if made == after_parts:
+            replaced()
+        return facts
+
+    with monkeypatch.context() as within, pytest.raises(DataError, match="changed while it was read"):
+        within.setattr(files_module.FileSource, "identity", looked_at)
+        within.setattr(prepare_module, "make_part", part)
+        load()
+    file.write_bytes(before)
+    assert content(load()) == first
+
+
 def test_several_processes_make_what_one_does(load: Load, tmp_path: Path) -> None:
     one = load()
     shutil.rmtree(tmp_path / "cache" / "tokens")

@@ -276,6 +276,10 @@ class Source(Protocol):
         """What JSON can hold, and what differs where the rows do; found without reading all of them."""
         ...
 
+    def check_unchanged(self) -> None:
+        """DataError where the rows are others than when `identity` or `rows` first looked at them."""
+        ...
+
     def count(self) -> int | None:
         """How many rows there are, about; None where only reading them all would say."""
         ...
@@ -295,16 +299,26 @@ class FileSource:
         if len(parquet) > 1:
             _same_columns(parquet)
         for path in self.paths:
-            before = _state(path)
+            before = self._states[path]
             for row in read_rows(path):
                 yield row if len(self.paths) == 1 else replace(row, index=index)
                 index += 1
-            if _state(path) != before:
-                raise DataError(f"{safe_text(path)}: changed while it was read; start again when it is written")
+            _check_unchanged(path, before)
 
     def identity(self) -> list[Any]:
         """Of each file its name, and a hash of what is in it."""
+        self.check_unchanged()  # notes how the files are before their content is hashed
         return [[str(path), *_content(path)] for path in self.paths]
+
+    def check_unchanged(self) -> None:
+        """DataError where a file is not as it was when it was first looked at."""
+        for path, before in self._states.items():
+            _check_unchanged(path, before)
+
+    @cached_property
+    def _states(self) -> dict[Path, tuple[int, int, int]]:
+        """How each file was when it was first looked at."""
+        return {path: _state(path) for path in self.paths}
 
     def count(self) -> int | None:
         """The rows of JSON lines and Parquet files."""
@@ -319,6 +333,11 @@ def _state(path: Path) -> tuple[int, int, int]:
     except OSError as error:
         raise DataError(f"{safe_text(path)}: cannot be read ({error.strerror})") from None
     return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _check_unchanged(path: Path, before: tuple[int, int, int]) -> None:
+    if _state(path) != before:
+        raise DataError(f"{safe_text(path)}: changed while it was read; start again when it is written")
 
 
 def _content(path: Path) -> list[Any]:
@@ -372,6 +391,9 @@ class HubSource:
     def identity(self) -> list[Any]:
         """What `datasets` calls these rows: it changes with the hub's revision."""
         return [self.data_set, self.subset, self.split, self._loaded._fingerprint]
+
+    def check_unchanged(self) -> None:
+        """Nothing: a loaded split stays as it is."""
 
     def count(self) -> int:
         """The rows of the split."""

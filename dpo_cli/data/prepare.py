@@ -365,8 +365,14 @@ def _make(
 ) -> list[dict[str, Any]]:
     """Make every part that is not there yet; returns their facts."""
     rows = takewhile(lambda row: limit is None or row.index < limit, source.rows())
-    first = list(islice(rows, PART))
-    parts = enumerate(chain([first], iter(lambda: list(islice(rows, PART)), [])))
+
+    def read() -> list[SourceRow]:
+        some = list(islice(rows, PART))
+        source.check_unchanged()  # else the part would lie under the name of other rows
+        return some
+
+    first = read()
+    parts = enumerate(chain([first], iter(read, [])))
     total = (source.count() if len(first) == PART else None) or 0
     is_small = len(first) < PART or 0 < total <= FEW * PART  # then it is done before other processes have started
     processes = 1 if is_small else processes_for(work.config)
