@@ -1,6 +1,7 @@
 """The seam of the engine: a run on two ranks is the run on one, and rank 0 alone writes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,6 +83,21 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_one_process_resumes
     assert "error: stopped by SIGTERM at step 3; to resume, run the same command with output_dir=" in first.stderr
     assert command("dpo-train", *words, "resume=auto").code == 0
     same_run(two, alone)
+
+
+def test_a_rank_that_finds_its_pairs_made_stays_in_step(
+    command: Command, pairs_file: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two computers one has trained on this file before."""
+    words = [*tiny_words(pairs_file, tmp_path / "two"), *WORDS]
+    for rank in (0, 1):
+        for model in cache.glob("tiny*"):
+            shutil.copytree(model, tmp_path / f"cache-{rank}" / model.name)
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "cache-1"))
+    assert command("dpo-train", *tiny_words(pairs_file, tmp_path / "alone"), *WORDS).code == 0
+    first, second = on_two_ranks(tmp_path / "two", words, DPO_CACHE=str(tmp_path / "cache"), OWN_CACHES="1")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    same_run(tmp_path / "two", tmp_path / "alone")
 
 
 def test_one_process_is_all_ranks() -> None:

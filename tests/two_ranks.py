@@ -66,9 +66,14 @@ class TwoRanks(SingleEngine):
 
 
 def main() -> None:
-    """Train as the words say; with STOP=RANK:STEP in the environment SIGTERM comes to one rank after a step."""
+    """Train as the words say; with STOP=RANK:STEP in the environment SIGTERM comes to one rank after a step.
+
+    With OWN_CACHES=1 each rank has a cache of its own, as on a computer of its own.
+    """
     rank, meeting, words = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
     os.environ["RANK"] = str(rank)  # as torchrun does
+    if os.environ.get("OWN_CACHES"):
+        os.environ["DPO_CACHE"] += f"-{rank}"
     from dpo_cli import cli
     from dpo_cli.training import runner
 

@@ -1,5 +1,6 @@
 """What a run is put together from: the model, the data, the objective, the reference, and how batches are split."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import safe_text
 from dpo_cli.data.batches import Layout, Schedule, Split, SplitByPairs, SplitByTokens, longest_side
-from dpo_cli.data.pairs import load_pairs
+from dpo_cli.data.pairs import PairData, load_pairs
 from dpo_cli.data.store import StoredPairs
 from dpo_cli.data.tokens import PairEncoder
 from dpo_cli.errors import CheckpointError
@@ -119,7 +120,15 @@ def _material(context: Context, source: ModelSource, always_closes: bool) -> Mat
     config = context.config
     encoder = PairEncoder.of(load_tokenizer(source), config.data, always_closes)
     context.reporter.doing(f"reading pairs from {safe_text(config.data.describe_train())}")
-    data = load_pairs(config.data, encoder, config.seed, poll=context.poll, working=context.reporter.bar)
+
+    def load(encoder: PairEncoder, poll: Callable[[], None] = lambda: None) -> PairData:
+        return load_pairs(config.data, encoder, config.seed, poll=poll, working=context.reporter.bar)
+
+    if context.engine.alone:
+        data = load(encoder, context.poll)
+    else:  # to poll asks every rank, and each comes to it as often as it makes pairs: rank 0 makes them for all
+        context.engine.same(lambda: load(PairEncoder.of(load_tokenizer(source), config.data, always_closes)) and None)
+        data = load(encoder)
     context.reporter.stop()
     if context.engine.rank == 0:
         sides = [side for side in (data.train, data.held_out) if isinstance(side, StoredPairs)]
