@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import Ended, tiny_words
 
-from dpo_cli.storage.cache_folder import cache_files, clear_cache, folder_files, shrink, touch
+from dpo_cli.errors import StorageError
+from dpo_cli.storage.cache_folder import cache_files, clear_cache, filled_once, filling, folder_files, shrink, touch
 from dpo_cli.storage.locks import opened_alone
 
 Command = Callable[..., Ended]
@@ -45,6 +46,40 @@ def test_what_is_in_use_stays(tmp_path: Path) -> None:
     with opened_alone(paths[1]):  # another process writes it
         assert [entry.path for entry in shrink(tmp_path / "cache", 0, keep={paths[0], None})] == paths[2:]
     assert names(tmp_path / "cache") == ["b", "d"]
+
+
+def test_a_folder_that_is_being_filled_stays_and_is_swept_by_the_next(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "entry"
+    with filling(folder) as same:
+        assert same == folder and shrink(tmp_path / "cache", 0) == []
+        (folder / ".tmp-part-7").write_bytes(b"half")
+        (folder / ".tmp-other-7").mkdir()
+        (folder / "whole").write_bytes(b"whole")
+        polled = []
+
+        def give_up() -> None:
+            polled.append(1)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt), filling(folder, give_up):
+            raise AssertionError("two fill it")
+        assert polled
+    assert sorted(names(folder)) == [".tmp-other-7", ".tmp-part-7", "whole"]
+    with filling(folder):
+        assert names(folder) == ["lock", "whole"]
+    assert [entry.path for entry in shrink(tmp_path / "cache", 0)] == [folder]
+
+
+def test_what_is_filled_once_is_whole_or_an_error_in_one_line(tmp_path: Path) -> None:
+    def full(beside: Path) -> None:
+        (beside / "half").write_bytes(b"x")
+        raise OSError("100 requested and 5 written")
+
+    with pytest.raises(StorageError, match=r"entry: cannot be written \(100 requested and 5 written\); set DPO_CACHE"):
+        filled_once(tmp_path / "entry" / "facts", full)
+    assert names(tmp_path / "entry") == []
+    made = filled_once(tmp_path / "entry" / "facts", lambda beside: (beside / "x").touch())
+    assert names(made) == ["x"] and filled_once(made, full) == made
 
 
 def test_an_entry_that_is_used_is_no_longer_the_oldest(tmp_path: Path) -> None:

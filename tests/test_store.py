@@ -243,7 +243,7 @@ def test_an_interrupted_preparation_goes_on_behind_its_last_whole_part(
 
 
 def test_a_damaged_part_is_never_trained_on(load: Load, tmp_path: Path) -> None:
-    load()
+    expected = content(load())
     path = parts(tmp_path)[1]
     whole = path.read_bytes()
     for place in range(0, len(whole), len(whole) // 40):
@@ -256,14 +256,48 @@ def test_a_damaged_part_is_never_trained_on(load: Load, tmp_path: Path) -> None:
             path.write_bytes(whole)
             assert found == [pair.chosen.tolist() for pair in load().train]
     path.unlink()
-    with pytest.raises(StorageError, match="part-00001"):
-        load()
+    assert content(load()) == expected
+    stores(tmp_path)[0].joinpath("store.json").write_text("[]")
+    assert content(load()) == expected
 
 
 def test_a_store_may_be_removed_under_a_run(load: Load, tmp_path: Path) -> None:
     data, expected = load(), content(load())
     shutil.rmtree(tmp_path / "cache" / "tokens")
     assert content(data) == expected
+
+
+def test_a_store_that_is_removed_while_it_is_made_is_made_again(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, make = content(load()), prepare_module.make_part
+    for number in (0, 1, 2):
+        for at in ("before", "after"):
+            shutil.rmtree(tmp_path / "cache" / "tokens")
+            left = [number]
+
+            def part(work: Any, place: int, *more: Any, at: str = at, left: list[int] = left) -> dict[str, Any]:
+                gone = left == [place] and left.pop() == place
+                if gone and at == "before":
+                    shutil.rmtree(work.folder)
+                facts = make(work, place, *more)
+                if gone and at == "after":
+                    shutil.rmtree(work.folder)
+                return facts
+
+            monkeypatch.setattr(prepare_module, "make_part", part)
+            assert content(load("data.eval_fraction=0")) == expected
+            assert not left
+
+
+def test_a_cache_that_cannot_be_written_is_still_read(load: Load, tmp_path: Path) -> None:
+    """Links to nowhere stand where files would be made: root may write a folder whatever its mode."""
+    first = load("data.eval_fraction=0.3")
+    (stores(tmp_path)[0] / "lock").symlink_to("/nowhere/else")
+    before = sorted(path for path in (tmp_path / "cache").rglob("*"))
+    again, other = load("data.eval_fraction=0.3"), load("data.eval_fraction=0.5")
+    assert content(again) == content(first) and len(other.held_out) != len(first.held_out)
+    assert sorted(path for path in (tmp_path / "cache").rglob("*")) == before
 
 
 def test_where_the_cache_cannot_be_used_tokens_are_temporary(load: Load, tmp_path: Path) -> None:

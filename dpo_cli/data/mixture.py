@@ -20,7 +20,7 @@ from dpo_cli.data.batches import epoch_order
 from dpo_cli.data.splits import TrainingPairs, stored_numbers, write_facts
 from dpo_cli.data.store import Indices, PairStore, Part, StoredPairs
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.storage.durable import make_once
+from dpo_cli.storage.cache_folder import filled_once
 from dpo_cli.storage.hashing import fingerprint
 
 VERSION = 1  # of what is kept
@@ -133,7 +133,7 @@ def mix(
         all_numbers.tofile(beside / "chosen")
         write_facts(StoredPairs(store, all_numbers), beside, working("pair", len(all_numbers)))
 
-    make_once(folder, write)
+    folder = filled_once(folder, write)
     return TrainingPairs(store, stored_numbers(folder / "chosen", np.int64), folder)
 
 

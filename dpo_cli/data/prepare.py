@@ -4,13 +4,10 @@ Each process takes a part's rows, judges them, renders, encodes and cuts them, a
 the way is kept in the part, so that a later run says the same.
 """
 
-import atexit
 import gc
 import multiprocessing
 import os
-import shutil
 import signal
-import tempfile
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -35,11 +32,12 @@ from dpo_cli.data.known_forms import form_of
 from dpo_cli.data.leaks import pair_hash
 from dpo_cli.data.mapping import RowMapping, canonical, not_used, source_of
 from dpo_cli.data.report import OF_ROWS, Report, count
-from dpo_cli.data.store import COMPLETE, PairStore, Part, mapped, part_bytes, part_name
+from dpo_cli.data.store import COMPLETE, PairStore, Part, StoreGoneError, mapped, part_bytes, part_name
 from dpo_cli.data.tokens import PairEncoder, RenderedPair, TokenizedPair, token_ids
 from dpo_cli.data.truncation import Truncation, truncate
 from dpo_cli.errors import DataError, OutOfMemoryError, StorageError
 from dpo_cli.paths import cache_dir
+from dpo_cli.storage.cache_folder import filling, touch
 from dpo_cli.storage.durable import write_whole
 from dpo_cli.storage.hashing import fingerprint, fingerprint_of_texts
 
@@ -303,44 +301,53 @@ def prepare(
     """
     facts = {name: value for name, value in asdict(config).items() if name not in NO_MATTER}
     how = [VERSION, source.identity(), limit, facts, encoder.identity(), version("tokenizers"), version("transformers")]
-    folder = _folder(fingerprint(how))
-    known = _complete(folder)
-    if known is None:
-        made = _make(source, limit, Work(config, encoder, folder), poll, working)
-        report, counted = Report(source.name), Counter[str]()
-        for one in made:
-            report.add(Report.restored(source.name, one["report"]))
-            counted.update(one["encoder"])
-        known = {"sizes": [one["pairs"] for one in made], "report": report.stored(), "encoder": dict(counted)}
-        _written(folder / COMPLETE, dumps(known).encode("ascii"))
+    folder = cache_dir() / "tokens" / fingerprint(how)
+    for tries_left in (2, 1, 0):
+        try:
+            known = _complete(folder)
+            if known is None:
+                with filling(folder, poll) as writable:
+                    folder = writable
+                    known = _complete(folder) or _filled(folder, source, limit, config, encoder, poll, working)
+            touch(folder)
+            pairs = PairStore(folder, known["sizes"])
+            break
+        except StoreGoneError:
+            if not tries_left:
+                raise
+    assert known is not None
     for name in encoder.COUNTERS:
         setattr(encoder, name, getattr(encoder, name) + known["encoder"].get(name, 0))
     report = Report.restored(source.name, known["report"])
     _refuse_many_bad_rows(report, config)
-    return Prepared(PairStore(folder, known["sizes"]), report)
+    return Prepared(pairs, report)
 
 
-def _folder(key: str) -> Path:
-    """A folder for the parts; a temporary one where the cache cannot be used."""
-    folder = cache_dir() / "tokens" / key
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        os.utime(folder)  # when it was last used
-        return folder
-    except OSError:
-        try:
-            temporary = tempfile.mkdtemp(prefix="dpo-tokens-")
-        except OSError as error:
-            raise StorageError(
-                f"{safe_text(folder)}: tokens cannot be kept ({error.strerror}); set DPO_CACHE"
-            ) from None
-        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        return Path(temporary)
+def _filled(
+    folder: Path,
+    source: Source,
+    limit: int | None,
+    config: DataConfig,
+    encoder: PairEncoder,
+    poll: Callable[[], None],
+    working: Callable[[str, int], Callable[[int], None]],
+) -> dict[str, Any]:
+    """Make what is missing in a store; returns what it says of itself."""
+    made = _make(source, limit, Work(config, encoder, folder), poll, working)
+    report, counted = Report(source.name), Counter[str]()
+    for one in made:
+        report.add(Report.restored(source.name, one["report"]))
+        counted.update(one["encoder"])
+    known = {"sizes": [one["pairs"] for one in made], "report": report.stored(), "encoder": dict(counted)}
+    _written(folder / COMPLETE, dumps(known).encode("ascii"))
+    return known
 
 
 def _written(path: Path, data: bytes) -> None:
     try:
         write_whole(path, data, shared=True)
+    except FileNotFoundError:
+        raise StoreGoneError(f"{safe_text(path.parent)}: was removed meanwhile; start again") from None
     except OSError as error:
         raise StorageError(
             f"{safe_text(path)}: cannot be written ({error.strerror}); DPO_CACHE names a folder"
@@ -348,11 +355,12 @@ def _written(path: Path, data: bytes) -> None:
 
 
 def _complete(folder: Path) -> dict[str, Any] | None:
-    """What a complete store says of itself; None where it is not complete."""
+    """What a complete store says of itself; None where it is not complete, or a part was removed."""
     try:
         known: dict[str, Any] = loads((folder / COMPLETE).read_bytes())
-        return known
-    except (OSError, ValueError):
+        parts = [folder / part_name(number) for number in range(len(known["sizes"]))]
+        return known if all(part.is_file() for part in parts) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -399,6 +407,8 @@ def _make(
         for number, one in made:
             facts[number] = one
             advance(one["report"]["rows"])
+    except FileNotFoundError:
+        raise StoreGoneError(f"{safe_text(work.folder)}: was removed meanwhile; start again") from None
     except OSError as error:
         raise StorageError(
             f"{safe_text(work.folder)}: tokens cannot be kept ({error.strerror}); set DPO_CACHE to a folder with space"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dpo_cli.data.leaks import TrainedOn
 from dpo_cli.data.store import Indices, PairStore, StoredPairs, fingerprinted
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.storage.durable import make_once
+from dpo_cli.storage.cache_folder import filled_once
 from dpo_cli.storage.hashing import fingerprint, fingerprint_of_texts
 
 VERSION = 1  # of what is kept
@@ -96,7 +96,7 @@ def training_side(
         advance = working("pair", len(store)) if len(store) > LONGEST else lambda _: None
         write_facts(StoredPairs(store, chosen), beside, advance)
 
-    make_once(folder, write)
+    folder = filled_once(folder, write)
     if split is None:
         return TrainingPairs(store, None, folder), None
     chosen, held_out = (stored_numbers(folder / name, np.int64) for name in ("chosen", "held_out"))

@@ -40,6 +40,10 @@ TOUCHED = 256  # parts
 Indices = NDArray[np.int64]
 
 
+class StoreGoneError(StorageError):
+    """A part is not there: somebody removed it meanwhile."""
+
+
 def part_name(number: int) -> str:
     """The file name of a part."""
     return f"part-{number:05d}.arrow"
@@ -100,6 +104,8 @@ def mapped(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise StoreGoneError(f"{safe_text(path)}: was removed meanwhile") from None
     except (OSError, ValueError) as error:
         raise StorageError(f"{safe_text(path)}: cannot be read ({safe_text(error, limit=120)})") from None
 

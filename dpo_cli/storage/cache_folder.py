@@ -1,20 +1,31 @@
 """Folders of files that can be made again: how large they are, when each was used, and what is dropped for room.
 
 An entry is a file, or a folder that is used as a whole. `touch` marks it as used; what was unused longest goes first.
+Who fills a folder has the file `lock` in it locked: others wait, and it is not dropped.
 """
 
+import atexit
 import os
-from collections.abc import Collection
-from contextlib import suppress
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.console.text import plural, significant
-from dpo_cli.errors import ConfigError, DpoError
+from dpo_cli.console.text import plural, safe_text, significant
+from dpo_cli.errors import DpoError, StorageError
 from dpo_cli.paths import cache_dir
-from dpo_cli.storage.durable import remove_folder
+from dpo_cli.storage.durable import UNFINISHED, remove_folder, write_folder
 from dpo_cli.storage.locks import opened_alone
+
+LOCK = "lock"
+
+
+class InUseError(DpoError):
+    """Another process fills the folder."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +116,83 @@ def _remove(path: Path) -> bool:
         if path.is_symlink():
             path.unlink()
         elif path.is_dir():
+            if (path / LOCK).exists():
+                with opened_alone(path / LOCK, InUseError, lambda _: None):
+                    pass
             remove_folder(path)
         else:
-            with opened_alone(path, lambda _: ConfigError("in use"), lambda _: None):
+            with opened_alone(path, InUseError, lambda _: None):
                 path.unlink()
     except (OSError, DpoError):
         pass
     return not os.path.lexists(path)
+
+
+@contextmanager
+def filling(folder: Path, poll: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """A folder of the cache, made where it is not there; within, no other process fills it.
+
+    What killed processes left unfinished in it is removed. `poll` is called while another process is waited for. Where
+    the folder cannot be written it is a temporary one; StorageError where that cannot be made either.
+    """
+    with ExitStack() as alone:
+        try:
+            while not _is_locked(folder, alone):
+                poll()
+                time.sleep(0.05)
+        except (OSError, StorageError) as error:
+            yield _temporary(folder, error)
+            return
+        for left in folder.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        try:
+            yield folder
+        finally:
+            with suppress(OSError):
+                (folder / LOCK).unlink()
+
+
+def _is_locked(folder: Path, alone: ExitStack) -> bool:
+    """Lock a folder until `alone` ends; False where another process has it, or has removed it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as attempt:
+        try:
+            descriptor = attempt.enter_context(opened_alone(folder / LOCK, InUseError, lambda _: None))
+            if os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK)):
+                alone.push(attempt.pop_all())
+                return True
+        except (InUseError, FileNotFoundError):
+            pass
+        except StorageError:
+            if folder.is_dir():
+                raise
+    return False
+
+
+def _temporary(instead_of: Path, why: Exception) -> Path:
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="dpo-cache-"))
+    except OSError:
+        raise StorageError(f"{safe_text(instead_of)}: cannot be written ({safe_text(why)}); set DPO_CACHE") from None
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def filled_once(target: Path, write: Callable[[Path], None]) -> Path:
+    """The folder `target` in a folder of the cache, or in a temporary one where that cannot be written.
+
+    Where it is not there yet `write` fills it beside; of several processes one does. StorageError where that fails.
+    """
+    if target.is_dir():
+        return target
+    with filling(target.parent) as folder:
+        target = folder / target.name
+        try:
+            if not target.is_dir():
+                write_folder(target, write)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise StorageError(
+                f"{safe_text(folder)}: cannot be written ({reason}); set DPO_CACHE to a folder with space"
+            ) from None
+        return target
