@@ -122,6 +122,39 @@ def test_what_decides_tokens_makes_another_store(load: Load, file: Path, tmp_pat
     assert encoder.identity() != PairEncoder(encoder.tokenizer, "chat").identity()
 
 
+@pytest.mark.parametrize("where", ["", "tools", "messages[0].role == 'system'"])
+def test_tokens_of_another_day_are_not_used_where_the_template_writes_the_date(
+    where: str, file: Path, tmp_path: Path, tiny_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+    from transformers.utils import chat_template_utils
+
+    days = ["1 May", "2 May"]
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "cache"))
+    date = (
+        "{{ strftime_now('%d %b') }}" if not where else "{% if " + where + " %}{{ strftime_now('%d %b') }}{% endif %}"
+    )
+    made = []
+    for day in (*days, days[0]):
+
+        class Today:
+            @staticmethod
+            def now(day: str = day) -> Any:
+                return type("Now", (), {"strftime": lambda _, __: day})()
+
+        chat_template_utils._compile_jinja_template.cache_clear()
+        monkeypatch.setattr(chat_template_utils, "datetime", Today)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+        tokenizer.chat_template = (
+            date + "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        )
+        data = load_pairs(dials(f"data.train={file}", "data.eval_fraction=0"), PairEncoder(tokenizer, "chat"), 0)
+        made.append((len(stores(tmp_path)), data.train.fingerprint))
+    assert [number for number, _ in made] == [1, 2, 2]
+    assert (made[0] == made[1]) is False and made[0][1] == made[2][1]
+    assert where or made[0][1] != made[1][1]
+
+
 def test_the_fingerprint_of_a_store_is_that_of_its_pairs(load: Load, file: Path) -> None:
     for rows in (ROWS, [{**row, **({"probability": 0.75} if n == 20 else {})} for n, row in enumerate(ROWS)]):
         write_jsonl(file, rows)

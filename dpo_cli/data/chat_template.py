@@ -267,6 +267,17 @@ class ChatTemplate:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
+    def at_this_moment(self) -> list[str | None]:
+        """Some conversations as they are rendered now, None where it refuses one: a template may write the date."""
+        found: list[str | None] = []
+        for messages in ((QUESTION,), (Message("system", "be brief"), QUESTION)):
+            for tools in ((), (PROBE_TOOL,)):
+                try:
+                    found.append(self._render(messages, True, Prompt((), "", tools)))
+                except Exception:  # raised by the template, a program of the model's author
+                    found.append(None)
+        return found
+
     def prompt(self, prompt: Prompt) -> str:
         """A conversation as text, open for an answer; RefusedRowError where the template refuses it."""
         return self._accepted(prompt.messages, True, prompt)

@@ -193,7 +193,8 @@ class PairEncoder:
         rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
         template = getattr(tokenizer, "chat_template", None)
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        how = [self.kind, self.always_closes, dict(self.template_options), self.special_tokens_in_text]
+        now = self.template.at_this_moment() if self.template is not None else []
+        how = [self.kind, self.always_closes, dict(self.template_options), self.special_tokens_in_text, now]
         return fingerprint([type(tokenizer).__name__, rules, template, special, *how])
 
     def _closing_token(self) -> int:
