@@ -2,8 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
 from dpo_cli.errors import InterruptedByUserError, StoppedError
@@ -12,6 +12,22 @@ from dpo_cli.errors import InterruptedByUserError, StoppedError
 def known_signals(*names: str) -> tuple[signal.Signals, ...]:
     """Those of the signals that this system has: Windows lacks most."""
     return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
+
+
+@contextmanager
+def left_to_this_process() -> Iterator[None]:
+    """Within, Ctrl-C, SIGUSR1 and SIGHUP wait, and a process that is started within never gets them.
+
+    A scheduler or a terminal sends them to every process of a job. SIGTERM still ends a process that is started.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, known_signals("SIGINT", "SIGUSR1", "SIGHUP"))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopSignals:

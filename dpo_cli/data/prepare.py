@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -37,6 +38,7 @@ from dpo_cli.data.tokens import PairEncoder, RenderedPair, TokenizedPair, token_
 from dpo_cli.data.truncation import Truncation, truncate
 from dpo_cli.errors import DataError, OutOfMemoryError, StorageError
 from dpo_cli.paths import cache_dir
+from dpo_cli.signals import left_to_this_process
 from dpo_cli.storage.cache_folder import filling, touch
 from dpo_cli.storage.durable import write_whole
 from dpo_cli.storage.hashing import fingerprint, fingerprint_of_texts
@@ -241,7 +243,8 @@ def _by_processes(
     """
     # Not by fork: threads of the tokenizer, or a GPU, would be copied in the middle of something.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes - 1, mp_context=context, initializer=_begin, initargs=(work,))
+    with left_to_this_process():
+        pool = ProcessPoolExecutor(processes - 1, mp_context=context, initializer=_begin, initargs=(work,))
     under_way: deque[tuple[int, Future[dict[str, Any]]]] = deque()
     gc.freeze()
     try:
@@ -252,7 +255,8 @@ def _by_processes(
             if following is not None:
                 number, rows = following
                 if len(under_way) < 2 * (processes - 1):
-                    under_way.append((number, pool.submit(_make_part, number, rows)))
+                    with left_to_this_process():
+                        under_way.append((number, pool.submit(_make_part, number, rows)))
                 else:  # there is enough for the others to do
                     try:
                         made = make_part(work, number, rows, poll)
@@ -268,6 +272,9 @@ def _by_processes(
                 under_way.popleft()
                 yield number, future.result()
     except BrokenProcessPool:
+        for _ in range(5):  # a SIGTERM may have come to all processes of the job
+            poll()
+            time.sleep(0.1)
         raise OutOfMemoryError(
             "a process that tokenized pairs was ended from outside, for want of memory most likely; "
             "data.processes=1 needs less"
