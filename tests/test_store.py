@@ -148,7 +148,7 @@ def test_tokens_of_another_day_are_not_used_where_the_template_writes_the_date(
         tokenizer.chat_template = (
             date + "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
         )
-        data = load_pairs(dials(f"data.train={file}", "data.eval_fraction=0"), PairEncoder(tokenizer, "chat"), 0)
+        data = load_pairs(data_options(f"data.train={file}", "data.eval_fraction=0"), PairEncoder(tokenizer, "chat"), 0)
         made.append((len(stores(tmp_path)), data.train.fingerprint))
     assert [number for number, _ in made] == [1, 2, 2]
     assert (made[0] == made[1]) is False and made[0][1] == made[2][1]

@@ -36,7 +36,8 @@ from dpo_cli.config.schema import EvalConfig, RunConfig, run_config
 number = 0
 for group, choices in groups().items():
     for choice in choices:
-        words = [f"{group}={choice}"] + (["data.train=x"] if group == "data" else [])
+        more = "data.sources={hh: 1, tulu3: 2}" if choice == "mixture" else "data.train=x"
+        words = [f"{group}={choice}", *([more] if group == "data" else [])]
         run_config(composed("train", parse_overrides(words), RunConfig).container)
         number += 1
 composed("eval", [], EvalConfig)
