@@ -110,8 +110,8 @@ def test_a_replay_takes_what_was_measured_then_and_no_other_dial(
     refused = command("dpo-train", f"replay={first}", "beta=0.5")
     assert refused.code == 2
     assert refused.err.startswith(
-        f"error: beta=0.5: replay={first} runs a config as it was; with it go reference.cache, reference.cache_gib, "
-        "tracker, "
+        f"error: beta=0.5: replay={first} runs a config as it was; with it go data.max_bad_fraction, data.processes, "
+        "data.cache_gib, reference.cache, reference.cache_gib, tracker, "
     )
 
 
