@@ -153,7 +153,7 @@ def test_labels_and_sources_are_right_in_every_order(load: Load, folder: Path, t
         assert tiny_tokenizer.decode(pair.chosen[:-1]) == row["chosen"]
         assert tiny_tokenizer.decode(pair.rejected[:-1]) == row["rejected"]
         assert pair.row == f"{pair.source} {pair.index}"
-    assert [(pair.source, pair.key) for pair in data.train.each()] == [(pair.source, pair.key) for pair in data.train]
+    assert [(pair.source, pair.key) for pair in data.train[:]] == [(pair.source, pair.key) for pair in data.train]
     for text, pair in zip(data.train_texts, data.train, strict=False):
         assert text.pair.chosen == rows(pair.source, 50)[pair.index]["chosen"]
     assert len(data.train_texts) == 64

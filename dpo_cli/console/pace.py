@@ -1,6 +1,10 @@
 """How many seconds the rest of a job takes, from the units it has done so far."""
 
 import time
+from collections.abc import Callable
+
+# Starts a progress bar of so many units of what is counted; what it returns counts more of them as done.
+StartBar = Callable[[str, int], Callable[[int], None]]
 
 
 class Pace:

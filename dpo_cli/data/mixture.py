@@ -7,7 +7,7 @@ numbers on disk. All epochs have the same pairs in new orders, so resuming works
 import hashlib
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_cli.console.pace import StartBar
 from dpo_cli.data.batches import epoch_order
 from dpo_cli.data.splits import TrainingPairs, stored_numbers, write_facts
 from dpo_cli.data.store import Indices, PairStore, Part, StoredPairs
@@ -67,20 +68,20 @@ class MixedStore(PairStore):
         name, pairs = self.blocks[block]
         return replace(pairs[number - self._starts[block]], source=name)
 
-    def _blocks(self, chosen: Indices | None) -> Iterator[tuple[str, PairStore, Indices | None]]:
+    def _blocks(self, chosen: Indices | None) -> Iterator[tuple[PairStore, Indices | None]]:
         """Each block with its store, and the chosen pairs by their numbers there."""
-        for start, (name, pairs) in zip(self._starts, self.blocks, strict=False):
+        for start, (_, pairs) in zip(self._starts, self.blocks, strict=False):
             if chosen is None:
-                yield name, pairs.store, pairs.chosen
+                yield pairs.store, pairs.chosen
                 continue
             first, last = np.searchsorted(chosen, [start, start + len(pairs)])
             places = np.asarray(chosen[first:last]) - start
             if len(places):
-                yield name, pairs.store, places if pairs.chosen is None else np.asarray(pairs.chosen[places])
+                yield pairs.store, places if pairs.chosen is None else np.asarray(pairs.chosen[places])
 
     def parts(self, chosen: Indices | None) -> Iterator[tuple[Part, Indices]]:
         """Each part with the chosen pairs in it, block after block."""
-        for _, store, numbers in self._blocks(chosen):
+        for store, numbers in self._blocks(chosen):
             yield from store.parts(numbers)
 
     def folders(self) -> list[Path]:
@@ -90,23 +91,18 @@ class MixedStore(PairStore):
     def rows(self, chosen: Indices | None) -> NDArray[np.int64]:
         """As of a store; rows of different blocks have different numbers."""
         found, start = [], 0
-        for _, store, numbers in self._blocks(chosen):
+        for store, numbers in self._blocks(chosen):
             rows = store.rows(numbers)
             found.append(rows + start)
             start += int(rows.max(initial=-1)) + 1
         return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
-
-    def each(self, chosen: Indices | None, advance: Callable[[int], None]) -> Iterator[TokenizedPair]:
-        """Every chosen pair in order."""
-        for name, store, numbers in self._blocks(chosen):
-            yield from (replace(pair, source=name) for pair in store.each(numbers, advance))
 
 
 def mix(
     sides: Mapping[str, TrainingPairs],
     pairs: Mapping[str, int],
     seed: int,
-    working: Callable[[str, int], Callable[[int], None]],
+    working: StartBar,
 ) -> TrainingPairs:
     """So many training pairs of each source as one data set; each pair of a source comes equally often, or once more.
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.config.schema import DataConfig
+from dpo_cli.console.pace import StartBar
 from dpo_cli.console.text import safe_text
 from dpo_cli.data.files import Source, local_files, name_of, open_source
 from dpo_cli.data.groups import first_human_turn
@@ -131,7 +132,7 @@ class Loader:
     seed: int
     held_out_only: bool
     poll: Callable[[], None]
-    working: Callable[[str, int], Callable[[int], None]]
+    working: StartBar
 
     def prepared(self, source: Source, limit: int | None, config: DataConfig) -> Prepared:
         """The tokenized pairs of the first rows."""
@@ -180,7 +181,7 @@ def load_pairs(
     held_out_only: bool = False,
     trained_on: TrainedOn | None = None,
     poll: Callable[[], None] = lambda: None,
-    working: Callable[[str, int], Callable[[int], None]] = lambda _, __: lambda _: None,
+    working: StartBar = lambda _, __: lambda _: None,
 ) -> PairData:
     """The tokenized, truncated and split pairs of a run, from the cache or made and kept there.
 
@@ -231,7 +232,7 @@ def _load_sources(config: DataConfig, loader: Loader) -> tuple[dict[str, OfSourc
 
 
 def _mixed(
-    config: DataConfig, found: dict[str, OfSource], seed: int, working: Callable[[str, int], Callable[[int], None]]
+    config: DataConfig, found: dict[str, OfSource], seed: int, working: StartBar
 ) -> tuple[TrainingPairs, tuple[Share, ...]]:
     """The training pairs of all sources together, and the share of each; no shares where there is no mixture."""
     sides = {name: one.training for name, one in found.items() if one.training is not None}

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.config.schema import DataConfig
+from dpo_cli.console.pace import StartBar
 from dpo_cli.console.text import plural, safe_text
 from dpo_cli.data.chat_template import ChatTemplate, RefusedRowError
 from dpo_cli.data.files import Source, SourceRow
@@ -37,9 +38,8 @@ from dpo_cli.data.store import COMPLETE, PairStore, Part, StoreGoneError, mapped
 from dpo_cli.data.tokens import PairEncoder, RenderedPair, TokenizedPair, token_ids
 from dpo_cli.data.truncation import Truncation, truncate
 from dpo_cli.errors import DataError, OutOfMemoryError, StorageError
-from dpo_cli.paths import cache_dir
 from dpo_cli.signals import left_to_this_process
-from dpo_cli.storage.cache_folder import filling, touch
+from dpo_cli.storage.cache_folder import cache_folder, filling, touch
 from dpo_cli.storage.durable import write_whole
 from dpo_cli.storage.hashing import fingerprint, fingerprint_of_texts
 
@@ -300,7 +300,7 @@ def prepare(
     config: DataConfig,
     encoder: PairEncoder,
     poll: Callable[[], None],
-    working: Callable[[str, int], Callable[[int], None]],
+    working: StartBar,
 ) -> Prepared:
     """The tokenized pairs of a source's first `limit` rows: from the cache, or made and kept there.
 
@@ -308,7 +308,7 @@ def prepare(
     """
     facts = {name: value for name, value in asdict(config).items() if name not in NO_MATTER}
     how = [VERSION, source.identity(), limit, facts, encoder.identity(), version("tokenizers"), version("transformers")]
-    folder = cache_dir() / "tokens" / fingerprint(how)
+    folder = cache_folder("tokens") / fingerprint(how)
     for tries_left in (2, 1, 0):
         try:
             known = _complete(folder)
@@ -337,7 +337,7 @@ def _filled(
     config: DataConfig,
     encoder: PairEncoder,
     poll: Callable[[], None],
-    working: Callable[[str, int], Callable[[int], None]],
+    working: StartBar,
 ) -> dict[str, Any]:
     """Make what is missing in a store; returns what it says of itself."""
     made = _make(source, limit, Work(config, encoder, folder), poll, working)
@@ -376,7 +376,7 @@ def _make(
     limit: int | None,
     work: Work,
     poll: Callable[[], None],
-    working: Callable[[str, int], Callable[[int], None]],
+    working: StartBar,
 ) -> list[dict[str, Any]]:
     """Make every part that is not there yet; returns their facts."""
     rows = takewhile(lambda row: limit is None or row.index < limit, source.rows())

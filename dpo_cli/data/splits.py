@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_cli.console.pace import StartBar
 from dpo_cli.data.leaks import TrainedOn
 from dpo_cli.data.store import Indices, PairStore, StoredPairs, fingerprinted
 from dpo_cli.data.tokens import TokenizedPair
@@ -79,9 +80,7 @@ class TrainingPairs(StoredPairs):
         return [self[place] for place in self._longest[:number]]
 
 
-def training_side(
-    store: PairStore, split: Split | None, working: Callable[[str, int], Callable[[int], None]]
-) -> tuple[TrainingPairs, StoredPairs | None]:
+def training_side(store: PairStore, split: Split | None, working: StartBar) -> tuple[TrainingPairs, StoredPairs | None]:
     """The pairs that are trained on, and those that the split holds out; `working` starts a progress bar."""
     key = [VERSION] if split is None else [VERSION, split.by, split.fraction, split.seed]
     folder = store.folder / f"training-{fingerprint(key)}"

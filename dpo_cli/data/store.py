@@ -11,7 +11,7 @@ import mmap
 import struct
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -238,12 +238,6 @@ class PairStore:
         """A number of the row of each chosen pair: neighbours have the same one where they are of one row."""
         return self.numbers("index", chosen)
 
-    def each(self, chosen: Indices | None, advance: Callable[[int], None]) -> Iterator[TokenizedPair]:
-        """Every chosen pair in order; `advance` hears how many were gone through."""
-        for part, places in self.parts(chosen):
-            yield from (part.pair(place) for place in places.tolist())
-            advance(len(places))
-
 
 class StoredPairs(Sequence[TokenizedPair]):
     """Pairs of a store: all of them, or those that are chosen. Each is made when it is asked for."""
@@ -275,7 +269,3 @@ class StoredPairs(Sequence[TokenizedPair]):
         """Tokens of prompt, chosen and rejected, (pairs, 3)."""
         found = [part.lengths()[places] for part, places in self.store.parts(self.chosen)]
         return np.concatenate(found) if found else np.zeros((0, 3), dtype=np.int64)
-
-    def each(self, advance: Callable[[int], None] = lambda _: None) -> Iterator[TokenizedPair]:
-        """Every pair in order, faster than by number; `advance` hears how many were gone through."""
-        return self.store.each(self.chosen, advance)
