@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -281,3 +282,20 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("faults")
         for line in harness.closing_table():
             terminalreporter.line(line)
+
+
+def both_at_once(code: str, path: Path) -> None:
+    """Run code in two processes, given `path` and 1 or 2: each prints `ready`, and goes on when both have."""
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(path), str(who)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for who in (1, 2)
+    ]  # fmt: skip
+    assert [writer.stdout.readline() for writer in writers if writer.stdout] == ["ready\n", "ready\n"]
+    for writer in writers:  # from here on both write at once
+        assert writer.stdin is not None
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    assert [writer.communicate(timeout=120) and writer.returncode for writer in writers] == [0, 0]

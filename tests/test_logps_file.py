@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import share
+from conftest import both_at_once, share
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -262,17 +262,7 @@ def test_two_processes_that_both_merge_lose_no_record(tmp_path: Path) -> None:
         "    cache.add(keys, [float(-k) for k in range(n, n + 3)])\n"
         "assert cache.trouble is None, cache.trouble\n"
     )
-    writers = [
-        subprocess.Popen([sys.executable, "-c", code, str(path), str(who)], stdin=subprocess.PIPE,
-                         stdout=subprocess.PIPE, text=True)
-        for who in (1, 2)
-    ]  # fmt: skip
-    assert [writer.stdout.readline() for writer in writers if writer.stdout] == ["ready\n", "ready\n"]
-    for writer in writers:  # from here on both write at once
-        assert writer.stdin is not None
-        writer.stdin.write("\n")
-        writer.stdin.flush()
-    assert [writer.communicate(timeout=120) and writer.returncode for writer in writers] == [0, 0]
+    both_at_once(code, path)
     keys = [(who * 1000 + n).to_bytes(8, "big") * 2 for who in (1, 2) for n in range(300)]
     cache = ReferenceCache(path)
     assert cache.logps(keys) == [float(-n) for n in range(300)] * 2

@@ -8,8 +8,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Ended, records, tiny_words, write_jsonl
+from conftest import Ended, both_at_once, records, tiny_words, write_jsonl
 from test_logps import PAIRS
 from tiny_models import CPU, LORA, VOCABULARY, pair, tiny
 from torch import Tensor
@@ -363,19 +361,7 @@ def test_a_writer_waits_for_another_and_neither_loses_a_record(tmp_path: Path) -
         "    pair = TokenizedPair(token_ids([who]), token_ids([n]), token_ids([n, 1]), n, '', n)\n"
         "    cache.add(pair.response_keys, [float(-n), float(-who)])\n"
     )
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", write, str(path), str(who)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )
-        for who in (1, 2)
-    ]  # fmt: skip
-    assert [writer.stdout.readline() for writer in writers if writer.stdout] == ["ready\n", "ready\n"]
-    for writer in writers:  # from here on both write at once
-        assert writer.stdin is not None
-        writer.stdin.write("\n")
-        writer.stdin.flush()
-    assert [writer.communicate(timeout=120) and writer.returncode for writer in writers] == [0, 0]
+    both_at_once(write, path)
     cache = ReferenceCache(path)
     assert (len(cache), cache.damaged) == (200, 0)
     with path.open("ab") as file:
