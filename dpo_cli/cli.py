@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dpo_cli.errors import ConfigError, DpoError, OutOfMemoryError, StorageError
+from dpo_cli.engine.ranks import rank_of_process
+from dpo_cli.engine.workers import end_with_parent
+from dpo_cli.errors import ConfigError, DpoError, LostRankError, OutOfMemoryError, StorageError
 
 if TYPE_CHECKING:
     from dpo_cli.config.command_line import CommandLine
-    from dpo_cli.config.schema import DataConfig
+    from dpo_cli.config.schema import DataConfig, RunConfig
     from dpo_cli.console.reporter import Reporter
 
 
@@ -50,12 +52,17 @@ def data() -> NoReturn:
 def _run(name: str, command: Callable[["Words"], int]) -> NoReturn:
     code = 1
     _open_standard_streams()
+    end_with_parent()
     try:
         words = read_words(name, sys.argv[1:])
         code = _help(words) if words.help else command(words)
     except DpoError as error:
-        _print_error(str(error), *error.details)
+        if not error.told:
+            _print_error(str(error), *error.details)
         code = error.exit_code
+        if isinstance(error, LostRankError):  # the libraries would wait for the lost rank when the process ends
+            sys.stdout.flush()
+            os._exit(code)
     except KeyboardInterrupt:
         _print_error("stopped by Ctrl-C")
         code = 130
@@ -87,8 +94,12 @@ def _open_standard_streams() -> None:
 def _print_error(text: str, *details: str) -> None:
     from dpo_cli.console.text import safe_text
 
+    _write_error("".join(f"{line}\n" for line in (f"error: {safe_text(text)}", *map(safe_text, details))))
+
+
+def _write_error(text: str) -> None:
     try:
-        sys.stderr.write("".join(f"{line}\n" for line in (f"error: {safe_text(text)}", *map(safe_text, details))))
+        sys.stderr.write(text)
         sys.stderr.flush()
     except (OSError, ValueError):
         pass
@@ -191,6 +202,8 @@ def _train(words: Words) -> int:
     if words.print_config:
         return _print(config)
     _check_data_early(config.data)
+    if (workers := _workers(config)) > 1:
+        return _on_workers("train", workers, config.engine.timeout)
 
     def work(reporter: "Reporter") -> None:
         from dpo_cli.commands.verify_resume import verify_resume
@@ -202,6 +215,29 @@ def _train(words: Words) -> int:
             run_training(config, reporter, name)
 
     return _reporting(work)
+
+
+def _workers(config: "RunConfig") -> int:
+    """How many processes this command starts for a run; 1 where it is one of them, or computes by itself."""
+    from dpo_cli.engine.ranks import find_place
+
+    if config.engine.name == "single" or find_place() is not None:
+        return 1
+    if config.engine.processes != "auto":
+        return int(config.engine.processes)
+    if config.device not in ("auto", "cuda"):
+        return 1
+    from torch.cuda import device_count
+
+    return max(1, device_count())
+
+
+def _on_workers(command: str, processes: int, timeout: float) -> int:
+    """Run this command again as so many ranks."""
+    from dpo_cli.engine.workers import PATIENCE, start_workers
+
+    again = [sys.executable, "-c", f"from dpo_cli import cli; cli.{command}()", *sys.argv[1:]]
+    return start_workers(again, processes, lambda text: _write_error(f"{text}\n"), min(PATIENCE, timeout))
 
 
 def _sweep(words: Words, line: "CommandLine") -> int:
@@ -367,7 +403,7 @@ def _reporting(work: Callable[["Reporter"], object]) -> int:
 
     reporter = Reporter()
     try:
-        if os.environ.get("RANK", "0") == "0":  # the engine, which knows its rank, imports torch
+        if rank_of_process() == 0:
             reporter.doing("loading PyTorch and transformers")
         quiet_libraries()
         with _memory_errors():

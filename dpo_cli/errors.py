@@ -11,6 +11,7 @@ class DpoError(Exception):
 
     exit_code = 1
     details: tuple[str, ...] = ()  # further lines
+    told: bool = False  # another process of the run says it
 
 
 class ConfigError(DpoError):
@@ -63,3 +64,7 @@ class InterruptedByUserError(StoppedError):
     """Ctrl-C stopped the run after a checkpoint was saved."""
 
     exit_code = 130
+
+
+class LostRankError(StoppedError):
+    """A process of a run on several is gone, and the others cannot go on without it."""

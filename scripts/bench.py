@@ -106,7 +106,7 @@ class Assembled:
 
     def preflight(self) -> None:
         """What is checked before the first step."""
-        preflight(self.learner, self.material, at_start=True)
+        preflight(self.learner, self.material, SINGLE, at_start=True)
 
     def batches(self) -> Iterator[list[TokenizedPair]]:
         """The pairs of every step."""

@@ -351,9 +351,17 @@ class ReferenceConfig:
 class EngineConfig:
     """What the run is computed on, and whether memory is traded for time."""
 
-    name: Literal["single"]
+    name: Literal["single", "ddp", "fsdp"] = Field(json_schema_extra=LOUD)
     gradient_checkpointing: bool
     compile: bool
+    processes: WholeOrAuto = Field(json_schema_extra=FREE, description=WHOLE_OR_AUTO)
+    timeout: float = Field(gt=0, json_schema_extra=FREE)
+    cpu_offload: bool = Field(json_schema_extra=FREE)
+
+    def __post_init__(self) -> None:
+        alone = self.name != "single" or self.processes in ("auto", 1)
+        _require(alone, "engine.processes", self.processes, "engine=single is one process; choose engine=ddp or fsdp")
+        _require(self.name == "fsdp" or not self.cpu_offload, "engine.cpu_offload", True, "needs engine=fsdp")
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -123,6 +123,11 @@ MIGRATIONS: dict[int, tuple[Change, ...]] = {
         Added("data.sources", {}),
         Added("data.stop", "first"),
     ),
+    6: (
+        Added("engine.processes", "auto"),
+        Added("engine.timeout", 1800.0),
+        Added("engine.cpu_offload", False),
+    ),
 }  # fmt: skip
 VERSION = max(MIGRATIONS)
 

@@ -64,6 +64,11 @@ class TokenizedPair:
         return self.chosen_unscored, self.rejected_unscored
 
     @property
+    def tokens(self) -> int:
+        """Tokens of the prompt and of both responses."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+    @property
     def scored_tokens(self) -> tuple[int, ...]:
         """How many tokens of chosen and of rejected carry a log-prob."""
         sides = zip(self.responses, self.unscored, strict=True)

@@ -7,9 +7,11 @@ happen once (a file, a measurement) goes through `same`. With one process all of
 A method that is marked *collective* must be called by every rank, in the same order, or the others wait for ever.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -23,7 +25,30 @@ class Engine(Protocol):
 
     @property
     def alone(self) -> bool:
-        """Whether this process may stop, try again or raise without asking the others."""
+        """Whether this process may stop or raise without asking the others."""
+        ...
+
+    @property
+    def retries(self) -> bool:
+        """Whether a rank may compute its share again by itself: nothing is sent until the step's end."""
+        ...
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether each rank holds every weight, so that rank 0 can save a run that has lost a rank."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """For the header."""
+        ...
+
+    def watch(self) -> AbstractContextManager[None]:
+        """Within, a rank that is gone becomes a LostRankError that names it; an error here is told to the others."""
+        ...
+
+    def alike(self, found: Mapping[str, str]) -> None:
+        """ConfigError, on every rank, where one has another value than rank 0; empty ones say nothing. Collective."""
         ...
 
     def same(self, make: Callable[[], T]) -> T:
@@ -41,16 +66,30 @@ class Engine(Protocol):
         """The smallest value of all ranks. Collective."""
         ...
 
-    def share(self, batch: Sequence[Any]) -> list[int]:
-        """The indices of this rank's part of a batch: a pure function of the batch, each index on one rank."""
+    def share(self, sizes: Sequence[int]) -> list[int]:
+        """The indices of this rank's part of a batch, in their order, by the tokens of each item.
+
+        A pure function of the sizes; each index is on one rank.
+        """
+        ...
+
+    def rounds(self, own: Sequence[T], spare: T) -> Iterator[tuple[T, bool]]:
+        """This rank's micro-batches, each with whether it counts.
+
+        Where every rank must do equally many, the `spare` one is appended, and does not count. Collective.
+        """
         ...
 
     def sum(self, table: Tensor) -> Tensor:
         """The table summed over ranks: each has filled in its own columns, and 0 elsewhere. Collective."""
         ...
 
-    def shard(self, policy: Any) -> Any:
-        """The policy as the optimizer sees it. Collective; called before there is an optimizer."""
+    def loads_on(self, device: torch.device) -> torch.device:
+        """Where this rank loads a model that is sharded then: `meta` is its shape alone."""
+        ...
+
+    def shard(self, model: Any, device: torch.device) -> Any:
+        """The model as this rank computes with it on `device`. Collective; before any pass and any optimizer."""
         ...
 
     def sum_gradients(self, weights: Iterable[nn.Parameter]) -> None:
@@ -62,11 +101,7 @@ class Engine(Protocol):
         ...
 
     def full(self, tensor: Tensor) -> Tensor:
-        """The whole of a tensor that may be sharded. Collective."""
-        ...
-
-    def like(self, parameter: Tensor, tensor: Tensor) -> Tensor:
-        """The part of a whole tensor that belongs beside this rank's part of `parameter`, on its device."""
+        """The whole of a tensor that may be sharded, on rank 0; the others get nothing. Collective."""
         ...
 
 
@@ -76,6 +111,16 @@ class SingleEngine:
     rank = 0
     world_size = 1
     alone = True
+    retries = True
+    keeps_all = True
+    description = "one process"
+
+    def watch(self) -> AbstractContextManager[None]:
+        """Nothing."""
+        return nullcontext()
+
+    def alike(self, found: Mapping[str, str]) -> None:
+        """Nothing: there is no other."""
 
     def same(self, make: Callable[[], T]) -> T:
         """What `make` returns."""
@@ -89,17 +134,25 @@ class SingleEngine:
         """The value."""
         return value
 
-    def share(self, batch: Sequence[Any]) -> list[int]:
+    def share(self, sizes: Sequence[int]) -> list[int]:
         """All indices."""
-        return list(range(len(batch)))
+        return list(range(len(sizes)))
+
+    def rounds(self, own: Sequence[T], spare: T) -> Iterator[tuple[T, bool]]:
+        """All of them, and all count."""
+        return ((one, True) for one in own)
 
     def sum(self, table: Tensor) -> Tensor:
         """The table."""
         return table
 
-    def shard(self, policy: Any) -> Any:
-        """The policy."""
-        return policy
+    def loads_on(self, device: torch.device) -> torch.device:
+        """The device."""
+        return device
+
+    def shard(self, model: Any, device: torch.device) -> Any:
+        """The model."""
+        return model
 
     def sum_gradients(self, weights: Iterable[nn.Parameter]) -> None:
         """Nothing: the gradients are whole."""
@@ -112,11 +165,32 @@ class SingleEngine:
         """The tensor."""
         return tensor
 
-    def like(self, parameter: Tensor, tensor: Tensor) -> Tensor:
-        """The tensor, on the parameter's device."""
-        return tensor.to(parameter.device)
 
-
-# Chosen by `engine.name`.
-ENGINES: dict[str, Callable[[], Engine]] = {"single": SingleEngine}
 SINGLE = SingleEngine()  # for commands that are one process
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def part_like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """The part of a whole tensor that belongs beside this rank's part of `parameter`, on its device."""
+    if local(parameter) is parameter or whole.ndim == 0:
+        return whole.to(parameter.device)
+    from torch.distributed.tensor import distribute_tensor  # where nothing is sharded it need not be read
+
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    part: Tensor = distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
+    return part
+
+
+def on_whole(model: Any, compute: Callable[..., T], *arguments: Any) -> T:
+    """`compute(model, *arguments)`, with the weights of a sharded model gathered where it uses them.
+
+    Whatever calls a part of a model past the model's own forward pass goes through this.
+    """
+    gathered = getattr(model, "with_weights", None)  # of a sharded model: FsdpEngine.shard
+    found: T = compute(model, *arguments) if gathered is None else gathered(compute, *arguments)
+    return found

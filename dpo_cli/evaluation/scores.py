@@ -93,8 +93,7 @@ def score_pairs(
             column = {id(pair): WINDOW * number + place for place, pair in enumerate(window)}
             counted = torch.tensor([pair.scored_tokens for pair in window])
             tokens[WINDOW * number : WINDOW * number + len(window)] = counted
-            mine = [window[index] for index in engine.share(window)]
-            for scored, values in each_micro_batch(scorer.batcher, mine, score):
+            for scored, values in each_micro_batch(scorer.batcher, window, score, engine):
                 table[:, [column[id(pair)] for pair in scored]] = values
                 advance(len(scored))
     finally:

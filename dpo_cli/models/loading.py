@@ -70,7 +70,12 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Any:
-    """The SFT model in eval mode, without dropout, its SFT adapter folded in if it has one."""
+    """The SFT model in eval mode, without dropout, its SFT adapter folded in if it has one.
+
+    On the device `meta` it has its shape and no values: nothing is read but its config.
+    """
+    if device.type == "meta":
+        return _shape_of(source, dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -88,6 +93,18 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
         model = fold_adapter(model, source.config.adapter)
     disable_dropout(model)
     return model.to(device).eval()
+
+
+def _shape_of(source: ModelSource, dtype: torch.dtype) -> Any:
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                model_config(source), dtype=dtype, trust_remote_code=source.config.trust_remote_code
+            )
+    except Exception as error:
+        raise _not_loaded("model", source, error) from None
+    disable_dropout(model)
+    return model.eval()
 
 
 def model_config(source: ModelSource) -> Any:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dpo_cli.data.batches import Layout, Split
 from dpo_cli.data.tokens import TokenIds, TokenizedPair
+from dpo_cli.engine.engine import Engine, on_whole
 from dpo_cli.models.attention import KEYWORD, SEGMENTS, Group, PackedRow, masked_by, use_attention
 from dpo_cli.models.head import token_logps
 from dpo_cli.theory.losses import PairLogps, ResponseScores
@@ -148,10 +149,18 @@ class MicroBatcher:
     layout: Layout
     split: Split
 
+    def lay_out(self, pairs: Sequence[TokenizedPair]) -> MicroBatch:
+        """These pairs as one micro-batch."""
+        return make_micro_batch(pairs, self.device, self.layout)
+
     def micro_batches(self, batch: list[TokenizedPair]) -> Iterator[MicroBatch]:
         """The batch as micro-batches, each pair in one of them."""
-        for pairs in self.split(batch):
-            yield make_micro_batch(pairs, self.device, self.layout)
+        return map(self.lay_out, self.split(batch))
+
+    def rounds(self, batch: Sequence[TokenizedPair], engine: Engine) -> Iterator[tuple[list[TokenizedPair], bool]]:
+        """The pairs of this rank's micro-batches, each with whether it counts (`Engine.rounds`). Collective."""
+        mine = [batch[index] for index in engine.share([pair.tokens for pair in batch])]
+        return engine.rounds(self.split(mine), [min(batch, key=lambda pair: pair.tokens)])
 
 
 def _packed(shared: list[_SharedPrompt]) -> dict[str, Any]:
@@ -241,6 +250,10 @@ def token_logps_of(model: Any, micro_batch: MicroBatch) -> Tensor:
 
     With gradient where the model has one and grad mode is on.
     """
+    return on_whole(model, _token_logps, micro_batch)
+
+
+def _token_logps(model: Any, micro_batch: MicroBatch) -> Tensor:
     hidden = hidden_states(model, micro_batch).flatten(0, 1)[micro_batch.positions]  # (N, D)
     return token_logps(causal_model(model), hidden, micro_batch.labels)
 

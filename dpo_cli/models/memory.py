@@ -21,6 +21,7 @@ from torch import Tensor
 from dpo_cli.console.text import significant
 from dpo_cli.data.batches import Layout, longest_side, packed_tokens
 from dpo_cli.data.tokens import TokenizedPair
+from dpo_cli.engine.engine import SINGLE, Engine, local
 from dpo_cli.errors import OutOfMemoryError
 from dpo_cli.models.logps import (
     MicroBatch,
@@ -97,27 +98,35 @@ def make_room(device: torch.device) -> None:
 
 def alone_too_large(pair: TokenizedPair) -> OutOfMemoryError:
     """The error for a pair that does not fit into memory by itself."""
-    tokens = len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
     return OutOfMemoryError(
-        f"out of memory on row {pair.index} alone in its forward pass: {tokens:,} tokens (prompt {len(pair.prompt):,}, "
-        f"chosen {len(pair.chosen):,}, rejected {len(pair.rejected):,}). What helps, in this order: "
-        "engine.gradient_checkpointing=true, reference=adapter_off, a smaller data.max_length"
+        f"out of memory on row {pair.index} alone in its forward pass: {pair.tokens:,} tokens "
+        f"(prompt {len(pair.prompt):,}, chosen {len(pair.chosen):,}, rejected {len(pair.rejected):,}). "
+        "What helps, in this order: engine.gradient_checkpointing=true, reference=adapter_off, a smaller data.max_length"
     )
 
 
 def each_micro_batch(
-    batcher: MicroBatcher, pairs: Sequence[TokenizedPair], work: Callable[[MicroBatch], T]
+    batcher: MicroBatcher, pairs: Sequence[TokenizedPair], work: Callable[[MicroBatch], T], engine: Engine = SINGLE
 ) -> Iterator[T]:
-    """`work` on each micro-batch of the pairs, without gradient; one that does not fit is halved until it does.
+    """`work` on each micro-batch of this rank's share of the pairs, without gradient.
 
-    OutOfMemoryError where a single pair does not fit.
+    One that does not fit is halved until it does; OutOfMemoryError where a single pair does not fit. Where ranks cannot
+    try again by themselves, nothing is halved.
     """
-    waiting = batcher.split(list(pairs))[::-1]
+    rounds = batcher.rounds(pairs, engine)
+    if not engine.retries:
+        for some, counts in rounds:
+            with torch.no_grad():
+                done = work(batcher.lay_out(some))
+            if counts:
+                yield done
+        return
+    waiting = [some for some, counts in rounds if counts][::-1]
     while waiting:
         some = waiting.pop()
         found: list[T] = []
         with suppress(DoesNotFitError), one_forward_pass(some), torch.no_grad():
-            found.append(work(make_micro_batch(some, batcher.device, batcher.layout)))
+            found.append(work(batcher.lay_out(some)))
         if found:
             yield found[0]
         elif len(some) == 1:
@@ -225,7 +234,7 @@ def plan_memory(folder: str, dtype: torch.dtype, device: torch.device, second_mo
 
 def kept_bytes(policy: Any, pairs: Sequence[TokenizedPair], device: torch.device, layout: Layout) -> tuple[int, int]:
     """Tokens of a forward pass on these pairs, and the bytes it keeps for its backward pass, weights aside."""
-    weights = {weight.untyped_storage().data_ptr() for weight in policy.parameters()}
+    weights = {local(weight).untyped_storage().data_ptr() for weight in policy.parameters()}
     storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -249,7 +258,7 @@ def measure_budget(policy: Any, pairs: Sequence[TokenizedPair], device: torch.de
     # that layer computes again, which is as much as all that was kept, or more.
     checkpointed = getattr(causal_model(policy), "is_activation_checkpointing", False)
     per_token *= 2.5 if checkpointed else 1.25
-    trainable = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
+    trainable = sum(local(weight).numel() for weight in policy.parameters() if weight.requires_grad)
     free = free_memory(device) - TRAINING_BYTES * trainable
     fits = max(1, int(SHARE * free / per_token))
     return Budget(min(enough_tokens(device), fits), fits, per_token, max(0, free))

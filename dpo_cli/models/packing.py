@@ -18,6 +18,7 @@ from torch import Tensor
 from dpo_cli.console.text import safe_text
 from dpo_cli.data.batches import Layout, longest_side
 from dpo_cli.data.tokens import ALL_SCORED, TokenizedPair, token_ids
+from dpo_cli.engine.engine import SINGLE, Engine
 from dpo_cli.errors import ConfigError
 from dpo_cli.models.dtype import Decision
 from dpo_cli.models.logps import causal_model, make_micro_batch, token_logps_of
@@ -78,21 +79,24 @@ def remembered_layout(
     device: torch.device,
     fingerprint: str,
     keep: bool = True,
+    engine: Engine = SINGLE,
 ) -> Decision:
     """As `choose_layout`, measured once for a model (by its fingerprint), the longest pair and the libraries' versions.
 
-    A note of a few bytes in the cache folder says what was found; with `keep` false none is left.
+    A note of a few bytes in the cache folder says what was found; with `keep` false none is left. Every rank measures,
+    and what rank 0 finds holds.
     """
     libraries = [importlib.metadata.version(name) for name in ("torch", "transformers", "peft")]
     longest = max(map(longest_side, pairs))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     how = [VERSION, fingerprint, str(next(policy.parameters()).dtype), where, longest, *libraries]
-    known = recall("layouts", how) if requested == "auto" else None
+    known = engine.same(lambda: recall("layouts", how) if requested == "auto" else None)
     if known is not None and known.get("layout") in [*Layout]:
         reason = safe_text(str(known.get("reason")).removesuffix("measured"), 300)
         return Decision(Layout(known["layout"]), f"{reason}measured earlier")
-    chosen = choose_layout(requested, policy, pairs, device)
-    if requested == "auto" and keep:
+    found = choose_layout(requested, policy, pairs, device)
+    chosen = engine.same(lambda: found)
+    if requested == "auto" and keep and engine.rank == 0:
         note("layouts", how, {"layout": chosen.value.value, "reason": chosen.reason})
     return chosen
 

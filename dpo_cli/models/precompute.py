@@ -86,8 +86,9 @@ def complete(cache: ReferenceCache, needed: Batches, how: FillOptions, covered: 
         reporter.warn(f"{cache.path}: {plural(cache.damaged, 'record')} torn or damaged, computed again")
     if how.loaded is not None and found.some:
         wrong = _disagreement(cache, found.some, how.loaded, how)
-        if wrong is not None:
-            reporter.warn(f"{cache.path}: {wrong}; its log-probs are dropped and computed again")
+        if how.engine.agree(int(wrong is not None)):
+            why = wrong or "another rank finds other values"
+            reporter.warn(f"{cache.path}: {why}; its log-probs are dropped and computed again")
             cache.forget()
             found = _surveyed(cache, needed, how)
     computed = 0
@@ -116,7 +117,7 @@ def _fill(cache: ReferenceCache, needed: Batches, how: FillOptions) -> int:
     def compute(micro_batch: MicroBatch) -> dict[bytes, float]:
         if how.engine.alone:
             how.poll()
-        if not cache.missing(micro_batch.examples):
+        if how.engine.retries and not cache.missing(micro_batch.examples):
             return dict(zip(micro_batch.response_keys, cache.logps(micro_batch.response_keys), strict=True))
         return dict(zip(micro_batch.response_keys, reference.logps(micro_batch).tolist(), strict=True))
 
@@ -127,14 +128,14 @@ def _fill(cache: ReferenceCache, needed: Batches, how: FillOptions) -> int:
             continue
         # The whole batch is computed, also where only some of it is missing (after an interruption, say): beside other
         # pairs a log-prob is rounded differently, and a run that starts again must start with the same bits.
-        mine = how.engine.share(batch)
+        mine = {*how.engine.share([pair.tokens for pair in batch])}
         owners: dict[bytes, int] = {}
         for index, pair in enumerate(batch):
             for key in pair.response_keys:
                 owners.setdefault(key, index)
         column = {key: number for number, key in enumerate(owners)}
         table = torch.zeros(len(owners))
-        for logps in each_micro_batch(how.batcher, [batch[index] for index in mine], compute):
+        for logps in each_micro_batch(how.batcher, batch, compute, how.engine):
             for key, logp in logps.items():
                 if owners[key] in mine:
                     table[column[key]] = logp

@@ -6,7 +6,7 @@ left to do when training has ended. M responses; U units: what a loss compares, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +115,8 @@ class Objective(ABC):
         """Do what is left after the last step and return a line that says so; `score(n)` scores n training examples."""
         return None
 
-    def save(self, policy: Any, folder: Path) -> None:  # noqa: B027 - most objectives add nothing
-        """Write what trains beside the adapter."""
+    def save(self, policy: Any, folder: Path, weights: Mapping[str, Tensor]) -> None:  # noqa: B027 - most add nothing
+        """Write what trains beside the adapter; `weights` are those that train, whole, by name."""
 
     def load(self, policy: Any, folder: Path) -> None:  # noqa: B027
         """Read what `save` has written; CheckpointError where it does not fit."""

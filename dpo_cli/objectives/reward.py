@@ -11,7 +11,7 @@ responses.
 M responses, D hidden size, B pairs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpo_cli.console.text import plural, safe_text, shell_word
+from dpo_cli.engine.engine import on_whole, part_like
 from dpo_cli.errors import CheckpointError
 from dpo_cli.models.adapters import attach_lora
 from dpo_cli.models.logps import MicroBatch, hidden_states
@@ -75,6 +76,10 @@ def head_of(policy: Any) -> RewardHead | None:
 
 def response_rewards(model: Any, micro_batch: MicroBatch) -> Tensor:
     """r(x, y) of each response, (M,) float32, with gradient where the model has one and grad mode is on."""
+    return on_whole(model, _rewards, micro_batch)
+
+
+def _rewards(model: Any, micro_batch: MicroBatch) -> Tensor:
     head = head_of(model)
     assert head is not None
     return head(hidden_states(model, micro_batch).flatten(0, 1)[micro_batch.ends])  # (M, D) -> (M,)
@@ -87,20 +92,20 @@ def probing(policy: Any) -> Iterator[None]:
     if head is None:
         yield
         return
-    before = head.weight.data
-    generator = torch.Generator().manual_seed(0)
-    head.weight.data = torch.randn(before.shape, generator=generator).to(before) / before.shape[0] ** 0.5
+    weight = head.weight.detach()  # changed in place: an engine may hold the same memory
+    before, generator = weight.clone(), torch.Generator().manual_seed(0)
+    weight.copy_(part_like(weight, torch.randn(weight.shape, generator=generator) / weight.shape[0] ** 0.5))
     try:
         yield
     finally:
-        head.weight.data = before
+        weight.copy_(before)
 
 
-def save_head(policy: Any, folder: Path) -> None:
-    """Write the head beside the adapter, where the policy has one."""
+def save_head(policy: Any, folder: Path, weight: Tensor) -> None:
+    """Write the head, whose `weight` is given whole, beside the adapter, where the policy has one."""
     head = head_of(policy)
     if head is not None:
-        tensors = {"weight": head.weight.detach(), "center": head.center}
+        tensors = {"weight": weight.detach(), "center": head.center}
         save_file({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, folder / HEAD_FILE)
 
 
@@ -116,7 +121,7 @@ def load_head(policy: Any, folder: Path) -> None:
             raise CheckpointError(f"{safe_text(file)}: holds values that are no numbers")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{safe_text(file)}: cannot be read ({safe_text(error, limit=100)})") from None
-    head.weight.data.copy_(stored["weight"])
+    head.weight.detach().copy_(part_like(head.weight, stored["weight"]))
     head.center.copy_(stored["center"])
 
 
@@ -185,9 +190,9 @@ class Reward(Objective):
         pairs = plural(len(scores.units), "training pair")
         return f"rewards are centred: 0 is the mean of the responses of {pairs}"
 
-    def save(self, policy: Any, folder: Path) -> None:
+    def save(self, policy: Any, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the head."""
-        save_head(policy, folder)
+        save_head(policy, folder, weights[f"{HEAD_NAME}.weight"])
 
     def load(self, policy: Any, folder: Path) -> None:
         """Read the head."""

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.data.batches import Layout
-from dpo_cli.engine.engine import Engine
+from dpo_cli.engine.engine import Engine, local, part_like
 from dpo_cli.errors import CheckpointError, StorageError
 from dpo_cli.models.adapters import ADAPTER_FILE
 from dpo_cli.objectives.objective import Objective
@@ -94,10 +94,11 @@ def save_policy(policy: Any, folder: Path, objective: Objective, tensors: dict[s
         # Embeddings do not train here; asking PEFT to check them would ask the hub.
         policy.save_pretrained(str(folder), save_embedding_layers=False, state_dict=tensors)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; final/ gets a model card
-        objective.save(policy, folder)
+        objective.save(policy, folder, tensors)
     else:
-        # One file, as `restore` reads it.
-        policy.save_pretrained(str(folder), max_shard_size="1TB", state_dict={**policy.state_dict(), **tensors})
+        # One file, as `restore` reads it. What is tied to a trained weight is sharded with it, and saved with it.
+        whole = {name: tensor for name, tensor in policy.state_dict().items() if local(tensor) is tensor}
+        policy.save_pretrained(str(folder), max_shard_size="1TB", state_dict={**whole, **tensors})
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,7 @@ def trainable(policy: Any) -> list[tuple[str, nn.Parameter]]:
 
 
 def optimizer_tensors(policy: Any, optimizer: torch.optim.Optimizer, engine: Engine) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name, whole: `<parameter>|<key>` -> tensor."""
+    """The optimizer's state by parameter name, whole, on rank 0: `<parameter>|<key>` -> tensor. Collective."""
     tensors = {}
     for name, parameter in trainable(policy):
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -313,8 +314,8 @@ def optimizer_tensors(policy: Any, optimizer: torch.optim.Optimizer, engine: Eng
 
 
 def trained_weights(policy: Any, engine: Engine) -> dict[str, Tensor]:
-    """The trained weights by name, whole."""
-    return {name: engine.full(weight).detach() for name, weight in trainable(policy)}
+    """The trained weights by name, whole, on rank 0. Collective."""
+    return {name: engine.full(weight.detach()) for name, weight in trainable(policy)}
 
 
 @dataclass(frozen=True)
@@ -326,9 +327,8 @@ class Restored:
 
 
 def restore(
-    checkpoint: Path, policy: Any, objective: Objective, optimizer: torch.optim.Optimizer, shapes: StateShapes | None,
-    engine: Engine,
-) -> Restored:  # fmt: skip
+    checkpoint: Path, policy: Any, objective: Objective, optimizer: torch.optim.Optimizer, shapes: StateShapes | None
+) -> Restored:
     """Load weights and optimizer state of a validated checkpoint into a run.
 
     `shapes` are those that the optimizer's state must have, by parameter and key; None where they are not known.
@@ -336,7 +336,7 @@ def restore(
     """
     try:
         _restore_weights(checkpoint, policy, objective)
-        _restore_optimizer(load_tensors(checkpoint / OPTIMIZER), policy, optimizer, shapes, engine)
+        _restore_optimizer(load_tensors(checkpoint / OPTIMIZER), policy, optimizer, shapes)
         rng, window = load_tensors(checkpoint / RNG), load_tensors(checkpoint / WINDOW)
         if "cpu" not in rng or rng["cpu"].shape != torch.get_rng_state().shape:
             raise CheckpointError(f"{checkpoint / RNG}: holds no state of this program's random generator")
@@ -367,17 +367,26 @@ def _restore_weights(checkpoint: Path, policy: Any, objective: Objective) -> Non
         stored = load_tensors(file)
         expected = get_peft_model_state_dict(policy, save_embedding_layers=False)
         _same_names(file, set(stored), set(expected))
-        set_peft_model_state_dict(policy, stored)
+        _copy_into(expected, stored)
         objective.load(policy, checkpoint)
     else:
         file = checkpoint / MODEL
-        problem = policy.load_state_dict(load_tensors(file), strict=False)
+        stored, expected = load_tensors(file), policy.state_dict()
         tied = set(getattr(policy, "_tied_weights_keys", None) or ())
-        _same_names(file, set(problem.unexpected_keys), set(problem.missing_keys) - tied)
+        _same_names(file, set(stored) - tied, set(expected) - tied)
+        _copy_into(expected, stored)
+
+
+def _copy_into(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    """Give weights, which may be sharded, the values of whole tensors; RuntimeError where a shape differs."""
+    for name, value in stored.items():
+        if weights[name].shape != value.shape:
+            raise RuntimeError(f"{name} has the shape {list(value.shape)}, not {list(weights[name].shape)}")
+        weights[name].copy_(part_like(weights[name], value))
 
 
 def _restore_optimizer(
-    stored: dict[str, Tensor], policy: Any, optimizer: torch.optim.Optimizer, shapes: StateShapes | None, engine: Engine
+    stored: dict[str, Tensor], policy: Any, optimizer: torch.optim.Optimizer, shapes: StateShapes | None
 ) -> None:
     parameters = dict(trainable(policy))
     for full_name, value in stored.items():
@@ -392,7 +401,7 @@ def _restore_optimizer(
         # AdamW keeps its step count on the CPU, whatever the device; a fused one keeps it beside the weights.
         beside = value.ndim or optimizer.param_groups[0].get("fused")
         plain = value.ndim == 0 and value.dtype == torch.float64
-        restored = value.item() if plain else engine.like(parameter, value) if beside else value
+        restored = value.item() if plain else part_like(parameter, value) if beside else value
         optimizer.state[parameter][key] = restored
     for name, parameter in parameters.items():
         found = optimizer.state.get(parameter)  # a weight that never had a gradient has none

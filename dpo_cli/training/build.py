@@ -67,31 +67,38 @@ def build(
             f"resume={safe_text(config.resume)}: was trained on other data than "
             f"data.train={safe_text(config.data.describe_train())} gives now"
         )
-    memory = plan_memory(source.path, dtype.value, device.value, _loads_second_model(config, objective))
+    engine.alike({"training data": material.data.train.fingerprint})
+    where = engine.loads_on(device.value)
+    memory = plan_memory(source.path, dtype.value, where, _loads_second_model(config, objective))
     torch.manual_seed(config.seed)
     download = "" if Path(source.path).is_dir() else ", which is downloaded if it is not in the hub's cache"
     reporter.doing(f"loading the model in {str(dtype.value).removeprefix('torch.')}{download}")
-    model = load_model(source, dtype.value, device.value)
+    model = load_model(source, dtype.value, where)
     _check_fit(config, model, material)
-    fingerprint = model_fingerprint(model)
+    mine = model_fingerprint(model) if where.type != "meta" else ""
+    engine.alike({"model": mine})
+    fingerprint = engine.same(lambda: mine)
     if state is not None and not same_weights(state.model_fingerprint, fingerprint):
         raise CheckpointError(
             f"resume={safe_text(config.resume)}: was trained on other weights than "
             f"model.name_or_path={safe_text(source.name)} holds now"
         )
     reporter.doing("choosing the layout and the size of micro-batches")
-    layout = engine.same(lambda: _layout(config, model, material, device.value, fingerprint, measured))
+    layout = None
+    if engine.retries:  # else a pass needs the ranks' weights together
+        layout = _layout(context, model, material, device.value, fingerprint, measured)
     policy = objective.prepare(model, config.lora, source.name)
     if config.engine.gradient_checkpointing:
         policy.activation_checkpointing_enable()
     if config.engine.compile:
         compile_layers(causal_model(policy))
+    policy = engine.shard(policy, device.value)
+    layout = layout or _layout(context, policy, material, device.value, fingerprint, measured)
     policy.train()
     key = cache_key(fingerprint, dtype.value, device.value, layout.value, config.engine.compile)
-    reference = _reference(context, policy, source, key) if objective.needs_reference else NoReference()
+    reference = _reference(context, policy, source, key, device.value) if objective.needs_reference else NoReference()
     split, split_text = _split(context, policy, material, MicroBatcher(device.value, layout.value, SplitByPairs(1)),
                                measured)  # fmt: skip
-    policy = engine.shard(policy)
     options = config.optimizer
     optimizer = OPTIMIZERS[options.name](
         [parameter for parameter in policy.parameters() if parameter.requires_grad], options
@@ -157,13 +164,16 @@ def _check_fit(config: RunConfig, model: Any, material: Material) -> None:
 
 
 def _layout(
-    config: RunConfig, model: Any, material: Material, device: torch.device, fingerprint: str,
+    context: Context, model: Any, material: Material, device: torch.device, fingerprint: str,
     measured: ResolvedSettings | None,
 ) -> Decision:  # fmt: skip
+    config = context.config
     if measured is not None:
         return Decision(Layout(measured.layout), "as when the run began")
     pairs = [*material.data.train.longest(1), *material.data.train[:SOME]]
-    return remembered_layout(config.layout, model, pairs, device, fingerprint, keep=not config.dry_run)
+    return remembered_layout(
+        config.layout, model, pairs, device, fingerprint, keep=not config.dry_run, engine=context.engine
+    )
 
 
 def _split(
@@ -197,21 +207,22 @@ def _warn_of_long_pairs(longest: int, budget: Budget, reporter: Reporter) -> Non
 # The reference
 
 
-def _reference(context: Context, policy: Any, source: ModelSource, key: str) -> Reference:
+def _reference(context: Context, policy: Any, source: ModelSource, key: str, device: torch.device) -> Reference:
     """The reference: a cache of its log-probs, completed later, or a model that computes them in every step."""
     config = context.config
     if config.reference.cache != "off" and not config.dry_run:  # a dry run keeps no log-probs
         path = cache_path(key) if config.reference.cache == "auto" else None
         return CachedReference(ReferenceCache(path, context.engine))
-    return load_reference(config, policy, source)
+    return load_reference(context, policy, source, device)
 
 
-def load_reference(config: RunConfig, policy: Any, source: ModelSource) -> Reference:
+def load_reference(context: Context, policy: Any, source: ModelSource, device: torch.device) -> Reference:
     """The model that the reference's log-probs come from: the policy's own base, or the SFT model a second time."""
+    config, engine = context.config, context.engine
     if config.reference.name == "adapter_off":
         return AdapterOffReference(policy)
-    weight = causal_model(policy).get_input_embeddings().weight
-    model = load_model(source, weight.dtype, weight.device)
+    dtype = causal_model(policy).get_input_embeddings().weight.dtype
+    model = load_model(source, dtype, engine.loads_on(device)).requires_grad_(False)
     if config.engine.compile:  # as the policy: one code path, or margins would not start at 0
         compile_layers(model)
-    return FrozenReference(model)
+    return FrozenReference(engine.shard(model, device))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_cli.engine.engine import Engine
+from dpo_cli.engine.engine import Engine, local
 from dpo_cli.errors import DivergedError
 
 SKIPS_IN_A_ROW = 10  # beyond these nothing is learned any more
@@ -58,7 +58,8 @@ class NonFiniteGuard:
 
         A run that skips is checked in every step: a skipped step must not be counted.
         """
-        fused = device.type == "cuda" and all(group.get("fused") for group in optimizer.param_groups)
+        sharded = any(hasattr(weight, "to_local") for group in optimizer.param_groups for weight in group["params"])
+        fused = device.type == "cuda" and not sharded and all(group.get("fused") for group in optimizer.param_groups)
         return cls(optimizer, fused and mode == "abort", mode == "skip")
 
     def before_update(self, number: int, rows: Sequence[int | str], losses: Tensor, grad_norm: Tensor) -> str:
@@ -103,7 +104,7 @@ class NonFiniteGuard:
 
 def require_finite(weights: Sequence[tuple[str, Tensor]], step: int, engine: Engine) -> None:
     """DivergedError where a weight is not a number: such a state is never saved, and removes no earlier checkpoint."""
-    bad = [name for name, weight in weights if not bool(torch.isfinite(weight).all())]
+    bad = [name for name, weight in weights if not bool(torch.isfinite(local(weight)).all())]
     if engine.agree(len(bad)):
         raise DivergedError(
             f"step {step}: {bad[0] if bad else 'a weight of another rank'} is no longer finite, and is not saved; "

@@ -51,6 +51,11 @@ def show_header(context: Context, learner: Learner, material: Material, choices:
         ("reference", learner.objective.describe_reference(config)),
         ("", reference),
         ("device", f"{choices.device.value}: {choices.device.reason}"),
+        *(
+            []
+            if context.engine.world_size == 1
+            else [("engine", f"{config.engine.name}: {context.engine.description}")]
+        ),
         ("memory", choices.memory),
         ("dtype", f"{dtype_name}: {choices.dtype.reason}" + ("; adapters float32" if config.lora.enabled else "")),
         ("objective", learner.objective.describe()),

@@ -12,6 +12,8 @@ import torch
 from dpo_cli.console.text import duration, plural, significant
 from dpo_cli.data.batches import longest_side
 from dpo_cli.data.tokens import TokenizedPair
+from dpo_cli.engine.engine import SINGLE, local
+from dpo_cli.errors import OutOfMemoryError
 from dpo_cli.models.dtype import wait_for
 from dpo_cli.models.generators import rng_states, set_rng_states
 from dpo_cli.models.memory import DoesNotFitError, alone_too_large, describe_peak_memory, make_room
@@ -37,6 +39,12 @@ def until_it_fits(context: Context, learner: Learner, work: Callable[[], T]) -> 
             return work()
         except DoesNotFitError as error:
             pairs = error.pairs
+        if not context.engine.retries:
+            raise OutOfMemoryError(
+                f"out of memory on a micro-batch of {plural(len(pairs), 'pair')}, {longest_side(pairs[0]):,} tokens a "
+                f"sequence; ranks that share every weight cannot try again by themselves: micro_batch_size=1 or "
+                "engine.gradient_checkpointing=true need less"
+            )
         learner.optimizer.zero_grad(set_to_none=True)
         set_rng_states(rng)
         make_room(learner.batcher.device)
@@ -67,7 +75,7 @@ def probe_memory(context: Context, learner: Learner, material: Material, forward
     # The optimizer takes its memory at the first update: until then an empty tensor of that size takes its place.
     on_cpu = device.type == "cpu"
     stand_in = None if on_cpu else torch.empty(int(_optimizer_gib(context, learner) * 2**28), device=device)
-    _work(context, learner, largest, forward_backward)
+    _work(replace(context, engine=SINGLE), learner, largest, forward_backward)  # on every rank the whole of it
     del stand_in
     set_rng_states(rng)
 
@@ -120,4 +128,4 @@ def _work(context: Context, learner: Learner, batch: list[TokenizedPair], forwar
 def _optimizer_gib(context: Context, learner: Learner) -> float:
     """The size of the optimizer's state in float32."""
     values = STATE_VALUES.get(context.config.optimizer.name, 2)
-    return values * 4 * sum(weight.numel() for weight in learner.trainable) / 2**30
+    return values * 4 * sum(local(weight).numel() for weight in learner.trainable) / 2**30

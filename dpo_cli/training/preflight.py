@@ -18,6 +18,7 @@ from dpo_cli.console.text import safe_text
 from dpo_cli.data.batches import Layout, longest_side
 from dpo_cli.data.pairs import TextPair
 from dpo_cli.data.tokens import ALL_SCORED, PairEncoder, TokenizedPair
+from dpo_cli.engine.engine import Engine, local, on_whole
 from dpo_cli.errors import CheckpointError
 from dpo_cli.models.loading import undisturbed
 from dpo_cli.models.logps import TOLERANCES, MicroBatch, causal_model, make_micro_batch, plain_attention
@@ -42,6 +43,7 @@ class PreflightSubject:
     device: torch.device
     layout: Layout
     dtype: torch.dtype
+    engine: Engine
     at_start: bool  # false for a resumed run, whose policy has moved
 
     @property
@@ -70,12 +72,15 @@ class PreflightSubject:
         return self.scores(self.first)
 
 
-def preflight(learner: Learner, material: Material, at_start: bool) -> str:
-    """Run every check of the objective; returns the line that says all hold. CheckpointError names cause and remedy."""
+def preflight(learner: Learner, material: Material, engine: Engine, at_start: bool) -> str:
+    """Run every check of the objective; returns the line that says all hold. CheckpointError names cause and remedy.
+
+    Every rank checks the same pairs.
+    """
     pairs, texts = choose_pairs(material.data.train, material.data.train_texts)
     subject = PreflightSubject(
         learner.policy, learner.reference, learner.objective, material.encoder, pairs, texts, learner.batcher.device,
-        learner.batcher.layout, learner.dtype, at_start,
+        learner.batcher.layout, learner.dtype, engine, at_start,
     )  # fmt: skip
     return run_checks(subject)
 
@@ -103,8 +108,8 @@ def check_distinct(policy: Any, reference: Reference) -> None:
     if not isinstance(reference, FrozenReference):
         return
     model = reference.model
-    ours = {weight.data_ptr() for weight in policy.parameters()}
-    shared = [name for name, weight in model.named_parameters() if weight.data_ptr() in ours]
+    ours = {local(weight).data_ptr() for weight in policy.parameters() if local(weight).numel()}
+    shared = [name for name, weight in model.named_parameters() if local(weight).data_ptr() in ours]
     if shared:
         raise CheckpointError(
             f"preflight: policy and reference share {len(shared)} weights ({safe_text(shared[0])} first): "
@@ -184,7 +189,9 @@ def check_gradients(subject: PreflightSubject) -> str:
         losses = subject.objective(policy, reference).losses
         if losses.requires_grad:
             losses.sum().backward()
-    reached = [name for name, weight in weights.items() if weight.grad is not None and bool(weight.grad.any())]
+    here = [weight.grad is not None and bool(local(weight.grad).any()) for weight in weights.values()]
+    anywhere = subject.engine.sum(torch.tensor(here, dtype=torch.float32))
+    reached = [name for name, found in zip(weights, anywhere.tolist(), strict=True) if found]
     if not reached:
         raise CheckpointError(
             "preflight: no gradient reaches the trainable weights, so nothing would be learned: is the reference the "
@@ -203,6 +210,10 @@ def check_gradients(subject: PreflightSubject) -> str:
 
 def _sequence_logp(model: Any, ids: Tensor, start: int) -> Tensor:
     """log p(ids[start:] | ids[:start]) by the definition: full logits of one sequence, shifted by one."""
+    return on_whole(model, _from_full_logits, ids, start)
+
+
+def _from_full_logits(model: Any, ids: Tensor, start: int) -> Tensor:
     with plain_attention(model):
         logits = causal_model(model)(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
     each = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]

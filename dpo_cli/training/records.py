@@ -12,6 +12,7 @@ from torch import Tensor
 from dpo_cli.console.text import duration, plural, safe_text, significant
 from dpo_cli.data.leaks import NO_LEAKS
 from dpo_cli.data.tokens import TokenizedPair
+from dpo_cli.engine.engine import SINGLE
 from dpo_cli.errors import DivergedError, StorageError
 from dpo_cli.evaluation.scores import ScoredPairs, Scorer, by_source, prompts_of, score_pairs, summarize, with_sources
 from dpo_cli.models.adapters import START_FILE
@@ -49,6 +50,11 @@ class Recorder:
         self.context, self.learner, self.material, self.progress = context, learner, material, progress
         self.directory, self.reporter, self.engine = context.directory, context.reporter, context.engine
         self.trackers = trackers
+
+    def alone(self) -> "Recorder":
+        """For the last rank that writes: it asks no other."""
+        self.engine = SINGLE
+        return self
 
     @property
     def is_logged(self) -> bool:
@@ -137,7 +143,7 @@ class Recorder:
             "split": split,
             **means,
             **more,
-            "peak_memory_gib": peak_memory_gib(self.learner.batcher.device),
+            "peak_memory_gib": self._peak_memory(),
             "seconds": self.progress.seconds,
         }
         trouble = self.engine.same(lambda: self.directory.metrics.append(record))
@@ -145,6 +151,11 @@ class Recorder:
             self.reporter.warn(trouble)
         self.reporter.record(record)
         self.trackers.record(record)
+
+    def _peak_memory(self) -> float | None:
+        """In GiB, of the rank that has taken most."""
+        here = peak_memory_gib(self.learner.batcher.device)
+        return here if self.engine.alone or here is None else self.engine.agree(int(here * 2**30)) / 2**30
 
     # Checkpoints
 

@@ -127,7 +127,7 @@ def complete_reference(context: Context, learner: Learner, material: Material, r
         loaded = UnmovedPolicy(learner.policy)
 
     def load() -> Reference:
-        reference = load_reference(config, learner.policy, material.source)
+        reference = load_reference(context, learner.policy, material.source, learner.batcher.device)
         check_distinct(learner.policy, reference)
         return reference
 

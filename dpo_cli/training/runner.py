@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +25,10 @@ from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import shell_word
 from dpo_cli.data.pairs import check_sources
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.engine.engine import ENGINES
-from dpo_cli.errors import ConfigError, StoppedError
-from dpo_cli.models.dtype import wait_for
+from dpo_cli.engine.engine import Engine
+from dpo_cli.engine.table import open_engine
+from dpo_cli.errors import ConfigError, LostRankError, StoppedError
+from dpo_cli.models.dtype import choose_device, wait_for
 from dpo_cli.models.generators import rng_states
 from dpo_cli.models.memory import one_forward_pass
 from dpo_cli.runs.replay import determinism
@@ -40,7 +42,7 @@ from dpo_cli.training.parts import Context, Learner, Material, Progress
 from dpo_cli.training.preflight import preflight
 from dpo_cli.training.records import Recorder
 from dpo_cli.training.reference_logps import complete_reference, describe_source
-from dpo_cli.training.start import Start, find_start, open_records, say_what_differs, tracked
+from dpo_cli.training.start import Start, find_start, open_records, say_what_differs, tracked, what_ranks_share
 
 
 def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
@@ -48,10 +50,15 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
 
     Raises a DpoError with the exit code that the command ends with.
     """
+    engine = open_engine(config.engine, choose_device(config.device).value.type)
+    with engine.watch():
+        engine.alike(what_ranks_share(config))
+        return _train(config, engine, reporter if engine.rank == 0 else Reporter(io.StringIO()), job)
+
+
+def _train(config: RunConfig, engine: Engine, reporter: Reporter, job: str) -> Path:
     check_sources(config.data)
     check_installed(list(tracker_options(config)))
-    engine = ENGINES[config.engine.name]()
-    reporter = reporter if engine.rank == 0 else Reporter(io.StringIO())
     path, resumed = engine.same(lambda: directory_of(config, job, time.time()))
     directory = RunDirectory(path)
     begun = engine.same(lambda: as_begun(config, directory)) if resumed else config
@@ -81,7 +88,8 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
             if config.dry_run:
                 raise
             again = f"to resume, run the same command with {shell_word('output_dir', path)} resume=auto"
-            raise type(stop)(f"{stop} at step {progress.step}; {again}") from None
+            stop.args = (f"{stop} at step {progress.step}; {again}",)
+            raise
     return path
 
 
@@ -95,7 +103,7 @@ def _run(context: Context, start: Start, progress: Progress) -> None:
     say_what_differs(context, learner, material, choices, start)
     complete_reference(context, learner, material, progress.resumed)
     reporter.doing("preflight: checking losses, scores and gradients on a few pairs")
-    reporter.say(preflight(learner, material, at_start=progress.step == 0))
+    reporter.say(preflight(learner, material, context.engine, at_start=progress.step == 0))
     if config.dry_run:
         dry_run(context, learner, material, forward_backward)
         return
@@ -114,19 +122,24 @@ def fit(context: Context, learner: Learner, material: Material, progress: Progre
     context.reporter.start("step", last, progress.step)
     rng = rng_states()
     try:
-        if recorder.evaluation_is_missing:
-            recorder.evaluate()
-        for indices in material.schedule.batches(progress.step, last):
-            context.poll()
-            train_step(context, learner, progress, material.batch(indices), recorder)
-            rng = rng_states()  # a stop in the middle of the next step saves these
-            context.reporter.advance()
-            if recorder.is_logged:
-                recorder.log()
-            if progress.is_due(config.eval_every) and progress.step < last:
+        with context.engine.watch():
+            if recorder.evaluation_is_missing:
                 recorder.evaluate()
-            if progress.is_due(config.save_every) and progress.step < last:
-                recorder.save_or_continue()
+            for indices in material.schedule.batches(progress.step, last):
+                context.poll()
+                train_step(context, learner, progress, material.batch(indices), recorder)
+                rng = rng_states()  # a stop in the middle of the next step saves these
+                context.reporter.advance()
+                if recorder.is_logged:
+                    recorder.log()
+                if progress.is_due(config.eval_every) and progress.step < last:
+                    recorder.evaluate()
+                if progress.is_due(config.save_every) and progress.step < last:
+                    recorder.save_or_continue()
+    except LostRankError:
+        if context.engine.keeps_all and context.engine.rank == 0:
+            recorder.alone().save(rng)
+        raise
     except StoppedError:
         recorder.save(rng)
         raise
@@ -140,6 +153,10 @@ def train_step(
     engine, weights = context.engine, learner.trainable
     for group in learner.optimizer.param_groups:
         group["lr"] = learner.rate(progress.step)
+    if engine.world_size > 1 and context.config.lora.dropout:  # each rank drops other values, in a resumed run the same
+        torch.manual_seed(
+            np.random.SeedSequence([context.config.seed, progress.step, engine.rank]).generate_state(1)[0]
+        )
     table, names = until_it_fits(context, learner, lambda: forward_backward(context, learner, batch))
     engine.sum_gradients(weights)
     grad_norm = engine.clip(weights, context.config.max_grad_norm)
@@ -171,17 +188,19 @@ def forward_backward(context: Context, learner: Learner, batch: list[TokenizedPa
     """
     table, names = torch.zeros(0), list[str]()
     column = {id(pair): number for number, pair in enumerate(batch)}
-    for micro_batch in learner.batcher.micro_batches([batch[index] for index in context.engine.share(batch)]):
+    for pairs, counts in learner.batcher.rounds(batch, context.engine):
         if context.engine.alone:
             context.poll()
-        with one_forward_pass(micro_batch.examples):
+        with one_forward_pass(pairs):
+            micro_batch = learner.batcher.lay_out(pairs)
             reference = micro_batch.scores(learner.reference.logps(micro_batch))  # log pi_ref(y|x), (M,)
             policy = micro_batch.scores(learner.objective.score(learner.policy, micro_batch))  # log pi(y|x), (M,)
             outcome = learner.objective(policy, reference)  # losses -log sigmoid(u), (B,)
             # The sum over the batch size: the gradient does not depend on how the batch was split.
-            (outcome.losses.sum() / len(batch)).backward()
+            (outcome.losses.sum() * counts / len(batch)).backward()
         found = outcome.table
         if not names:
             table, names = found.new_zeros(len(found), len(batch)), list(outcome.metrics)
-        table[:, [column[id(pair)] for pair in micro_batch.examples]] = found
+        if counts:
+            table[:, [column[id(pair)] for pair in pairs]] = found
     return table, names

@@ -1,5 +1,6 @@
 """Where a run starts: from the SFT model, from a checkpoint, or as an earlier run did that it replays."""
 
+import importlib.metadata
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo_cli import __version__
 from dpo_cli.config.schema import RunConfig, public_container, read_config, tracker_options
+from dpo_cli.config.versions import flat
 from dpo_cli.console.text import safe_text
 from dpo_cli.errors import CheckpointError, StoppedError
 from dpo_cli.models.generators import set_rng_states
@@ -19,7 +22,7 @@ from dpo_cli.runs.checkpoint import (
     restore,
     set_aside_newer,
 )
-from dpo_cli.runs.manifest import environment, settings_in
+from dpo_cli.runs.manifest import PACKAGES, environment, settings_in
 from dpo_cli.runs.replay import differences
 from dpo_cli.runs.run_directory import RunDirectory, config_changes, find_checkpoint
 from dpo_cli.theory.metrics import MeanOverPairs
@@ -52,7 +55,7 @@ class Start:
                 f"{checkpoint}: is at step {state.step}, and the run now ends at {material.total_steps}"
             )
         shapes = state_shapes(learner.trainable, context.config.optimizer)
-        restored = restore(checkpoint, learner.policy, learner.objective, learner.optimizer, shapes, context.engine)
+        restored = restore(checkpoint, learner.policy, learner.objective, learner.optimizer, shapes)
         set_rng_states(restored.rng)
         learner.monitor.restore(restored.window, state.alarms_sounded)
         metrics = MeanOverPairs.from_sums(state.sums, state.sums_pairs)
@@ -60,6 +63,16 @@ class Start:
         progress.step, progress.seconds, progress.skipped_steps = state.step, state.seconds, state.skipped_steps
         progress.records_kept, progress.resumed = state.records, True
         context.reporter.say(f"resuming from {checkpoint} at step {state.step}")
+
+
+def what_ranks_share(config: RunConfig) -> dict[str, str]:
+    """What must be the same on every rank: versions, and every value of the config."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "dpo-cli": __version__,
+        **versions,
+        **{key: str(value) for key, value in flat(public_container(config)).items()},
+    }
 
 
 def find_start(context: Context, resumed: bool) -> Start:
