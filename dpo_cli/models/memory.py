@@ -101,7 +101,8 @@ def alone_too_large(pair: TokenizedPair) -> OutOfMemoryError:
     return OutOfMemoryError(
         f"out of memory on row {pair.index} alone in its forward pass: {pair.tokens:,} tokens "
         f"(prompt {len(pair.prompt):,}, chosen {len(pair.chosen):,}, rejected {len(pair.rejected):,}). "
-        "What helps, in this order: engine.gradient_checkpointing=true, reference=adapter_off, a smaller data.max_length"
+        "What helps, in this order: engine.gradient_checkpointing=true, reference=adapter_off, a smaller "
+        "data.max_length"
     )
 
 

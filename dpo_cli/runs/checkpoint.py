@@ -9,7 +9,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpo_cli.console.text import first_line, safe_text
@@ -26,6 +26,7 @@ from dpo_cli.engine.engine import Engine, local, part_like
 from dpo_cli.errors import CheckpointError, StorageError
 from dpo_cli.models.adapters import ADAPTER_FILE
 from dpo_cli.objectives.objective import Objective
+from dpo_cli.runs.tensor_files import PART_BYTES, Gathered, is_part_of, names_in, tensors_in
 from dpo_cli.runs.versions import migrated_state
 from dpo_cli.storage.durable import remove_folder, sync, write_folder
 from dpo_cli.storage.hashing import sha256_of
@@ -96,9 +97,9 @@ def save_policy(policy: Any, folder: Path, objective: Objective, tensors: dict[s
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form; final/ gets a model card
         objective.save(policy, folder, tensors)
     else:
-        # One file, as `restore` reads it. What is tied to a trained weight is sharded with it, and saved with it.
+        # What is tied to a trained weight is sharded with it, and saved with it.
         whole = {name: tensor for name, tensor in policy.state_dict().items() if local(tensor) is tensor}
-        policy.save_pretrained(str(folder), max_shard_size="1TB", state_dict={**whole, **tensors})
+        policy.save_pretrained(str(folder), max_shard_size=PART_BYTES, state_dict={**whole, **tensors})
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Checkpoint:
     policy: Any
     objective: Objective
     weights: dict[str, Tensor]  # the trained weights by name, whole
-    optimizer: dict[str, Tensor]  # its state, as `optimizer_tensors` names it
+    optimizer: Gathered  # its state, as `optimizer_tensors` names it
     rng: dict[str, Tensor]
     window: dict[str, Tensor]
     state: TrainingState
@@ -116,7 +117,7 @@ class Checkpoint:
     def write(self, beside: Path) -> None:
         """Fill a folder, the manifest last."""
         save_policy(self.policy, beside, self.objective, self.weights)
-        save_file(self.optimizer, beside / OPTIMIZER)
+        self.optimizer.write(beside / OPTIMIZER)
         save_file(self.rng, beside / RNG)
         save_file(self.window, beside / WINDOW)
         (beside / STATE).write_text(json.dumps(asdict(self.state), indent=1), encoding="utf-8")
@@ -136,6 +137,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, held_out_lo
             write_folder(target, checkpoint.write)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{target}: the checkpoint cannot be written ({safe_text(error)})") from None
+    finally:
+        checkpoint.optimizer.discard()
     prune(folder, keep, held_out_losses)
     return target
 
@@ -215,9 +218,9 @@ def validate(checkpoint: Path) -> None:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise CheckpointError(f"{safe_text(manifest)}: is not the manifest of a checkpoint") from None
     for needed in (OPTIMIZER, RNG, WINDOW, STATE):
-        if needed not in files:
+        if not any(is_part_of(name, needed) for name in files):
             raise CheckpointError(f"{safe_text(manifest)}: does not name {needed}")
-    if ADAPTER_FILE not in files and MODEL not in files:
+    if ADAPTER_FILE not in files and not any(is_part_of(name, MODEL) for name in files):
         raise CheckpointError(f"{safe_text(manifest)}: names no weights")
     for name, size, sha256 in expected:
         if name != Path(name).name or name in ("", ".", ".."):
@@ -297,20 +300,18 @@ def trainable(policy: Any) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
 
 
-def optimizer_tensors(policy: Any, optimizer: torch.optim.Optimizer, engine: Engine) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name, whole, on rank 0: `<parameter>|<key>` -> tensor. Collective."""
-    tensors = {}
+def optimizer_tensors(policy: Any, optimizer: torch.optim.Optimizer, engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """The optimizer's state by parameter name, whole, on rank 0: `<parameter>|<key>`, tensor. Collective."""
     for name, parameter in trainable(policy):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}|{key}"] = engine.full(value).detach().cpu().contiguous()
+                yield f"{name}|{key}", engine.full(value).detach().cpu().contiguous()
             elif isinstance(value, int | float):  # float64 says that it is a plain number
-                tensors[f"{name}|{key}"] = torch.tensor(value, dtype=torch.float64)
+                yield f"{name}|{key}", torch.tensor(value, dtype=torch.float64)
             elif value is not None:
                 raise TypeError(
                     f"{type(optimizer).__name__}: {key} is {type(value).__name__}, not a tensor or a number"
                 )
-    return tensors
 
 
 def trained_weights(policy: Any, engine: Engine) -> dict[str, Tensor]:
@@ -336,8 +337,8 @@ def restore(
     """
     try:
         _restore_weights(checkpoint, policy, objective)
-        _restore_optimizer(load_tensors(checkpoint / OPTIMIZER), policy, optimizer, shapes)
-        rng, window = load_tensors(checkpoint / RNG), load_tensors(checkpoint / WINDOW)
+        _restore_optimizer(tensors_in(checkpoint / OPTIMIZER), policy, optimizer, shapes)
+        rng, window = (dict(tensors_in(checkpoint / name)) for name in (RNG, WINDOW))
         if "cpu" not in rng or rng["cpu"].shape != torch.get_rng_state().shape:
             raise CheckpointError(f"{checkpoint / RNG}: holds no state of this program's random generator")
         if (
@@ -352,44 +353,37 @@ def restore(
         raise CheckpointError(f"{checkpoint}: does not fit this run ({reason})") from None
 
 
-def load_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, in memory of their own.
-
-    `load_file` maps the file. Without a copy, a checkpoint that the run prunes would keep its space on the disk, and
-    truncating the file would kill the run.
-    """
-    return {name: tensor.clone() for name, tensor in load_file(file).items()}
-
-
 def _restore_weights(checkpoint: Path, policy: Any, objective: Objective) -> None:
     if isinstance(policy, PeftModel):
         file = checkpoint / ADAPTER_FILE
-        stored = load_tensors(file)
         expected = get_peft_model_state_dict(policy, save_embedding_layers=False)
-        _same_names(file, set(stored), set(expected))
-        _copy_into(expected, stored)
+        _same_names(file, names_in(file), set(expected))
+        _copy_into(expected, tensors_in(file))
         objective.load(policy, checkpoint)
     else:
         file = checkpoint / MODEL
-        stored, expected = load_tensors(file), policy.state_dict()
+        expected = policy.state_dict()
         tied = set(getattr(policy, "_tied_weights_keys", None) or ())
-        _same_names(file, set(stored) - tied, set(expected) - tied)
-        _copy_into(expected, stored)
+        _same_names(file, names_in(file) - tied, set(expected) - tied)
+        _copy_into(expected, tensors_in(file))
 
 
-def _copy_into(weights: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+def _copy_into(weights: Mapping[str, Tensor], stored: Iterable[tuple[str, Tensor]]) -> None:
     """Give weights, which may be sharded, the values of whole tensors; RuntimeError where a shape differs."""
-    for name, value in stored.items():
+    for name, value in stored:
         if weights[name].shape != value.shape:
             raise RuntimeError(f"{name} has the shape {list(value.shape)}, not {list(weights[name].shape)}")
         weights[name].copy_(part_like(weights[name], value))
 
 
 def _restore_optimizer(
-    stored: dict[str, Tensor], policy: Any, optimizer: torch.optim.Optimizer, shapes: StateShapes | None
+    stored: Iterable[tuple[str, Tensor]],
+    policy: Any,
+    optimizer: torch.optim.Optimizer,
+    shapes: StateShapes | None,
 ) -> None:
     parameters = dict(trainable(policy))
-    for full_name, value in stored.items():
+    for full_name, value in stored:
         name, _, key = full_name.rpartition("|")
         if name not in parameters:
             raise CheckpointError(f"{OPTIMIZER}: no parameter {safe_text(name)} in this run")

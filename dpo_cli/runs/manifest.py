@@ -16,6 +16,7 @@ from dpo_cli.runs.checkpoint import (
     WINDOW,
     ResolvedSettings,
 )
+from dpo_cli.runs.tensor_files import is_part_of
 from dpo_cli.storage.hashing import sha256_of
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "hydra-core", "numpy")
@@ -68,5 +69,6 @@ def settings_in(manifest: dict[str, Any]) -> ResolvedSettings | None:
 
 def weights_sha256(folder: Path) -> str | None:
     """The sha256 of the weights in a `final/` or a checkpoint: of each file, in the order of their names."""
-    files = sorted(file for file in folder.glob("*.safetensors") if file.name not in (OPTIMIZER, RNG, WINDOW))
+    others = (OPTIMIZER, RNG, WINDOW)
+    files = sorted(file for file in folder.glob("*.safetensors") if not any(is_part_of(file.name, o) for o in others))
     return "+".join(map(sha256_of, files)) or None

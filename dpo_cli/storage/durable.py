@@ -16,7 +16,7 @@ from typing import BinaryIO, TypeVar
 UNFINISHED = ".tmp-"
 # Only names that this program makes are swept: a run directory may lie in a folder of somebody else's.
 OURS = re.compile(
-    r"\.tmp-(?:removed-)?(?:step-\d+|final)(?:-\d+)?"
+    r"\.tmp-(?:removed-)?(?:step-\d+|final|part)(?:-\d+)?"
     r"|\.tmp-(?:config\.yaml|manifest\.json|trackers\.json|reference_logps\.bin)"
 )
 

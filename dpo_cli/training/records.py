@@ -33,6 +33,7 @@ from dpo_cli.runs.checkpoint import (
 from dpo_cli.runs.manifest import weights_sha256
 from dpo_cli.runs.model_card import model_card
 from dpo_cli.runs.replay import describe_replay
+from dpo_cli.runs.tensor_files import gather
 from dpo_cli.storage.durable import write_folder
 from dpo_cli.theory.losses import ResponseScores
 from dpo_cli.theory.metrics import MeanOverPairs
@@ -181,11 +182,12 @@ class Recorder:
             settings=learner.settings,
             alarms_sounded=learner.monitor.sounded,
         )
+        state_of_optimizer = optimizer_tensors(policy, learner.optimizer, self.engine)
         checkpoint = Checkpoint(
             policy=policy,
             objective=learner.objective,
             weights=trained_weights(policy, self.engine),
-            optimizer=optimizer_tensors(policy, learner.optimizer, self.engine),
+            optimizer=gather(state_of_optimizer, self.directory.checkpoints, self.engine.rank == 0),
             rng=rng or rng_states(),
             window={"last_pairs": learner.monitor.state()},
             state=state,
