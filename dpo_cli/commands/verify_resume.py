@@ -9,6 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from safetensors.torch import load_file
 from dpo_cli.config.schema import DataConfig, RunConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural, safe_text
+from dpo_cli.engine.engine import Engine
+from dpo_cli.engine.table import open_engine
 from dpo_cli.errors import CheckpointError, StoppedError
+from dpo_cli.models.dtype import choose_device
 from dpo_cli.runs.checkpoint import checkpoint_name
 from dpo_cli.training.runner import train
 
@@ -48,19 +52,21 @@ def verify_resume(config: RunConfig, reporter: Reporter) -> None:
         verify_resume=False,
         tracker=None,
     )
-    with tempfile.TemporaryDirectory(prefix="dpo-verify-") as folder:
-        straight, resumed = Path(folder) / "straight", Path(folder) / "resumed"
+    engine = open_engine(config.engine, choose_device(config.device).value.type)
+    reporter = reporter if engine.rank == 0 else Reporter(io.StringIO())
+    with engine.watch(), _shared_folder(engine) as folder:
+        straight, resumed = folder / "straight", folder / "resumed"
         try:
             reporter.say(f"training {STEPS} steps straight")
             _train_in_silence(replace(short, output_dir=str(straight)))
-            _as_stopped(straight, resumed)
+            engine.same(lambda: _as_stopped(straight, resumed))
             reporter.say(f"training the last {STEPS - STOP} of them again from the checkpoint after step {STOP}")
             _train_in_silence(replace(short, output_dir=str(resumed), resume="auto"))
         except StoppedError as stop:
-            raise type(stop)(str(stop).split(" at step ")[0]) from None
-        found = list(_differences(straight, resumed))
-        lines = len(_metrics(straight))
-        seconds = _metrics(straight)[-1]["seconds"]
+            stop.args = (str(stop).split(" at step ")[0],)
+            raise
+        found = engine.same(lambda: list(_differences(straight, resumed)))
+        lines, seconds = engine.same(lambda: (len(_metrics(straight)), _metrics(straight)[-1]["seconds"]))
     if found:
         exact = "" if config.deterministic else "; deterministic=true makes a GPU take the same sums in the same order"
         raise CheckpointError(f"verify_resume: not exact on this machine: {'; '.join(found)}{exact}")
@@ -68,6 +74,17 @@ def verify_resume(config: RunConfig, reporter: Reporter) -> None:
         f"resume is exact here: weights, optimizer, random states and {plural(lines, 'line')} of metrics are the same "
         f"to the last bit ({STEPS} steps took {duration(seconds)})"
     )
+
+
+@contextmanager
+def _shared_folder(engine: Engine) -> Iterator[Path]:
+    """A folder that every rank knows and that is gone afterwards."""
+    folder = engine.same(lambda: Path(tempfile.mkdtemp(prefix="dpo-verify-")))
+    try:
+        yield folder
+    finally:
+        if engine.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _shortened(data: DataConfig, enough: int) -> DataConfig:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -43,24 +44,7 @@ class DdpEngine(SingleEngine):
                 )
             torch.cuda.set_device(place.local_rank)
         self.description = f"{place.world_size} ranks, {'NCCL' if on_gpu else 'gloo'}"
-        try:
-            if place.meeting:
-                self._store = next(dist.rendezvous(place.meeting, place.rank, place.world_size, timeout=self.timeout))[
-                    0
-                ]
-            else:
-                self._store = dist.HashStore()
-            if not dist.is_initialized():
-                dist.init_process_group(
-                    "cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=place.rank, world_size=place.world_size,
-                    store=dist.PrefixStore("group", self._store), timeout=self.timeout,
-                )  # fmt: skip
-            self._patient = dist.new_group(backend="gloo", timeout=LONG)
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"rank {place.rank} of {place.world_size} has not met the others within {timeout:g} s at "
-                f"{place.meeting} ({str(error).splitlines()[0]:.160})"
-            ) from None
+        self._store, self._patient = _meet(place, "cpu:gloo,cuda:nccl" if on_gpu else "gloo", self.timeout)
 
     # Agreement
 
@@ -200,6 +184,26 @@ class DdpEngine(SingleEngine):
             dist.all_reduce(flat)
             for weight, summed in zip(bucket, flat.split([weight.numel() for weight in bucket]), strict=True):
                 weight.grad = summed.view_as(weight)
+
+
+@cache  # a process meets the others once, whatever it trains
+def _meet(place: Place, backend: str, timeout: timedelta) -> tuple[dist.Store, Any]:
+    """Wait for all ranks: a store that they share, and a group whose members wait long for each other."""
+    try:
+        if place.meeting:
+            store = next(dist.rendezvous(place.meeting, place.rank, place.world_size, timeout=timeout))[0]
+        else:
+            store = dist.HashStore()
+        dist.init_process_group(
+            backend, rank=place.rank, world_size=place.world_size, store=dist.PrefixStore("group", store),
+            timeout=timeout,
+        )  # fmt: skip
+        return store, dist.new_group(backend="gloo", timeout=LONG)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"rank {place.rank} of {place.world_size} has not met the others within {timeout.total_seconds():g} s at "
+            f"{place.meeting} ({str(error).splitlines()[0]:.160})"
+        ) from None
 
 
 def _until_full(weights: Iterator[nn.Parameter]) -> Iterator[nn.Parameter]:
