@@ -15,14 +15,14 @@ class Note(str):
 
 LEAVE_OUT = Note("leave it out")
 QUANTIZED = Note("not supported yet: the weights are loaded in model.dtype")
-SHARDED = Note("not supported yet: a run uses one device (engine=single)")
+SHARDED_BY = Note("not needed: engine=fsdp shards every weight, engine.processes says on how many GPUs")
 KERNELS = Note("not supported yet: fused kernels of other packages")
 FROZEN_PARTS = Note("not supported yet: only adapters train (lora.target_modules), or every weight (lora=off)")
 ATTENTION = Note("not needed: the attention follows from the device and from layout")
 PACKING = Note("not needed: layout=auto packs pairs without padding")
 TEMPLATE = Note("not needed: data.template=chat takes the chat template of the model's tokenizer")
 TRUNCATION = Note("not needed: the oldest part of a prompt is cut first (data.max_prompt_length)")
-IN_MEMORY = Note("not needed: all pairs are tokenized before training and stay in memory")
+IN_MEMORY = Note("not needed: all pairs are tokenized before training and kept on disk")
 PER_EPOCH = "not supported yet: give the steps between two, for instance {}=100"
 EVALUATION = Note("not needed: evaluation has micro-batches of its own size")
 ACCUMULATION = Note("not needed: batch_size counts the pairs of a step, micro_batch_size those of a forward pass")
@@ -186,8 +186,12 @@ WORDS: dict[str, str | dict[str, str]] = {
     "enable_activation_offloading": Note("not supported yet: engine.gradient_checkpointing=true saves memory"),
     "use_cpu": ON_CPU, "no_cuda": ON_CPU,
     "device_map": {"auto": "device=auto", "": "device"},
-    "deepspeed": SHARDED, "fsdp": SHARDED, "fsdp_config": SHARDED, "tensor_parallel_dim": SHARDED,
-    "ddp_timeout": SHARDED, "ddp_find_unused_parameters": SHARDED, "local_rank": SHARDED,
+    "deepspeed": SHARDED_BY, "fsdp": SHARDED_BY, "fsdp_config": SHARDED_BY,
+    "tensor_parallel_dim": Note("not supported: engine=fsdp shards every weight"),
+    "ddp_timeout": "engine.timeout", "num_processes": "engine.processes", "nproc_per_node": "engine.processes",
+    "ddp_find_unused_parameters": Note("not needed: a weight without a gradient counts as 0"),
+    "local_rank": Note("not needed: a launcher sets it in the environment"),
+    "cpu_offload": "engine.cpu_offload", "fsdp_offload_params": "engine.cpu_offload",
     # The run, its checkpoints and logs
     "data_seed": "seed", "random_state": "seed", "logging_steps": "log_every", "log_every_n_steps": "log_every",
     "logging_strategy": _steps("log_every"),

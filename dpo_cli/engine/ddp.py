@@ -5,6 +5,7 @@ up to rounding. No wrapper around the model is needed, and a rank without a pair
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -43,6 +44,8 @@ class DdpEngine(SingleEngine):
                     f"{torch.cuda.device_count()} GPUs: start one process a GPU"
                 )
             torch.cuda.set_device(place.local_rank)
+            if self.keeps_all:  # a sum that has failed is seen before its result is used, and nothing wrong is saved
+                os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
         self.description = f"{place.world_size} ranks, {'NCCL' if on_gpu else 'gloo'}"
         self._store, self._patient = _meet(place, "cpu:gloo,cuda:nccl" if on_gpu else "gloo", self.timeout)
 

@@ -66,7 +66,7 @@ def _train(config: RunConfig, engine: Engine, reporter: Reporter, job: str) -> P
         if getattr(begun.data, key) != getattr(config.data, key):
             reporter.say(f"data.{key}={getattr(begun.data, key)}, as when the run began")
     config = begun
-    if directory.finished and resumed:
+    if resumed and engine.same(lambda: directory.finished):
         reporter.say(f"already complete: {directory.final}")
         for change in chain(*config_changes(read_config(directory.config), config)):
             reporter.warn(f"{change} has no effect: a finished run is not trained on")
