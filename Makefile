@@ -9,7 +9,7 @@ OLDEST := .venv-oldest
 PEER := .venv-peer
 DEMO := outputs/demo
 
-.PHONY: help setup demo test check format wheel clean train eval bench bench-sampling mutants bench-gpu theorem picture paper test-peer test-faults test-thorough test-newest test-oldest
+.PHONY: help setup demo test check format wheel clean train eval bench bench-sampling mutants bench-gpu scale theorem picture paper test-peer test-faults test-thorough test-newest test-oldest
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -87,6 +87,9 @@ paper: $(STAMP) ## From PPO to DPO, shown: the tables and figures of docs/paper.
 
 picture: $(STAMP) ## Draw docs/console.svg from a real run of the demo (minutes)
 	$(BIN)/python scripts/console_picture.py
+
+scale: $(STAMP) ## Calculate a step on up to 1,024 GPUs from a link measured here and datasheets, and draw docs/scale.svg
+	$(BIN)/python scripts/scaling.py
 
 theorem: $(STAMP) ## Print the numbers of docs/theorem.md and draw its figure
 	$(BIN)/python scripts/theorem.py
