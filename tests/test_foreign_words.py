@@ -59,8 +59,17 @@ def test_every_key_and_value_that_the_table_names_composes() -> None:
         ("mix_strategy=interleave_over", "unknown key 'mix_strategy' in 'mix_strategy=interleave_over'; with "
          "data=mixture it is data.stop=all"),
         ("bf16=true", "unknown key 'bf16' in 'bf16=true'; here it is model.dtype=bfloat16"),
-        ("load_in_4bit=true", "unknown key 'load_in_4bit' in 'load_in_4bit=true'; not supported yet: the weights are "
-         "loaded in model.dtype"),
+        ("load_in_4bit=true", "unknown key 'load_in_4bit' in 'load_in_4bit=true'; here it is model.quantization=nf4"),
+        ("bnb_4bit_quant_type=fp4", "unknown key 'bnb_4bit_quant_type' in 'bnb_4bit_quant_type=fp4'; not supported "
+         "yet: 4 bits are nf4 (model.quantization=nf4), 8 bits int8"),
+        ("bnb_4bit_compute_dtype=bfloat16", "unknown key 'bnb_4bit_compute_dtype' in "
+         "'bnb_4bit_compute_dtype=bfloat16'; here it is model.dtype=bfloat16"),
+        ("quantization_bit=8", "unknown key 'quantization_bit' in 'quantization_bit=8'; here it is "
+         "model.quantization=int8"),
+        ("adapter=qlora", "unknown key 'adapter' in 'adapter=qlora'; here it is lora=all_linear "
+         "model.quantization=nf4"),
+        ("optim=paged_adamw_8bit", "unknown key 'optim' in 'optim=paged_adamw_8bit'; here it is "
+         "optimizer=paged_adamw8bit"),
         ("load_in_4bit=false", "unknown key 'load_in_4bit' in 'load_in_4bit=false'; leave it out"),
         ("gradient_accumulation_steps=4", "unknown key 'gradient_accumulation_steps' in "
          "'gradient_accumulation_steps=4'; not needed: batch_size counts the pairs of a step, micro_batch_size those "

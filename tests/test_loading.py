@@ -15,7 +15,9 @@ from dpo_cli.models.loading import ModelSource, load_model, use_stock_attention
 
 
 def source_at(path: Path | str) -> ModelSource:
-    given = ModelConfig(name_or_path=str(path), revision=None, dtype="auto", adapter=None, trust_remote_code=False)
+    given = ModelConfig(
+        name_or_path=str(path), revision=None, dtype="auto", quantization="none", adapter=None, trust_remote_code=False
+    )
     return ModelSource(given, str(path), "local")
 
 

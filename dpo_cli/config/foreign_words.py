@@ -14,8 +14,14 @@ class Note(str):
 
 
 LEAVE_OUT = Note("leave it out")
-QUANTIZED = Note("not supported yet: the weights are loaded in model.dtype")
 SHARDED_BY = Note("not needed: engine=fsdp shards every weight, engine.processes says on how many GPUs")
+BITS = {
+    **dict.fromkeys(("4", "nf4"), "model.quantization=nf4"),
+    "8": "model.quantization=int8",
+    "": Note("not supported yet: 4 bits are nf4 (model.quantization=nf4), 8 bits int8"),
+}
+DOUBLE = Note("not supported yet: the scales of nf4 stay float32, half a bit a weight")
+BITSANDBYTES = Note("not needed: model.quantization=nf4 or int8 uses bitsandbytes")
 KERNELS = Note("not supported yet: fused kernels of other packages")
 FROZEN_PARTS = Note("not supported yet: only adapters train (lora.target_modules), or every weight (lora=off)")
 ATTENTION = Note("not needed: the attention follows from the device and from layout")
@@ -39,7 +45,13 @@ STOPS = {
 UPLOAD = Note("not supported yet: final/ has PEFT's layout; upload it with the hub's own command")
 DEFAULT_OBJECTIVE = Note("leave it out: DPO is the default (objective=dpo)")
 OBJECTIVE: dict[str, str] = {"dpo": DEFAULT_OBJECTIVE, "rm": "objective=reward", "": "objective"}
-ADAPTER = {"lora": "lora=all_linear", "full": "lora=off", "qlora": QUANTIZED, "freeze": FROZEN_PARTS, "": "lora"}
+ADAPTER = {
+    "lora": "lora=all_linear",
+    "full": "lora=off",
+    "qlora": "lora=all_linear model.quantization=nf4",
+    "freeze": FROZEN_PARTS,
+    "": "lora",
+}
 CHECKPOINTING = {
     "true": "engine.gradient_checkpointing=true",
     "unsloth": "engine.gradient_checkpointing=true",
@@ -105,9 +117,12 @@ WORDS: dict[str, str | dict[str, str]] = {
     "bf16": {**_dtype(true="bfloat16", auto="auto"), "false": LEAVE_OUT},
     "fp16": {**_dtype(true="float16", auto="auto"), "false": LEAVE_OUT},
     "tf32": Note("not needed: the dtype is chosen by measuring (model.dtype=auto)"),
-    "load_in_4bit": QUANTIZED, "load_in_8bit": QUANTIZED, "quantization_bit": QUANTIZED, "quant_bits": QUANTIZED,
-    "quant_method": QUANTIZED, "quantization_method": QUANTIZED, "bnb_4bit_quant_type": QUANTIZED,
-    "bnb_4bit_compute_dtype": QUANTIZED, "bnb_4bit_use_double_quant": QUANTIZED, "use_bnb_nested_quant": QUANTIZED,
+    "load_in_4bit": {"true": "model.quantization=nf4", "": LEAVE_OUT},
+    "load_in_8bit": {"true": "model.quantization=int8", "": LEAVE_OUT},
+    "quantization_bit": BITS, "quant_bits": BITS, "bnb_4bit_quant_type": BITS,
+    "quant_method": BITSANDBYTES, "quantization_method": BITSANDBYTES,
+    "bnb_4bit_compute_dtype": "model.dtype", "bnb_4bit_quant_storage": Note("not needed: packed weights are bytes"),
+    "bnb_4bit_use_double_quant": DOUBLE, "use_bnb_nested_quant": DOUBLE, "double_quantization": DOUBLE,
     "attn_implementation": ATTENTION, "attn_impl": ATTENTION, "flash_attn": ATTENTION, "flash_attention": ATTENTION,
     "sdp_attention": ATTENTION, "xformers_attention": ATTENTION,
     "use_liger_kernel": KERNELS, "use_liger_loss": KERNELS, "enable_liger_kernel": KERNELS, "use_unsloth": KERNELS,
@@ -169,10 +184,13 @@ WORDS: dict[str, str | dict[str, str]] = {
     "learning_rate": "optimizer.lr", "adam_epsilon": "optimizer.eps",
     "adam_beta1": {"": "optimizer.betas"}, "adam_beta2": {"": "optimizer.betas"},
     "optim": {**dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "optimizer=adamw"),
-              **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"),
-                              Note("not supported yet: 8-bit optimizers; there is optimizer=adamw")),
+              **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "optimizer=adamw8bit"),
+              "paged_adamw_8bit": "optimizer=paged_adamw8bit",
+              "paged_adamw_32bit": Note("not supported yet: there is optimizer=paged_adamw8bit"),
               "rmsprop": "optimizer=rmsprop", "sgd": "optimizer=sgd", "": "optimizer"},
-    "optimizer._component_": {"torch.optim.adamw": "optimizer=adamw", "": "optimizer"},
+    "optimizer._component_": {"torch.optim.adamw": "optimizer=adamw", "": "optimizer",
+                              "bitsandbytes.optim.adamw8bit": "optimizer=adamw8bit",
+                              "bitsandbytes.optim.pagedadamw8bit": "optimizer=paged_adamw8bit"},
     "lr_scheduler_type": SCHEDULES, "lr_scheduler": SCHEDULES, "lr_scheduler._component_": SCHEDULES,
     "num_warmup_steps": "optimizer.warmup_steps",
     "warmup_ratio": Note("not supported yet: give the number of steps, optimizer.warmup_steps=10"),

@@ -125,6 +125,7 @@ class ModelConfig:
     name_or_path: Text = Field(pattern=r"\S", description="name a model")
     revision: Text | None
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    quantization: Literal["none", "nf4", "int8"]
     adapter: Text | None
     trust_remote_code: bool
 
@@ -284,7 +285,7 @@ class SourceConfig:
 class OptimizerConfig:
     """How the trainable weights move."""
 
-    name: Literal["adamw", "rmsprop", "sgd"]
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "rmsprop", "sgd"]
     lr: float = Field(gt=0, description="5e-5 is usual with LoRA")
     weight_decay: float = Field(ge=0)
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -448,6 +449,12 @@ class RunConfig:
             "data.train",
             None,
             "name a file (.jsonl, .json, .parquet, .csv) or a hub data set, for instance data.train=pairs.jsonl",
+        )
+        _require(
+            self.lora.enabled or self.model.quantization == "none",
+            "model.quantization",
+            self.model.quantization,
+            "packed weights cannot train; choose a group of adapters such as lora=all_linear, or none",
         )
         _require(
             self.lora.enabled or self.reference.name == "frozen",

@@ -127,6 +127,7 @@ MIGRATIONS: dict[int, tuple[Change, ...]] = {
         Added("engine.processes", "auto"),
         Added("engine.timeout", 1800.0),
         Added("engine.cpu_offload", False),
+        Added("model.quantization", "none"),
     ),
 }  # fmt: skip
 VERSION = max(MIGRATIONS)

@@ -20,6 +20,7 @@ from torch import nn
 from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.models.lora_function import fuse_lora
+from dpo_cli.models.quantization import quantized_layers
 from dpo_cli.paths import user_path
 
 if TYPE_CHECKING:  # the schema needs packages that a machine that only measures may lack
@@ -156,6 +157,8 @@ def fold_adapter(model: Any, adapter: str) -> Any:
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
-    """Parameters that train, and all of them."""
+    """Parameters that train, and all of them; a packed one counts as the weights that it holds."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return trainable, sum(parameter.numel() for parameter in model.parameters())
+    packed = quantized_layers(model).values()
+    inside = sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in packed)
+    return trainable, sum(parameter.numel() for parameter in model.parameters()) + inside

@@ -21,6 +21,7 @@ from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.models.adapters import fold_adapter
 from dpo_cli.models.builtin import resolve_builtin
 from dpo_cli.models.generators import rng_states, set_rng_states
+from dpo_cli.models.quantization import bytes_saved, check_quantization, quantize
 from dpo_cli.paths import user_path
 
 if TYPE_CHECKING:  # the schema needs Hydra's OmegaConf, which a machine that only measures has not
@@ -43,6 +44,7 @@ class ModelSource:
 
 def find_model(config: "ModelConfig", say: Callable[[str], None] = lambda _: None) -> ModelSource:
     """Resolve a model's name; a built-in one is prepared in the cache if it is not there yet."""
+    check_quantization(config)
     # A revision asks for the hub's model: the built-in copies have none.
     path, origin = (
         resolve_builtin(config.name_or_path, say) if config.revision is None else (config.name_or_path, "hub")
@@ -70,12 +72,12 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Any:
-    """The SFT model in eval mode, without dropout, its SFT adapter folded in if it has one.
+    """The SFT model in eval mode, without dropout, its SFT adapter folded in if it has one, and then quantised.
 
     On the device `meta` it has its shape and no values: nothing is read but its config.
     """
     if device.type == "meta":
-        return _shape_of(source, dtype)
+        return _ready(_shape_of(source, dtype), source)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -91,20 +93,25 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
         raise _not_loaded("model", source, error) from None
     if source.config.adapter is not None:
         model = fold_adapter(model, source.config.adapter)
+    return _ready(model, source).to(device)
+
+
+def _ready(model: Any, source: ModelSource) -> Any:
+    if source.config.quantization != "none":
+        model = quantize(model, source.config.quantization)
     disable_dropout(model)
-    return model.to(device).eval()
+    return model.eval()
 
 
 def _shape_of(source: ModelSource, dtype: torch.dtype) -> Any:
+    """The model on the meta device, not quantised."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            return AutoModelForCausalLM.from_config(
                 model_config(source), dtype=dtype, trust_remote_code=source.config.trust_remote_code
             )
     except Exception as error:
         raise _not_loaded("model", source, error) from None
-    disable_dropout(model)
-    return model.eval()
 
 
 def model_config(source: ModelSource) -> Any:
@@ -114,6 +121,14 @@ def model_config(source: ModelSource) -> Any:
     )
     use_stock_attention(config)
     return config
+
+
+def saved_by_packing(source: ModelSource, dtype: torch.dtype) -> int:
+    """By how many bytes `model.quantization` makes the model smaller; nothing of its weights is read."""
+    if source.config.quantization == "none":
+        return 0
+    model = _shape_of(source, dtype)
+    return bytes_saved(model, source.config.quantization, dtype)
 
 
 def use_stock_attention(config: Any) -> None:

@@ -211,14 +211,16 @@ def weight_bytes(folder: str, dtype: torch.dtype) -> int | None:
     return total * dtype.itemsize
 
 
-def plan_memory(folder: str, dtype: torch.dtype, device: torch.device, second_model: bool) -> str:
+def plan_memory(folder: str, dtype: torch.dtype, device: torch.device, second_model: bool, saved: int = 0) -> str:
     """In words, what the weights will take of the memory that is free; OutOfMemoryError where they cannot fit.
 
-    Asked before anything is loaded. `second_model` says whether the reference is loaded beside the policy.
+    Asked before anything is loaded. `second_model` says whether the reference is loaded beside the policy, `saved` how
+    many bytes of a model go when it is quantised.
     """
     weights, free = weight_bytes(folder, dtype), free_memory(device)
     if weights is None:
         return f"{significant(free / 2**30)} GiB free on {device}"
+    weights -= saved
     models = 2 if second_model else 1
     needed, left = (f"{significant(size / 2**30)} GiB" for size in (models * weights, free))
     if models * weights > free:
@@ -229,6 +231,7 @@ def plan_memory(folder: str, dtype: torch.dtype, device: torch.device, second_mo
             else "a smaller model or a larger device is needed"
         )
         name = str(dtype).removeprefix("torch.")
+        name += ", quantised," if saved else ""
         raise OutOfMemoryError(f"{what} in {name} take {needed}, and {device} has {left} free: {remedy}")
     return f"weights{' of both models' if second_model else ''} {needed}, of {left} free on {device}"
 

@@ -32,8 +32,8 @@ class Preference(Objective):
 
     name = "dpo"
     judges_by = "implicit"
-    checks = ("distinct", "finite", "not_positive", "start", "gradients", "chain_rule", "batch_invariance", "closing",
-              "round_trip")  # fmt: skip
+    checks = ("distinct", "finite", "not_positive", "start", "gradients", "transposes", "chain_rule",
+              "batch_invariance", "closing", "round_trip")  # fmt: skip
 
     def __init__(self, beta: float, loss: PreferenceLoss, loss_name: str = "sigmoid") -> None:
         self.beta, self.loss, self.loss_name = beta, loss, loss_name

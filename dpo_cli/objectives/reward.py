@@ -136,7 +136,7 @@ class Reward(Objective):
     trains = " and a reward head"
     files = (HEAD_FILE,)
     judges_by = "reward"
-    checks = ("finite", "start", "gradients", "batch_invariance", "closing", "round_trip")
+    checks = ("finite", "start", "gradients", "transposes", "batch_invariance", "closing", "round_trip")
     alarms = REWARD_ALARMS
     findings = finding_rules()
     beta = 1.0

@@ -302,10 +302,13 @@ def trainable(policy: Any) -> list[tuple[str, nn.Parameter]]:
 
 def optimizer_tensors(policy: Any, optimizer: torch.optim.Optimizer, engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """The optimizer's state by parameter name, whole, on rank 0: `<parameter>|<key>`, tensor. Collective."""
+    seen = set()  # a table that 8-bit states share is written for each: safetensors holds no shared memory
     for name, parameter in trainable(policy):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                yield f"{name}|{key}", engine.full(value).detach().cpu().contiguous()
+                whole = engine.full(value).detach().cpu().contiguous()
+                yield f"{name}|{key}", whole.clone() if whole.data_ptr() in seen else whole
+                seen.add(whole.data_ptr())
             elif isinstance(value, int | float):  # float64 says that it is a plain number
                 yield f"{name}|{key}", torch.tensor(value, dtype=torch.float64)
             elif value is not None:
@@ -383,11 +386,17 @@ def _restore_optimizer(
     shapes: StateShapes | None,
 ) -> None:
     parameters = dict(trainable(policy))
+    held = {name: state for name, parameter in parameters.items() if (state := optimizer.state.get(parameter))}
+    given = set()
     for full_name, value in stored:
+        given.add(full_name)
         name, _, key = full_name.rpartition("|")
         if name not in parameters:
             raise CheckpointError(f"{OPTIMIZER}: no parameter {safe_text(name)} in this run")
         parameter = parameters[name]
+        if name in held:
+            _fill(held[name], key, value, full_name)
+            continue
         if shapes is not None and shapes[tuple(parameter.shape)].get(key) != tuple(value.shape):
             raise CheckpointError(f"{OPTIMIZER}: {safe_text(full_name)} has another shape than this optimizer's state")
         if not value.is_floating_point():
@@ -399,9 +408,23 @@ def _restore_optimizer(
         optimizer.state[parameter][key] = restored
     for name, parameter in parameters.items():
         found = optimizer.state.get(parameter)  # a weight that never had a gradient has none
-        lacking = shapes[tuple(parameter.shape)].keys() - found if shapes is not None and found else ()
+        lacking = shapes[tuple(parameter.shape)].keys() - found if shapes is not None and found else set()
+        if name in held:
+            lacking = {key for key in held[name] if f"{name}|{key}" not in given}
+            lacking = lacking if lacking != held[name].keys() else set()
         if lacking:
             raise CheckpointError(f"{OPTIMIZER}: lacks {safe_text(name)}|{min(lacking)}")
+
+
+def _fill(state: dict[str, Any], key: str, value: Tensor, full_name: str) -> None:
+    """Write a stored value over the one that a state was allocated with, in the same memory: it may be paged."""
+    held = state.get(key)
+    if isinstance(held, Tensor) and (held.shape, held.dtype) == (value.shape, value.dtype):
+        held.copy_(value)
+    elif isinstance(held, int) and value.ndim == 0 and 0 <= float(value) < 2**31:
+        state[key] = int(value)
+    else:
+        raise CheckpointError(f"{OPTIMIZER}: {safe_text(full_name)} is not of this optimizer's state")
 
 
 def _same_names(file: Path, stored: set[str], expected: set[str]) -> None:

@@ -54,6 +54,13 @@ def model_card(
         f"({safe_text(source.origin)}), fingerprint of its weights `{fingerprint}`. License: see the base model.",
         "",
     ]
+    method = config.model.quantization
+    if method != "none":
+        lines += [
+            f"While the adapter trained, the base was packed to {method} (`model.quantization={method}`). The code "
+            "below loads the base as it is, so log-probs differ a little from those of training.",
+            "",
+        ]
     if metrics:
         lines += ["| held-out metric | mean |", "|---|---|"]
         lines += [f"| {key} | {value:.4g} |" for key, value in sorted(metrics.items())]

@@ -140,7 +140,9 @@ def _model_ref(name: str, given: ModelName) -> ModelRef:
 
 def _plain_model(name: str, given: ModelName) -> ModelConfig:
     trusted = given.trust_remote_code
-    return ModelConfig(name_or_path=name, revision=None, dtype="auto", adapter=None, trust_remote_code=trusted)
+    return ModelConfig(
+        name_or_path=name, revision=None, dtype="auto", quantization="none", adapter=None, trust_remote_code=trusted
+    )
 
 
 def ref_dtype(ref: ModelRef, device: torch.device) -> Decision:

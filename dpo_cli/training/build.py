@@ -24,6 +24,7 @@ from dpo_cli.models.loading import (
     load_tokenizer,
     model_fingerprint,
     same_weights,
+    saved_by_packing,
     undisturbed,
 )
 from dpo_cli.models.logps import MicroBatcher, causal_model
@@ -38,7 +39,7 @@ from dpo_cli.storage.cache_folder import make_room
 from dpo_cli.theory.schedules import lr_factor
 from dpo_cli.training.guard import NonFiniteGuard
 from dpo_cli.training.monitor import Monitor
-from dpo_cli.training.optimizers import OPTIMIZERS
+from dpo_cli.training.optimizers import OPTIMIZERS, check_optimizer
 from dpo_cli.training.parts import Choices, Context, Learner, Material
 
 SOME = 256  # pairs that a layout and the size of micro-batches are tried on
@@ -54,6 +55,7 @@ def build(
     """
     config, reporter, engine = context.config, context.reporter, context.engine
     device = choose_device(config.device)
+    check_optimizer(config.optimizer, device.value)
     measured = settings if settings is not None and settings.device == device.value.type else None
     dtype = engine.same(lambda: _dtype(config, device.value, settings if state is not None else measured))
     source = find_model(config.model, reporter.say)
@@ -69,7 +71,8 @@ def build(
         )
     engine.alike({"training data": material.data.train.fingerprint})
     where = engine.loads_on(device.value)
-    memory = plan_memory(source.path, dtype.value, where, _loads_second_model(config, objective))
+    saved = saved_by_packing(source, dtype.value)
+    memory = plan_memory(source.path, dtype.value, where, _loads_second_model(config, objective), saved)
     torch.manual_seed(config.seed)
     download = "" if Path(source.path).is_dir() else ", which is downloaded if it is not in the hub's cache"
     reporter.doing(f"loading the model in {str(dtype.value).removeprefix('torch.')}{download}")

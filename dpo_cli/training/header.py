@@ -6,6 +6,7 @@ from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.batches import Layout
 from dpo_cli.models.adapters import parameter_counts
+from dpo_cli.models.quantization import quantized_layers
 from dpo_cli.objectives.objective import Objective
 from dpo_cli.training.parts import Choices, Context, Learner, Material
 
@@ -28,6 +29,17 @@ def describe_policy(config: RunConfig, objective: Objective, policy: Any) -> str
     where = config.lora.target_modules
     modules = "all linear layers" if where == "all-linear" else ", ".join(where)
     return f"LoRA r={config.lora.r} alpha={significant(config.lora.alpha)} on {modules}{objective.trains}: {share}"
+
+
+def describe_quantization(config: RunConfig, policy: Any) -> list[tuple[str, str]]:
+    """How many of the base's weights are packed: experts that are one parameter, for example, are not."""
+    layers = quantized_layers(policy).values()
+    if not layers:
+        return []
+    packed = sum(layer.in_features * layer.out_features for layer in layers)
+    trainable, total = parameter_counts(policy)
+    share = f"{packed / (total - trainable):.0%} of the base's {millions(total - trainable)} parameters"
+    return [("", f"{config.model.quantization}: {plural(len(layers), 'linear layer')} packed, {share}")]
 
 
 def _describe_optimizer(config: RunConfig, steps: int) -> str:
@@ -58,6 +70,7 @@ def show_header(context: Context, learner: Learner, material: Material, choices:
         ),
         ("memory", choices.memory),
         ("dtype", f"{dtype_name}: {choices.dtype.reason}" + ("; adapters float32" if config.lora.enabled else "")),
+        *describe_quantization(config, learner.policy),
         ("objective", learner.objective.describe()),
         ("optimizer", _describe_optimizer(config, steps)),
         ("template", f"{encoder.kind}: {encoder.reason}; {safe_text(closing)} closes a response"),

@@ -22,6 +22,7 @@ from dpo_cli.engine.engine import Engine, local, on_whole
 from dpo_cli.errors import CheckpointError
 from dpo_cli.models.loading import undisturbed
 from dpo_cli.models.logps import TOLERANCES, MicroBatch, causal_model, make_micro_batch, plain_attention
+from dpo_cli.models.quantization import QuantizedLinear
 from dpo_cli.models.reference import FrozenReference, Reference
 from dpo_cli.objectives.objective import Objective
 from dpo_cli.theory.losses import ResponseScores
@@ -208,6 +209,33 @@ def check_gradients(subject: PreflightSubject) -> str:
     return f"gradient reaches {whole} and nothing else"
 
 
+def check_transposes(subject: PreflightSubject) -> str:
+    """<W x, y> = <x, W' y> with y = W x, for each quantised layer: its backward pass uses the matrix of its forward.
+
+    With the adapter on it, if it has one. W x is computed as an evaluation computes it, without gradient.
+    """
+    tolerance = 1e-4 if subject.dtype is torch.float32 else 0.05
+    parts = dict(subject.policy.named_modules())
+    with_adapters = {id(part.base_layer): name for name, part in parts.items() if hasattr(part, "base_layer")}
+    layers = {with_adapters.get(id(part), name): part for name, part in parts.items()
+              if isinstance(part, QuantizedLinear)}  # fmt: skip
+    for name, base in layers.items():
+        layer = parts[name]
+        x = torch.randn(4, base.in_features, dtype=subject.dtype, device=subject.device)
+        with torch.no_grad():
+            y = layer(x) - layer(torch.zeros_like(x))  # a bias is no part of W
+        again = layer(x.requires_grad_())
+        gradient = torch.autograd.grad(again, x, y)[0] if again.requires_grad else torch.zeros_like(x)
+        there, back = float((y.double() ** 2).sum()), float((gradient.double() * x.detach().double()).sum())
+        if not abs(there - back) <= tolerance * there:
+            raise CheckpointError(
+                f"preflight: the gradient of the quantised layer {safe_text(name)} is not that of its forward pass "
+                f"({back:.4g} where {there:.4g} is right): its packed weights were changed, or are unpacked wrongly; "
+                "model.quantization=none trains without them"
+            )
+    return f"{len(layers)} quantised layers have the right gradient" if layers else ""
+
+
 def _sequence_logp(model: Any, ids: Tensor, start: int) -> Tensor:
     """log p(ids[start:] | ids[:start]) by the definition: full logits of one sequence, shifted by one."""
     return on_whole(model, _from_full_logits, ids, start)
@@ -303,6 +331,7 @@ CHECKS: dict[str, Callable[[PreflightSubject], str]] = {
     "not_positive": check_not_positive,
     "start": check_start,
     "gradients": check_gradients,
+    "transposes": check_transposes,
     "chain_rule": check_chain_rule,
     "batch_invariance": check_batch_invariance,
     "closing": check_closing,

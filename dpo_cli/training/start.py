@@ -27,7 +27,7 @@ from dpo_cli.runs.replay import differences
 from dpo_cli.runs.run_directory import RunDirectory, config_changes, find_checkpoint
 from dpo_cli.theory.metrics import MeanOverPairs
 from dpo_cli.trackers.trackers import Trackers, open_trackers
-from dpo_cli.training.optimizers import state_shapes
+from dpo_cli.training.optimizers import allocate_state, state_shapes
 from dpo_cli.training.parts import Choices, Context, Learner, Material, Progress, Window
 
 
@@ -55,6 +55,7 @@ class Start:
                 f"{checkpoint}: is at step {state.step}, and the run now ends at {material.total_steps}"
             )
         shapes = state_shapes(learner.trainable, context.config.optimizer)
+        allocate_state(learner.optimizer)
         restored = restore(checkpoint, learner.policy, learner.objective, learner.optimizer, shapes)
         set_rng_states(restored.rng)
         learner.monitor.restore(restored.window, state.alarms_sounded)
