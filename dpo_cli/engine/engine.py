@@ -8,7 +8,7 @@ A method that is marked *collective* must be called by every rank, in the same o
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -184,6 +184,22 @@ def part_like(parameter: Tensor, whole: Tensor) -> Tensor:
     mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
     part: Tensor = distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
     return part
+
+
+@contextmanager
+def gathered(model: nn.Module, part: str) -> Iterator[None]:
+    """Within, the weights of a part of a sharded model, by its name, are whole on every rank. Collective."""
+    words = part.split(".")
+    around = (model.get_submodule(".".join(words[:number])) for number in range(len(words) + 1))
+    sharded: list[Any] = [module for module in around if hasattr(module, "unshard")]
+    if not sharded:
+        yield
+        return
+    sharded[-1].unshard()
+    try:
+        yield
+    finally:
+        sharded[-1].reshard()
 
 
 def on_whole(model: Any, compute: Callable[..., T], *arguments: Any) -> T:

@@ -18,7 +18,7 @@ from dpo_cli.console.text import safe_text
 from dpo_cli.data.batches import Layout, longest_side
 from dpo_cli.data.pairs import TextPair
 from dpo_cli.data.tokens import ALL_SCORED, PairEncoder, TokenizedPair
-from dpo_cli.engine.engine import Engine, local, on_whole
+from dpo_cli.engine.engine import Engine, gathered, local, on_whole
 from dpo_cli.errors import CheckpointError
 from dpo_cli.models.loading import undisturbed
 from dpo_cli.models.logps import TOLERANCES, MicroBatch, causal_model, make_micro_batch, plain_attention
@@ -216,16 +216,19 @@ def check_transposes(subject: PreflightSubject) -> str:
     """
     tolerance = 1e-4 if subject.dtype is torch.float32 else 0.05
     parts = dict(subject.policy.named_modules())
-    with_adapters = {id(part.base_layer): name for name, part in parts.items() if hasattr(part, "base_layer")}
+    with_adapters: dict[int, str] = {
+        id(part.base_layer): name for name, part in parts.items() if hasattr(part, "base_layer")
+    }
     layers = {with_adapters.get(id(part), name): part for name, part in parts.items()
               if isinstance(part, QuantizedLinear)}  # fmt: skip
     for name, base in layers.items():
         layer = parts[name]
         x = torch.randn(4, base.in_features, dtype=subject.dtype, device=subject.device)
-        with torch.no_grad():
-            y = layer(x) - layer(torch.zeros_like(x))  # a bias is no part of W
-        again = layer(x.requires_grad_())
-        gradient = torch.autograd.grad(again, x, y)[0] if again.requires_grad else torch.zeros_like(x)
+        with gathered(subject.policy, name):
+            with torch.no_grad():
+                y = layer(x) - layer(torch.zeros_like(x))  # a bias is no part of W
+            again = layer(x.requires_grad_())
+            gradient = torch.autograd.grad(again, x, y)[0] if again.requires_grad else torch.zeros_like(x)
         there, back = float((y.double() ** 2).sum()), float((gradient.double() * x.detach().double()).sum())
         if not abs(there - back) <= tolerance * there:
             raise CheckpointError(
