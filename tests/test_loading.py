@@ -11,6 +11,7 @@ from tiny_models import CPU
 from transformers import Gemma3Config
 
 from dpo_cli.config.schema import ModelConfig
+from dpo_cli.models.builtin import TINY, resolve_builtin
 from dpo_cli.models.loading import ModelSource, load_model, use_stock_attention
 
 
@@ -46,3 +47,13 @@ def test_neither_is_one_of_a_part_and_eager_is_kept() -> None:
     use_stock_attention(config)
     assert (config._attn_implementation, config.text_config._attn_implementation) == ("eager", None)
     assert config.vision_config._attn_implementation == "eager"
+
+
+def test_a_built_in_model_is_whole_whichever_rank_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers saves a model on rank 0 alone; ranks on several computers have a cache each."""
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda *_: 1)
+    folder = Path(resolve_builtin(TINY, print)[0])
+    assert folder.parent == tmp_path
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}

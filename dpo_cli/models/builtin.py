@@ -71,6 +71,13 @@ def _once(name: str, write: Callable[[Path], None]) -> Path:
     return folder
 
 
+def _save(model: Any, folder: Path) -> None:
+    """Save on any rank of a run: transformers would do so on rank 0 alone, which may be on another computer."""
+    model.should_save_on_this_rank = lambda _: True
+    model.save_pretrained(folder)
+    assert (folder / "config.json").is_file(), f"transformers has written no model to {folder}"
+
+
 def _write_smollm2(gguf: Path, folder: Path) -> None:
     source: dict[str, Any] = {"gguf_file": gguf.name}
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
@@ -80,7 +87,7 @@ def _write_smollm2(gguf: Path, folder: Path) -> None:
     config.name_or_path = SMOLLM2
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(loaded.state_dict())
-    model.to(torch.bfloat16).save_pretrained(folder)
+    _save(model.to(torch.bfloat16), folder)
     AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(folder)
 
 
@@ -112,6 +119,6 @@ def _write_tiny(folder: Path) -> None:
         eos_token_id=2,
         pad_token_id=0,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    _save(LlamaForCausalLM(config), folder)
     fast.save_pretrained(folder)
     torch.set_rng_state(generator_state)
