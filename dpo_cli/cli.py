@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dpo_cli.engine.ranks import rank_of_process
+from dpo_cli.engine.ranks import MEETING_FILE, rank_of_process
 from dpo_cli.engine.workers import end_with_parent
 from dpo_cli.errors import ConfigError, DpoError, LostRankError, OutOfMemoryError, StorageError
 
@@ -219,25 +219,36 @@ def _train(words: Words) -> int:
 
 def _workers(config: "RunConfig") -> int:
     """How many processes this command starts for a run; 1 where it is one of them, or computes by itself."""
+    return 1 if config.engine.name == "single" else _processes(config.engine.processes, config.device, "engine.")
+
+
+def _processes(processes: int | str, device: str, group: str = "") -> int:
+    """How many processes a command starts that may be several; 1 where it is one of them, or computes by itself."""
     from dpo_cli.engine.ranks import find_place
 
-    if config.engine.name == "single" or find_place() is not None:
+    if processes == 1 or find_place() is not None:
         return 1
-    if config.engine.processes != "auto":
-        return int(config.engine.processes)
-    if config.device not in ("auto", "cuda"):
-        return 1
+    if device not in ("auto", "cuda"):
+        if processes != "auto" and ":" in device:
+            raise ConfigError(f"device={device}: is one device, and {group}processes={processes} take one each; "
+                              f"write device={device.split(':')[0]}")  # fmt: skip
+        return 1 if processes == "auto" else int(processes)
     from torch.cuda import device_count
 
-    return max(1, device_count())
+    found = device_count()
+    if processes == "auto":
+        return max(1, found)
+    if found < int(processes) and (found or device == "cuda"):
+        raise ConfigError(f"{group}processes={processes}: this computer has {found} GPUs, and each process takes one")
+    return int(processes)
 
 
-def _on_workers(command: str, processes: int, timeout: float) -> int:
+def _on_workers(command: str, processes: int, timeout: float | None = None) -> int:
     """Run this command again as so many ranks."""
     from dpo_cli.engine.workers import PATIENCE, start_workers
 
     again = [sys.executable, "-c", f"from dpo_cli import cli; cli.{command}()", *sys.argv[1:]]
-    return start_workers(again, processes, lambda text: _write_error(f"{text}\n"), min(PATIENCE, timeout))
+    return start_workers(again, processes, lambda text: _write_error(f"{text}\n"), min(PATIENCE, timeout or PATIENCE))
 
 
 def _sweep(words: Words, line: "CommandLine") -> int:
@@ -295,7 +306,7 @@ def _evaluate(words: Words) -> int:
 
         return run_evaluation(config, [(one.key_or_group, one.value()) for one in of_run], reporter)
 
-    return _reporting(work)
+    return _reporting(work, "evaluate", config)
 
 
 def _sample(words: Words) -> int:
@@ -318,7 +329,7 @@ def _sample(words: Words) -> int:
 
         return run_sampling(config, reporter)
 
-    return _reporting(work)
+    return _reporting(work, "sample", config)
 
 
 def _label(words: Words) -> int:
@@ -330,7 +341,7 @@ def _label(words: Words) -> int:
     if words.print_config:
         return _print(config)
     if config.by in ("rule", "human"):
-        refuse_unused(line, ("layout", "device", "trust_remote_code"), f"by={config.by} asks no model")
+        refuse_unused(line, ("layout", "device", "processes", "trust_remote_code"), f"by={config.by} asks no model")
     if config.by != "human":
         refuse_unused(line, ("prior",), f"of by=human; by={config.by} fits no strengths")
         if config.labels == "best":
@@ -343,7 +354,7 @@ def _label(words: Words) -> int:
 
         return (label_by_hand if config.by == "human" else run_labelling)(config, reporter)
 
-    return _reporting(work)
+    return _reporting(work, "label", config if config.judge is not None else None)
 
 
 def _rank(words: Words) -> int:
@@ -364,7 +375,7 @@ def _rank(words: Words) -> int:
 
         return run_ranking(config, reporter)
 
-    return _reporting(work)
+    return _reporting(work, "rank", config if config.games is None else None)
 
 
 def _examine(words: Words) -> int:
@@ -397,14 +408,19 @@ def _examine(words: Words) -> int:
     return _reporting(work)
 
 
-def _reporting(work: Callable[["Reporter"], object]) -> int:
-    """Do the work of a command, which imports torch; what is being done is on the screen before that."""
+def _reporting(work: Callable[["Reporter"], object], command: str = "", config: Any = None) -> int:
+    """Do the work of a command, which imports torch; what is being done is on the screen before that.
+
+    A command that may be several processes gives its name here and its config, which has `processes` and `device`.
+    """
     from dpo_cli.console.reporter import Reporter
 
     reporter = Reporter()
     try:
-        if rank_of_process() == 0:
+        if rank_of_process() == 0 and (config is None or MEETING_FILE not in os.environ):  # else it is said already
             reporter.doing("loading PyTorch and transformers")
+        if config is not None and (workers := _processes(config.processes, config.device)) > 1:
+            return _on_workers(command, workers)
         quiet_libraries()
         with _memory_errors():
             work(reporter)

@@ -83,6 +83,10 @@ class StopSignals:
         if self._received is not None and not self._told:
             self._told = True
             self._say(f"stopping for {signal.Signals(self._received).name}")
+        self.poll_here()
+
+    def poll_here(self) -> None:
+        """The same, if one has come to this process, for work that the ranks do not do in step; `poll` must follow."""
         if self._received == signal.SIGINT:
             raise InterruptedByUserError("stopped by Ctrl-C")
         if self._received is not None:

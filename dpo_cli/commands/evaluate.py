@@ -3,18 +3,22 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpo_cli.config.schema import FOR_EACH, EvalConfig, data_config, to_container
+from dpo_cli.commands.on_ranks import on_every_rank
+from dpo_cli.config.schema import FOR_EACH, DataConfig, EvalConfig, data_config, to_container
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import interval, plural, safe_text, significant
 from dpo_cli.data.batches import Layout, Split, SplitByPairs, SplitByTokens, longest_side
 from dpo_cli.data.pairs import PairData, check_sources, load_pairs
+from dpo_cli.data.splits import data_fingerprint
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair
+from dpo_cli.engine.engine import Engine
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
 from dpo_cli.evaluation.page import page
 from dpo_cli.evaluation.report import calibration_facts, write_report
@@ -55,24 +59,20 @@ REPORTS = (("report", "report.json"), ("pairs", "pairs.jsonl"), ("page", "report
 def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Reporter) -> Path:
     """Evaluate as the config says, with `overrides` of the run's own data options; returns the report's folder."""
     assert config.checkpoint is not None
-    ref = find_model_ref(ModelName(config.checkpoint, config.reference_model, config.trust_remote_code))
-    objective = ref.objective
-    if config.samples and not objective.generates:
-        raise ConfigError(f"samples={config.samples}: a reward model gives no answers; leave it out")
-    options = _data_options(config, ref, overrides)
-    check_sources(options)
-    with StopSignals(reporter.warn) as signals:
+    with on_every_rank(config, reporter) as (engine, reporter, signals):
+        ref = find_model_ref(ModelName(config.checkpoint, config.reference_model, config.trust_remote_code))
+        objective = ref.objective
+        if config.samples and not objective.generates:
+            raise ConfigError(f"samples={config.samples}: a reward model gives no answers; leave it out")
+        options = _data_options(config, ref, overrides)
+        check_sources(options)
         device = choose_device(config.device)
-        dtype = ref_dtype(ref, device.value)
+        dtype = engine.same(lambda: ref_dtype(ref, device.value))
         source = find_model(ref.base, reporter.say)
         reporter.doing(f"loading the tokenizer of {safe_text(source.name)}")
         encoder = PairEncoder.of(load_tokenizer(source), options, objective.always_closes)
-        seed = ref.run.seed if ref.run else 0
         reporter.doing("reading pairs")
-        trained_on = ref.directory.read_trained_on() if ref.directory else None
-        data = load_pairs(
-            options, encoder, seed, held_out_only=True, trained_on=trained_on, poll=signals.poll, working=reporter.bar
-        )
+        data = _load_pairs(ref, options, encoder, engine, reporter, signals)
         reporter.stop()
         for _, report in data.reports():
             objective.check_soft_labels(report.soft_label_at)
@@ -80,9 +80,11 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         base = load_model(source, dtype.value, device.value)
         check_positions(base, max(map(longest_side, data.held_out)), options.max_length)
         fingerprint = model_fingerprint(base)
+        if not engine.alone:
+            engine.alike({"checkpoint": ref.weights, "model": fingerprint, "data": data_fingerprint(data.held_out)})
         _warn_of_other_weights(ref, config, dtype.value, fingerprint, reporter)
         policy, reference = _load(ref, base, dtype.value, device.value)
-        layout = _layout(config, ref, policy, base, data.held_out, fingerprint)
+        layout = _layout(config, ref, policy, base, data.held_out, fingerprint, engine)
         batcher = MicroBatcher(device.value, layout, _split(config, device.value, layout))
         leaks, named = data.held_out_report.leaks, data.held_out_parts
         sentences = [
@@ -101,9 +103,9 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         known = reference
         if objective.needs_reference and config.reference_cache == "auto":
             key = cache_key(fingerprint, dtype.value, device.value, layout)
-            known = _known(key, data.held_out, batcher, dtype.value, reference, (reporter, signals.poll))
+            known = _known(key, data.held_out, batcher, dtype.value, reference, (reporter, signals.poll, engine))
         reporter.start("pair", len(data.held_out))
-        scorer = Scorer(policy, objective, known, batcher)
+        scorer = Scorer(policy, objective, known, batcher, engine)
         scores = score_pairs(scorer, data.held_out, signals.poll, reporter.advance)
         reporter.stop()
         seconds = time.monotonic() - started
@@ -143,7 +145,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         _show_calibration(reporter, bins)
         answers: list[list[str]] = []
         if config.samples:
-            answers = _answers(policy, reference, encoder, data, config, device.value, signals)
+            answers = _answers(policy, reference, encoder, data, config, device.value, engine, signals)
             _show_answers(reporter, answers, config.max_new_tokens)
         labelled = [(label, estimates[name]) for label, name in SHOWN if name in estimates]
         labelled += [
@@ -156,7 +158,8 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         about = "\n".join([*sentences, describe_clusters(prompts)])
         html = page(title, {**shown, "data": about}, labelled, margins, answers)
         signals.protect_saving()
-        write_report(folder, facts, estimates | with_sources(of_sources), data.held_out, scores, objective, html)
+        found = estimates | with_sources(of_sources)
+        engine.same(lambda: write_report(folder, facts, found, data.held_out, scores, objective, html))
     reporter.facts([(name, str(folder / file)) for name, file in REPORTS])
     return folder
 
@@ -184,6 +187,24 @@ def _data_options(config: EvalConfig, ref: ModelRef, overrides: list[tuple[str, 
     if held_out and all((part.eval, part.eval_split, part.eval_fraction) == (None, None, 0) for part in held_out):
         raise ConfigError("data.eval_fraction=0: the run held nothing out; name pairs with data.eval=PATH")
     return options
+
+
+def _load_pairs(
+    ref: ModelRef, options: DataConfig, encoder: PairEncoder, engine: Engine, reporter: Reporter, signals: StopSignals
+) -> PairData:
+    """The pairs to evaluate on; rank 0 prepares what is not in the cache, and the others read it there."""
+    seed = ref.run.seed if ref.run else 0
+    trained_on = ref.directory.read_trained_on() if ref.directory else None
+
+    def load(encoder: PairEncoder, poll: Callable[[], None]) -> PairData:
+        return load_pairs(
+            options, encoder, seed, held_out_only=True, trained_on=trained_on, poll=poll, working=reporter.bar
+        )
+
+    if engine.alone:
+        return load(encoder, signals.poll)
+    engine.same(lambda: load(copy(encoder), signals.poll_here) and None)
+    return load(encoder, lambda: None)
 
 
 def _set(data: dict[str, Any], key: str, value: Any) -> None:
@@ -217,17 +238,19 @@ def _warn_of_other_weights(
 
 
 def _layout(
-    config: EvalConfig, ref: ModelRef, policy: Any, base: Any, pairs: Sequence[TokenizedPair], fingerprint: str
-) -> Layout:
+    config: EvalConfig, ref: ModelRef, policy: Any, base: Any, pairs: Sequence[TokenizedPair], fingerprint: str,
+    engine: Engine,
+) -> Layout:  # fmt: skip
     """The layout that the run used, so that the numbers are its own; else one that both models can take."""
     device = next(base.parameters()).device
     settings = settings_in(ref.directory.read_manifest()) if ref.directory else None
     own = config.layout == "auto" and config.reference_model is None
     if own and settings is not None and settings.device == device.type:
         return Layout(settings.layout)
-    chosen: Layout = remembered_layout(config.layout, base, pairs, device, fingerprint).value
+    chosen: Layout = remembered_layout(config.layout, base, pairs, device, fingerprint, engine=engine).value
     if not ref.is_adapter:
-        of_policy = remembered_layout(config.layout, policy, pairs, device, model_fingerprint(policy)).value
+        own_fingerprint = model_fingerprint(policy)
+        of_policy = remembered_layout(config.layout, policy, pairs, device, own_fingerprint, engine=engine).value
         return chosen if of_policy is chosen else Layout.PADDED
     return chosen
 
@@ -244,11 +267,12 @@ def _known(
     batcher: MicroBatcher,
     dtype: torch.dtype,
     reference: Reference,
-    console: tuple[Reporter, Callable[[], None]],
+    command: tuple[Reporter, Callable[[], None], Engine],
 ) -> Reference:
     """The reference's log-probs, read from disk where a training run or an earlier evaluation has left them."""
-    cache, (reporter, poll) = ReferenceCache(cache_path(key)), console
-    how = FillOptions(batcher, dtype, lambda: reference, reference, reporter, poll)
+    reporter, poll, engine = command
+    cache = ReferenceCache(cache_path(key), engine)
+    how = FillOptions(batcher, dtype, lambda: reference, reference, reporter, poll, engine)
     there = len(pairs) - complete(cache, list(windows(pairs)), how)
     reporter.say(f"reference log-probs: those of {there:,} of {len(pairs):,} pairs were in {cache.path}")
     return CachedReference(cache)
@@ -377,18 +401,19 @@ def _answers(
     data: PairData,
     config: EvalConfig,
     device: torch.device,
+    engine: Engine,
     signals: StopSignals,
 ) -> list[list[str]]:
     """Held-out prompts with the greedy answers of reference and policy to them, as they are."""
     pairs = [text.pair for text in data.held_out_texts[: config.samples]]
-    limit = config.max_new_tokens
-    after = greedy_completions(policy, encoder, pairs, limit, device, signals.poll)
+    how = config.max_new_tokens, device, signals.poll, engine
+    after = greedy_completions(policy, encoder, pairs, *how)
     if isinstance(reference, AdapterOffReference):
         with policy.disable_adapter():
-            before = greedy_completions(policy, encoder, pairs, limit, device, signals.poll)
+            before = greedy_completions(policy, encoder, pairs, *how)
     else:
         assert isinstance(reference, FrozenReference)
-        before = greedy_completions(reference.model, encoder, pairs, limit, device, signals.poll)
+        before = greedy_completions(reference.model, encoder, pairs, *how)
     prompts = [pair.messages[-1].content for pair in pairs]
     return [list(row) for row in zip(prompts, before, after, strict=True)]
 

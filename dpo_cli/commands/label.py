@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dpo_cli.commands.on_ranks import on_every_rank
 from dpo_cli.config.schema import LabelConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural, safe_text, shell_word, significant
@@ -21,15 +22,16 @@ from dpo_cli.data.files import local_path
 from dpo_cli.data.formats import FinishReason
 from dpo_cli.data.samples import Sample, read_samples, samples_fingerprint, templates_of
 from dpo_cli.data.truncation import Truncation
+from dpo_cli.engine.ranks import find_place
 from dpo_cli.errors import ConfigError, DataError, StoppedError
 from dpo_cli.labelling.annotate import annotate, write_labels
 from dpo_cli.labelling.judges import Judge, ModelJudge, describe_truncation, load_judge
 from dpo_cli.labelling.labels import LabelledPair, label_row
 from dpo_cli.signals import StopSignals
-from dpo_cli.storage.job_log import JobLog, finish_job, is_done, job_log_path, open_job_log, output_path
+from dpo_cli.storage.job_log import JobLog, finish_job, is_done, job_log_path, output_path, shared_job_log
 
 LENGTH_LIMITED = 0.1  # of the pairs: warn where so many more chosen than rejected responses have finish_reason length
-PART_SIZE = 32  # samples in a line of the job log
+PART_SIZE = 32  # samples in a line of the job log, for each rank
 
 # Why two responses make no pair, and what that means.
 REASONS = {
@@ -42,12 +44,12 @@ REASONS = {
 def label(config: LabelConfig, reporter: Reporter) -> Path:
     """Label the samples by a model or a rule; return the file of pairs, which is written when all are judged."""
     assert config.samples is not None and config.by is not None
-    path, samples = open_samples(config.samples)
-    output = output_of(config, path)
-    with StopSignals(reporter.warn) as signals:
+    with on_every_rank(config, reporter) as (engine, reporter, signals):
+        path, samples = open_samples(config.samples)
+        output = output_of(config, path)
         name = config.rule if config.by == "rule" else config.judge
         assert name is not None
-        judge = load_judge(name, config.by, config.layout, config.device, config.trust_remote_code, reporter)
+        judge = load_judge(name, config.by, config.layout, config.device, config.trust_remote_code, reporter, engine)
         _check_template(path, judge)
         reporter.facts([("samples", f"{len(samples):,} from {safe_text(path)}"), ("output", safe_text(output))])
         job = {
@@ -58,22 +60,24 @@ def label(config: LabelConfig, reporter: Reporter) -> Path:
             "labels": config.labels,
             **({"seed": config.seed} if config.labels == "sampled" else {}),
         }
-        if is_done(output, job):
+        engine.alike({key: str(value) for key, value in job.items()})
+        if engine.same(lambda: is_done(output, job)):
             reporter.say(f"already complete: {output}")
             return output
         started = time.perf_counter()
-        with open_job_log(output, job, ("rewards", "cut"), reporter.warn) as log:
+        with shared_job_log(engine, output, job, ("rewards", "cut"), reporter.warn) as log:
             try:
-                rewards = _judge(log, samples, judge, reporter, signals)
+                rewards = _judge(log, samples, judge, reporter, signals, PART_SIZE * engine.world_size)
             except StoppedError as stop:
                 raise type(stop)(f"{stop}; to resume, run the same command") from None
             labelling = pairs_of_rewards(samples, rewards, config, judge.name)
             if not labelling.pairs:
                 reasons = ", ".join(f"{number} {reason}" for reason, number in labelling.left_out.items())
-                job_log_path(output).unlink(missing_ok=True)  # so that another judge or rule can use this output
+                # So that another judge or rule can use this output.
+                engine.same(lambda: job_log_path(output).unlink(missing_ok=True))
                 raise DataError(f"{safe_text(path)}: no two responses make a pair ({reasons})")
             facts = {"job": job, "pairs": len(labelling.pairs), "left_out": labelling.left_out}
-            finish_job(output, [label_row(pair) for pair in labelling.pairs], facts)
+            engine.same(lambda: finish_job(output, [label_row(pair) for pair in labelling.pairs], facts))
         lost = Truncation(*map(sum, zip(*(part["cut"] for part in log.done), strict=True)))
         _show_result(reporter, labelling, judge, lost, output, time.perf_counter() - started)
     return output
@@ -111,7 +115,7 @@ def _check_template(path: Path, judge: Judge) -> None:
 
 
 def _judge(
-    log: JobLog, samples: list[Sample], judge: Judge, reporter: Reporter, signals: StopSignals
+    log: JobLog, samples: list[Sample], judge: Judge, reporter: Reporter, signals: StopSignals, part_size: int
 ) -> list[list[float]]:
     """The rewards of every sample's responses; those in the job log are taken from it, the others are added to it."""
     known = {str(key): value for part in log.done for key, value in part.get("rewards", {}).items()}
@@ -119,9 +123,9 @@ def _judge(
     if known:
         reporter.say(f"resuming: {plural(len(samples) - len(waiting), 'sample')} of {len(samples):,} done")
     reporter.start("sample", len(samples), len(samples) - len(waiting))
-    for start in range(0, len(waiting), PART_SIZE):
+    for start in range(0, len(waiting), part_size):
         signals.poll()
-        some = waiting[start : start + PART_SIZE]
+        some = waiting[start : start + part_size]
         lost = judge.truncation.prompts_cut, judge.truncation.responses_cut
         found = judge.rewards(some, signals.poll)
         new = {sample.id: rewards for sample, rewards in zip(some, found, strict=True)}
@@ -265,6 +269,8 @@ def _length_limited(pairs: Sequence[LabelledPair]) -> tuple[int, int]:
 def label_by_hand(config: LabelConfig, reporter: Reporter) -> Path:
     """Have a person judge; return the file of pairs, computed from all judgements in the log beside it."""
     assert config.samples is not None and config.annotator is not None
+    if (place := find_place()) is not None and place.world_size > 1:
+        raise ConfigError(f"by=human: was started as {place.world_size} processes; one asks at one keyboard")
     path, samples = open_samples(config.samples)
     output = output_of(config, path)
     log = output.with_name(f"{output.name.removesuffix('.jsonl')}.judgements.jsonl")

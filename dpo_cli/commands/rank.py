@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_cli.commands.on_ranks import on_every_rank
 from dpo_cli.config.schema import RankConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import cut_apart, plural, safe_text, significant
@@ -31,32 +32,26 @@ SHOWN_IN_MESSAGE = 6  # names and groups
 
 def rank(config: RankConfig, reporter: Reporter) -> Fit:
     """Rank the players of a file of games, or checkpoints by what a judge says of their completions."""
-    output = _output(config) if config.output is not None else None
-    if config.games is not None:
-        path = local_path(config.games)
-        if path is None:
-            raise DataError(f"{safe_text(config.games)}: no such file; name a local file of games")
-        table = read_games(path)
-        fit = rank_games(path, table, config.prior, reporter)
+    with on_every_rank(config, reporter) as (engine, reporter, signals):
+        output = engine.same(lambda: _output(config)) if config.output is not None else None
+        if config.games is not None:
+            path = local_path(config.games)
+            if path is None:
+                raise DataError(f"{safe_text(config.games)}: no such file; name a local file of games")
+            table = read_games(path)
+            players, wins = [*table.players], table.wins
+            fit = rank_games(path, table, config.prior, reporter)
+        else:
+            kept = output.with_name(f"{output.stem}.answers.jsonl") if output is not None else None
+            match = play(config, kept, reporter, engine, signals)
+            show_match(match, reporter)
+            if kept is not None:
+                reporter.facts([("completions", str(kept))])
+            players, wins = match.players, match.tables.sum(0)
+            fit = rank_match(str(config.prompts), match, config.prior, reporter)
         if output is not None:
-            write_ranking(output, table.players, table.wins, fit)
+            engine.same(lambda: write_ranking(output, players, wins, fit))
             reporter.facts([("ranking", str(output))])
-        return fit
-    kept = output.with_name(f"{output.stem}.answers.jsonl") if output is not None else None
-    match = play(config, kept, reporter)
-    show_match(match, reporter)
-    if kept is not None:
-        reporter.facts([("completions", str(kept))])
-    tables = match.tables
-    if bool((tables == tables[0]).all()):
-        reporter.warn(
-            "every prompt has the same result, so the intervals, which measure how prompts differ, are too narrow"
-        )
-    fit = fit_players(str(config.prompts), match.players, tables.sum(0), config.prior, tables)
-    show_ranking(match.players, tables.sum(0), fit, reporter)
-    if output is not None:
-        write_ranking(output, match.players, tables.sum(0), fit)
-        reporter.facts([("ranking", str(output))])
     return fit
 
 
@@ -109,6 +104,18 @@ def rank_games(games: Path, table: Games, prior: float, reporter: Reporter) -> F
     number = f"{_number(total)} {'game' if total == 1 else 'games'}"
     reporter.say(f"{games}: {number} between {plural(len(table.players), 'player')}")
     show_ranking(table.players, table.wins, fit, reporter)
+    return fit
+
+
+def rank_match(prompts: str, match: Match, prior: float, reporter: Reporter) -> Fit:
+    """Fit strengths to a match and show the ranking; DataError where no ranking exists."""
+    tables = match.tables
+    if bool((tables == tables[0]).all()):
+        reporter.warn(
+            "every prompt has the same result, so the intervals, which measure how prompts differ, are too narrow"
+        )
+    fit = fit_players(prompts, match.players, tables.sum(0), prior, tables)
+    show_ranking(match.players, tables.sum(0), fit, reporter)
     return fit
 
 

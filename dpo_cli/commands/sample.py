@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.commands.on_ranks import on_every_rank
 from dpo_cli.config.schema import SampleConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, plural, safe_text, shell_word, significant
@@ -26,18 +27,17 @@ from dpo_cli.generation.sampler import (
     probe_batches,
 )
 from dpo_cli.runs.manifest import environment
-from dpo_cli.signals import StopSignals
 from dpo_cli.storage.hashing import fingerprint
-from dpo_cli.storage.job_log import finish_job, is_done, job_log_path, manifest_path, open_job_log, output_path
+from dpo_cli.storage.job_log import finish_job, is_done, job_log_path, manifest_path, output_path, shared_job_log
 
 
 def sample(config: SampleConfig, reporter: Reporter) -> Path:
     """Generate the completions; return the file of samples, which is written when all are done."""
     assert config.prompts is not None
-    prompts, report = read_prompts(config.prompts, config.limit, config.on_bad_row == "skip")
-    output = _output(config)
-    with StopSignals(reporter.warn) as signals:
-        model = load_generation_model(config, reporter)
+    with on_every_rank(config, reporter) as (engine, reporter, signals):
+        prompts, report = read_prompts(config.prompts, config.limit, config.on_bad_row == "skip")
+        output = engine.same(lambda: _output(config))
+        model = load_generation_model(config, reporter, engine)
         prompts = accepted_prompts(prompts, model.encoder, report, config.on_bad_row == "skip")
         ids = model.encoder.encode_prompts([prompt.read for prompt in prompts])
         kept = [index for index, tokens in enumerate(ids) if len(tokens) <= config.max_prompt_length]
@@ -49,17 +49,20 @@ def sample(config: SampleConfig, reporter: Reporter) -> Path:
             )
         prompts, ids = [prompts[index] for index in kept], [ids[index] for index in kept]
         job = _job(config, model, prompts, ids)
+        engine.alike({key: str(value) for key, value in job.items()})
         _show_header(reporter, config, model, report, output)
-        if is_done(output, job):
+        if engine.same(lambda: is_done(output, job)):
             reporter.say(f"already complete: {output}")
             return output
-        with open_job_log(output, job, LOG_KEYS, reporter.warn) as log:
+        with shared_job_log(engine, output, job, LOG_KEYS, reporter.warn) as log:
             try:
                 options = generation_options(config, config.n)
-                invariant = probe_batches(model, ids, options, signals.poll)
+                invariant = engine.same(lambda: probe_batches(model, ids, options, signals.poll_here))
                 reporter.facts([("batch_size", invariant.reason)])
                 reporter.say()
-                completions = generate_all(model, ids, options, log, reporter, signals.poll)
+                completions = generate_all(
+                    model, ids, options, log, reporter, signals.poll, engine=engine, poll_here=signals.poll_here
+                )
             except StoppedError as stop:
                 raise type(stop)(f"{stop}; to resume, run the same command with output={output}") from None
             of_all = {key: job[key] for key in ("model", "weights", "template", "temperature", "top_p", "seed")}
@@ -73,7 +76,7 @@ def sample(config: SampleConfig, reporter: Reporter) -> Path:
             seconds = sum(float(part["seconds"]) for part in log.done)
             counts = _counts(rows, config.n, {**report.dropped, "identical": len(prompts) - len(rows)})
             facts = {"job": job, "batch_invariant": invariant.value, **counts, "seconds": seconds}
-            finish_job(output, rows, {**environment(model.device), **facts})
+            engine.same(lambda: finish_job(output, rows, {**environment(model.device), **facts}))
         reporter.say()
         reporter.facts([*_result(config, completions, rows, seconds), *_next_steps(config, output)])
     return output

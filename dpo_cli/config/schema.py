@@ -479,6 +479,7 @@ class EvalConfig:
     reference_cache: Literal["auto", "off"]
     trust_remote_code: bool
     device: Text
+    processes: WholeOrAuto = Field(description=WHOLE_OR_AUTO)
     output_dir: Text | None
 
     def __post_init__(self) -> None:
@@ -502,6 +503,7 @@ class GenerationConfig:
     batch_size: WholeOrAuto = Field(description=WHOLE_OR_AUTO)
     trust_remote_code: bool
     device: Text
+    processes: WholeOrAuto = Field(description=WHOLE_OR_AUTO)
     output: Text | None
 
 
@@ -533,6 +535,7 @@ class LabelConfig:
     layout: Layout
     trust_remote_code: bool
     device: Text
+    processes: WholeOrAuto = Field(description=WHOLE_OR_AUTO)
     output: Text | None
 
     def __post_init__(self) -> None:

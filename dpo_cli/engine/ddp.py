@@ -122,8 +122,7 @@ class DdpEngine(SingleEngine):
 
     def alike(self, found: Mapping[str, str]) -> None:
         """ConfigError, on every rank, where one has another value than rank 0; empty ones say nothing. Collective."""
-        everywhere: list[dict[str, str]] = [{} for _ in range(self.world_size)]
-        dist.all_gather_object(everywhere, dict(found), group=self._patient)
+        everywhere = self.gather(dict(found))
         for rank, there in enumerate(everywhere):
             for name in sorted({*everywhere[0], *there}):
                 first, other = everywhere[0].get(name, ""), there.get(name, "")
@@ -146,6 +145,12 @@ class DdpEngine(SingleEngine):
             raise found[1]
         made: T = found[0]
         return made
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank, in their order, on every rank. Collective."""
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value, group=self._patient)
+        return found
 
     def agree(self, value: int) -> int:
         """The largest value of all ranks. Collective."""

@@ -14,7 +14,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dpo_cli.errors import StoppedError
+
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Engine(Protocol):
@@ -56,6 +59,10 @@ class Engine(Protocol):
 
         For whatever must happen once (writing a file) or be equal on all ranks (a measurement, the content of a file).
         """
+        ...
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank, in their order, on every rank; it must be picklable. Collective."""
         ...
 
     def agree(self, value: int) -> int:
@@ -126,6 +133,10 @@ class SingleEngine:
         """What `make` returns."""
         return make()
 
+    def gather(self, value: T) -> list[T]:
+        """The value, alone."""
+        return [value]
+
     def agree(self, value: int) -> int:
         """The value."""
         return value
@@ -167,6 +178,29 @@ class SingleEngine:
 
 
 SINGLE = SingleEngine()  # for commands that are one process
+
+
+def in_turns(
+    engine: Engine, items: Sequence[T], work: Callable[[T], R], poll: Callable[[], None] = lambda: None
+) -> Iterator[list[tuple[T, R]]]:
+    """`work` on every item, each on one rank; after each round, on every rank, its items with their results.
+
+    An item's work is the same on any number of ranks. `poll` comes before each round; `work` may raise StoppedError on
+    a rank of several where `poll` then raises it on all: what the others have done is still given out. Collective.
+    """
+    for start in range(0, len(items), engine.world_size):
+        poll()
+        some = items[start : start + engine.world_size]
+        mine: list[R] = []
+        try:
+            mine += [work(item) for item in some[engine.rank : engine.rank + 1]]
+        except StoppedError:
+            if engine.alone:
+                raise
+        found = engine.gather(mine)
+        yield [(item, result) for item, results in zip(some, found, strict=False) for result in results]
+        if sum(map(len, found)) < len(some):
+            poll()
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from dpo_cli.engine.engine import SINGLE, Engine
 from dpo_cli.engine.ranks import Place, find_place
 from dpo_cli.errors import ConfigError
 
+TIMEOUT = 1800.0  # seconds after which a rank of a command without `engine.timeout` counts as lost
+
 
 class Options(Protocol):
     """What a config says of the engine."""
@@ -60,9 +62,25 @@ def open_engine(options: Options, device_type: str) -> Engine:
             f"engine=single: started as rank {place.rank} of {place.world_size}, and each would train a run of its "
             "own; choose engine=ddp or engine=fsdp"
         )
-    here = place.local_world_size
-    if options.processes != "auto" and here is not None and int(options.processes) != here:
-        raise ConfigError(
-            f"engine.processes={options.processes}: the launcher has started {here} here; leave engine.processes out"
-        )
+    _check_processes("engine.processes", options.processes, place)
     return ENGINES[options.name](place, device_type, options)
+
+
+def open_data_parallel(processes: int | str, device_type: str) -> Engine:
+    """The engine of a command that holds the whole model in each of its processes; SINGLE for one process.
+
+    `processes` is what the config says, on this computer; ConfigError where the launcher has started another number.
+    """
+    place = find_place()
+    if place is None or place.world_size == 1:
+        return SINGLE
+    _check_processes("processes", processes, place)
+    from dpo_cli.engine.ddp import DdpEngine
+
+    return DdpEngine(place, device_type, TIMEOUT)
+
+
+def _check_processes(key: str, processes: int | str, place: Place) -> None:
+    here = place.local_world_size
+    if processes != "auto" and here is not None and int(processes) != here:
+        raise ConfigError(f"{key}={processes}: the launcher has started {here} here; leave {key} out")

@@ -95,7 +95,10 @@ def score_pairs(
             tokens[WINDOW * number : WINDOW * number + len(window)] = counted
             for scored, values in each_micro_batch(scorer.batcher, window, score, engine):
                 table[:, [column[id(pair)] for pair in scored]] = values
-                advance(len(scored))
+                if engine.alone:
+                    advance(len(scored))
+            if not engine.alone:
+                advance(len(window))
     finally:
         policy.train(was_training)
     of_policy, of_reference = engine.sum(table).flatten(1)  # (2 B,) each

@@ -8,6 +8,7 @@ import torch
 
 from dpo_cli.data.formats import FinishReason, PreferencePair
 from dpo_cli.data.tokens import PairEncoder
+from dpo_cli.engine.engine import SINGLE, Engine, in_turns
 from dpo_cli.generation.decoding import (
     Completion,
     CompletionRequest,
@@ -37,16 +38,23 @@ def greedy_completions(
     max_new_tokens: int,
     device: torch.device,
     poll: Callable[[], None] = lambda: None,
+    engine: Engine = SINGLE,
 ) -> list[str]:
-    """Generate the greedy completion of each pair's prompt, at most `max_new_tokens` tokens long, as text."""
+    """Generate the greedy completion of each pair's prompt, at most `max_new_tokens` tokens long, as text.
+
+    The ranks share the batches, and each knows all texts.
+    """
     prompts = encoder.encode_prompts([pair.prompt for pair in pairs])
     stop_ids = stop_token_ids(model, encoder.closing)
-    texts: list[str] = []
-    for start in range(0, len(prompts), GREEDY_BATCH):
-        requests = [CompletionRequest(prompt) for prompt in prompts[start : start + GREEDY_BATCH]]
-        completions = generate_completions(model, requests, SamplingParams(max_new_tokens), stop_ids, device, poll)
-        texts += [encoder.tokenizer.decode(completion.token_ids).strip() for completion in completions]
-    return texts
+    requests = [CompletionRequest(prompt) for prompt in prompts]
+    batches = [requests[start : start + GREEDY_BATCH] for start in range(0, len(requests), GREEDY_BATCH)]
+    within = poll if engine.alone else lambda: None
+
+    def complete(batch: list[CompletionRequest]) -> list[str]:
+        completions = generate_completions(model, batch, SamplingParams(max_new_tokens), stop_ids, device, within)
+        return [encoder.tokenizer.decode(completion.token_ids).strip() for completion in completions]
+
+    return [text for some in in_turns(engine, batches, complete, poll) for _, texts in some for text in texts]
 
 
 def completion_text(encoder: PairEncoder, completion: Completion) -> CompletionText:

@@ -1,5 +1,6 @@
 """A loaded model that completes prompts, batch by batch; batches in the job log are not generated again."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
@@ -12,6 +13,7 @@ from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.data.formats import FinishReason
 from dpo_cli.data.tokens import PairEncoder
+from dpo_cli.engine.engine import SINGLE, Engine, in_turns
 from dpo_cli.errors import ConfigError
 from dpo_cli.generation.batch_probe import batch_invariant
 from dpo_cli.generation.decoding import SamplingParams, max_batch_size
@@ -72,28 +74,28 @@ def generation_options(config: GenerationConfig, n: int) -> GenerationOptions:
     return GenerationOptions(n, params, config.seed, None if config.batch_size == "auto" else int(config.batch_size))
 
 
-def load_generation_model(config: SampleConfig, reporter: Reporter) -> GenerationModel:
+def load_generation_model(config: SampleConfig, reporter: Reporter, engine: Engine = SINGLE) -> GenerationModel:
     """Load the model that the config names, or the checkpoint's policy."""
     device = choose_device(config.device)
     if config.checkpoint is None:
         reporter.doing(f"loading the model {safe_text(config.model.name_or_path)}")
         source = find_model(config.model, reporter.say)
         encoder = PairEncoder(load_tokenizer(source), config.template)
-        dtype = choose_dtype(config.model.dtype, device.value, lora=True)
+        dtype = engine.same(lambda: choose_dtype(config.model.dtype, device.value, lora=True))
         model = load_model(source, dtype.value, device.value)
         return GenerationModel(source.name, model, encoder, model_fingerprint(model), device.value, dtype, source)
     asked = ModelName(config.checkpoint, None, config.trust_remote_code, alone=True)
-    return load_checkpoint_model(find_model_ref(asked), config.template, device.value, reporter)
+    return load_checkpoint_model(find_model_ref(asked), config.template, device.value, reporter, engine)
 
 
 def load_checkpoint_model(
-    ref: ModelRef, template: str | None, device: torch.device, reporter: Reporter
+    ref: ModelRef, template: str | None, device: torch.device, reporter: Reporter, engine: Engine = SINGLE
 ) -> GenerationModel:
     """Load the policy of a run, checkpoint or adapter, or a model; ConfigError for a reward model."""
     if not ref.objective.generates:
         raise ConfigError(f"{safe_text(ref.weights)}: is a reward model, which generates no text; name a policy")
     reporter.doing(f"loading {safe_text(ref.weights)}")
-    dtype = ref_dtype(ref, device)
+    dtype = engine.same(lambda: ref_dtype(ref, device))
     source = find_model(ref.base, reporter.say)
     encoder = ref_encoder(ref, template)
     base = load_model(source, dtype.value, device) if ref.is_adapter else None
@@ -124,36 +126,55 @@ def generate_all(
     reporter: Reporter,
     poll: Callable[[], None],
     model_index: int = 0,
+    engine: Engine = SINGLE,
+    poll_here: Callable[[], None] | None = None,
 ) -> list[list[CompletionText]]:
     """Complete every prompt; completions in the job log are taken from it, the others are added to it.
 
-    A resumed job has the same batches as one that was never stopped.
+    A resumed job has the same batches as one that was never stopped. The ranks share the batches, and each knows all
+    completions; `poll_here` is called within a batch, which other ranks do not do in step. Collective.
     """
     parts = [part for part in log.done if part["model_index"] == model_index]
     # A resumed job keeps its batch size: the free memory may have changed since.
-    size = parts[0]["batch_size"] if parts else options.batch_size
+    size = parts[0]["batch_size"] if parts else _batch_size(model, prompts, options, engine)
     batches = prompt_batches(model.model, prompts, options.n, options.params, model.device, size)
     batch_size = size or max(len(batch) for batch in batches) * options.n
     done = {index: _texts(rows) for part in parts for index, rows in part["completions"]}
     if done:
         reporter.say(f"resuming: {plural(len(done), 'prompt')} of {len(prompts):,} done")
     reporter.start("prompt", len(prompts), len(done))
-    for batch in batches:
-        if done.keys() >= set(batch):
-            continue
-        poll()
-        started = time.perf_counter()
-        found = distinct_completions(
+
+    def complete(batch: list[int]) -> list[list[CompletionText]]:
+        return distinct_completions(
             model.model, model.encoder, [prompts[index] for index in batch], options.n, options.params, options.seed,
-            model.device, poll,
+            model.device, poll_here or poll,
         )  # fmt: skip
-        rows = [[index, [astuple(text) for text in texts]] for index, texts in zip(batch, found, strict=True)]
+
+    waiting = [batch for batch in batches if not done.keys() >= set(batch)]
+    started = time.perf_counter()
+    for some in in_turns(engine, waiting, complete, poll):
+        new = {index: texts for batch, found in some for index, texts in zip(batch, found, strict=True)}
+        rows = [[index, [astuple(text) for text in texts]] for index, texts in new.items()]
         seconds = time.perf_counter() - started
-        log.append({"model_index": model_index, "batch_size": batch_size, "seconds": seconds, "completions": rows})
-        done |= dict(zip(batch, found, strict=True))
-        reporter.advance(len(batch))
+        if rows:
+            log.append({"model_index": model_index, "batch_size": batch_size, "seconds": seconds, "completions": rows})
+        done |= new
+        reporter.advance(len(new))
+        started = time.perf_counter()
     reporter.stop()
     return [done[index] for index in range(len(prompts))]
+
+
+def _batch_size(
+    model: GenerationModel, prompts: Sequence[list[int]], options: GenerationOptions, engine: Engine
+) -> int | None:
+    """Completions in a batch: as many as requested or possible, or fewer where every rank then has as much to do."""
+    if engine.alone:
+        return options.batch_size
+    longest = max(map(len, prompts))
+    most = options.batch_size or engine.least(max_batch_size(model.model, longest, options.params, model.device))
+    rounds = math.ceil(len(prompts) / max(1, most // options.n) / engine.world_size)
+    return math.ceil(len(prompts) / rounds / engine.world_size) * options.n
 
 
 def _texts(rows: list[list[Any]]) -> list[CompletionText]:

@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.data.formats import Message
+from dpo_cli.engine.engine import SINGLE, Engine, in_turns
 from dpo_cli.errors import CheckpointError
 from dpo_cli.models.loading import ModelSource, disable_dropout, model_config
 
@@ -72,12 +73,18 @@ def conversation_ids(tokenizer: Any, prompt: Sequence[Message], text: str, respo
 
 
 def scores(
-    model: Any, sequences: Sequence[list[int]], device: torch.device, poll: Callable[[], None] = lambda: None
+    model: Any,
+    sequences: Sequence[list[int]],
+    device: torch.device,
+    poll: Callable[[], None] = lambda: None,
+    engine: Engine = SINGLE,
 ) -> list[float]:
-    """The model's output for each sequence of token ids, in order; sequences of similar length share a batch."""
-    values = [0.0] * len(sequences)
-    for indices in _batches(sequences, padded=hasattr(model, "score")):
-        poll()
+    """The model's output for each sequence of token ids, in order; sequences of similar length share a batch.
+
+    The ranks share the batches, and each knows all scores.
+    """
+
+    def score(indices: list[int]) -> list[float]:
         batch = [sequences[index] for index in indices]
         used = {token for ids in batch for token in ids}
         # Decoders read the score at the last token that is not padding. So padding is a token that is in none of these
@@ -89,9 +96,17 @@ def scores(
         mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in batch], device=device)
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask).logits
-        for index, value in zip(indices, logits[:, 0].float().tolist(), strict=True):
-            values[index] = value
-    return values
+        found: list[float] = logits[:, 0].float().tolist()
+        return found
+
+    batches = _batches(sequences, padded=hasattr(model, "score"))
+    values = {
+        index: value
+        for some in in_turns(engine, batches, score, poll)
+        for indices, found in some
+        for index, value in zip(indices, found, strict=True)
+    }
+    return [values[index] for index in range(len(sequences))]
 
 
 def _batches(sequences: Sequence[list[int]], padded: bool) -> list[list[int]]:

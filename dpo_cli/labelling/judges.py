@@ -20,6 +20,7 @@ from dpo_cli.data.groups import prompt_group
 from dpo_cli.data.samples import Sample, as_continuation
 from dpo_cli.data.tokens import PairEncoder, RenderedPair, TokenizedPair, token_ids
 from dpo_cli.data.truncation import Truncation, truncate
+from dpo_cli.engine.engine import SINGLE, Engine
 from dpo_cli.errors import CheckpointError, ConfigError, DataError
 from dpo_cli.evaluation.scores import Scorer, score_pairs
 from dpo_cli.labelling.classifier import conversation_ids, is_classifier, load_classifier, scores
@@ -110,16 +111,19 @@ class ModelJudge:
     fingerprint: str
     batcher: MicroBatcher | None = None
     truncation: Truncation = field(default_factory=Truncation)  # each prompt and response is counted once
+    engine: Engine = SINGLE
 
     def rewards(self, samples: Sequence[Sample], poll: Callable[[], None]) -> list[list[float]]:
         """A reward for every response of every sample; each response is computed once."""
         pairs, owners = self._pairs(samples)
         if self.batcher is None:
-            layout = remembered_layout(self.layout_requested, self.policy, pairs, self.device, self.fingerprint).value
+            requested, who = self.layout_requested, (self.device, self.fingerprint)
+            layout = remembered_layout(requested, self.policy, pairs, *who, engine=self.engine).value
             split = SplitByTokens(enough_tokens(self.device), layout)
             self.batcher = MicroBatcher(self.device, layout, split)
         reference = AdapterOffReference(self.policy) if self.objective.needs_reference else NoReference()
-        ratios = score_pairs(Scorer(self.policy, self.objective, reference, self.batcher), pairs, poll).ratios
+        scorer = Scorer(self.policy, self.objective, reference, self.batcher, self.engine)
+        ratios = score_pairs(scorer, pairs, poll).ratios
         found = [[0.0] * len(sample.responses) for sample in samples]
         values = zip(ratios.chosen.tolist(), ratios.rejected.tolist(), strict=True)
         for (number, first, second), (chosen, rejected) in zip(owners, values, strict=True):
@@ -179,6 +183,7 @@ class ClassifierJudge:
     max_length: int
     device: torch.device
     truncation: Truncation = field(default_factory=Truncation)
+    engine: Engine = SINGLE
 
     def rewards(self, samples: Sequence[Sample], poll: Callable[[], None]) -> list[list[float]]:
         """A reward for every response of every sample; a conversation that is too long loses its beginning."""
@@ -191,7 +196,7 @@ class ClassifierJudge:
             ]
             self.truncation.prompts_cut += any(len(one) > self.max_length for one in ids)
             sequences += [one[-self.max_length :] for one in ids]
-        values = iter(scores(self.model, sequences, self.device, poll))
+        values = iter(scores(self.model, sequences, self.device, poll, self.engine))
         return finite([[next(values) for _ in sample.responses] for sample in samples], self.name)
 
 
@@ -248,20 +253,29 @@ def find_judge(name: str, kind: str | None, trust_remote_code: bool) -> ModelRef
 
 
 def load_judge(
-    name: str, kind: str | None, layout: str, device: str, trust_remote_code: bool, reporter: Reporter
+    name: str,
+    kind: str | None,
+    layout: str,
+    device: str,
+    trust_remote_code: bool,
+    reporter: Reporter,
+    engine: Engine = SINGLE,
 ) -> Judge:
-    """Load the judge that `find_judge` finds; CheckpointError where its tokenizer is not the one of its training."""
+    """Load the judge that `find_judge` finds; CheckpointError where its tokenizer is not the one of its training.
+
+    Every rank asks it for the rewards of the same samples, and gets all of them. Collective, as its `rewards` is.
+    """
     ref = find_judge(name, kind, trust_remote_code)
     if ref is None:
         return RuleJudge(name)
     reporter.doing(f"loading the judge {safe_text(ref.weights)}")
     where = choose_device(device).value
-    dtype = ref_dtype(ref, where).value
+    dtype = engine.same(lambda: ref_dtype(ref, where)).value
     source = find_model(ref.base, reporter.say)
     if not ref.is_adapter:
         if layout != "auto":
             raise ConfigError(f"layout={layout}: is not supported for a reward model from the hub; leave it out")
-        return _classifier_judge(ref, source, dtype, where, reporter)
+        return replace(_classifier_judge(ref, source, dtype, where, reporter), engine=engine)
     encoder = ref_encoder(ref)
     _check_tokenizer(ref, encoder)
     base = load_model(source, dtype, where)
@@ -282,7 +296,7 @@ def load_judge(
     }
     limit = ref.run.data.max_length if ref.run else min(DEFAULT_LENGTH, position_limit(base) or DEFAULT_LENGTH)
     _say(reporter, ref, facts, limit)
-    return ModelJudge(ref.weights, facts, policy, objective, encoder, limit, where, layout, fingerprint)
+    return ModelJudge(ref.weights, facts, policy, objective, encoder, limit, where, layout, fingerprint, engine=engine)
 
 
 def _classifier_judge(

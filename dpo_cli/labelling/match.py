@@ -16,6 +16,7 @@ from dpo_cli.data.formats import FinishReason
 from dpo_cli.data.prompts import PromptReport, PromptRow, accepted_prompts, read_prompts
 from dpo_cli.data.samples import Sample, as_stored, sample_id
 from dpo_cli.data.tokens import PairEncoder
+from dpo_cli.engine.engine import Engine
 from dpo_cli.errors import ConfigError, DataError, StoppedError
 from dpo_cli.generation.generate import CompletionText
 from dpo_cli.generation.sampler import (
@@ -38,7 +39,7 @@ from dpo_cli.runs.model_ref import (
 )
 from dpo_cli.signals import StopSignals
 from dpo_cli.storage.hashing import fingerprint
-from dpo_cli.storage.job_log import JobLog, finish_job, is_done, open_job_log
+from dpo_cli.storage.job_log import JobLog, finish_job, is_done, shared_job_log
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,12 @@ class Match:
         return higher + 0.5 * same * (1 - torch.eye(len(self.players), dtype=torch.float64))
 
 
-def play(config: RankConfig, kept: Path | None, reporter: Reporter) -> Match:
+def play(config: RankConfig, kept: Path | None, reporter: Reporter, engine: Engine, signals: StopSignals) -> Match:
     """Let every checkpoint complete every prompt, and the judge give each completion a reward.
 
     Models that see the same prompt tokens sample with the same random numbers. The match is written to `kept`, a row a
     prompt, when it is done: a stopped match is resumed, and a match that is there is read, not played again.
+    Collective.
     """
     assert config.checkpoints is not None and config.prompts is not None and config.judge is not None
     trusted = config.trust_remote_code
@@ -83,20 +85,23 @@ def play(config: RankConfig, kept: Path | None, reporter: Reporter) -> Match:
     for encoder in encoders:
         prompts = accepted_prompts(prompts, encoder, report, config.on_bad_row == "skip")
     _check_players(config, encoders, judging, prompts)
-    job = _job(config, refs, judging, prompts, device) if kept is not None else {}
-    if kept is not None and is_done(kept, job):
+    dtypes = engine.same(lambda: [str(ref_dtype(ref, device).value) for ref in refs])
+    job = _job(config, refs, judging, prompts, device, dtypes) if kept is not None or not engine.alone else {}
+    engine.alike({key: str(value) for key, value in job.items()})
+    if kept is not None and engine.same(lambda: is_done(kept, job)):
         reporter.say(f"already complete: {kept}")
-        return read_match(kept)
+        return engine.same(lambda: read_match(kept))
     _show_header(reporter, config, report, device, kept)
-    with StopSignals(reporter.warn) as signals, open_job_log(kept, job, LOG_KEYS, reporter.warn) as log:
+    with shared_job_log(engine, kept, job, LOG_KEYS, reporter.warn) as log:
         try:
-            completions = _complete(config, refs, prompts, device, log, reporter, signals)
-            match = _judge(config, prompts, completions, str(encoders[0].kind), reporter, signals)
+            completions = _complete(config, refs, prompts, device, log, reporter, engine, signals)
+            match = _judge(config, prompts, completions, str(encoders[0].kind), reporter, engine, signals)
         except StoppedError as stop:
             raise type(stop)(f"{stop}; to resume, run the same command" if kept is not None else f"{stop}") from None
         if kept is not None:
             rows = match_rows(match)
-            finish_job(kept, rows, {"job": job, "prompts": len(rows), "players": match.players})
+            facts = {"job": job, "prompts": len(rows), "players": match.players}
+            engine.same(lambda: finish_job(kept, rows, facts))
     return match
 
 
@@ -150,13 +155,14 @@ def _job(
     judging: ModelRef | None,
     prompts: Sequence[PromptRow],
     device: torch.device,
+    dtypes: Sequence[str],
 ) -> dict[str, Any]:
     """What completions and rewards depend on."""
     return {
         "checkpoints": config.checkpoints,
         "judge": config.judge,
         "weights": weights_fingerprints([*refs, *([judging] if judging is not None else [])]),
-        "dtypes": [str(ref_dtype(ref, device).value) for ref in refs],
+        "dtypes": dtypes,
         "prompts": fingerprint([prompt.written for prompt in prompts]),
         "device": device.type,
         **{key: getattr(config, key) for key in ("template", "temperature", "top_p", "max_new_tokens", "seed")},
@@ -171,6 +177,7 @@ def _complete(
     device: torch.device,
     log: JobLog,
     reporter: Reporter,
+    engine: Engine,
     signals: StopSignals,
 ) -> list[list[CompletionText]]:
     """The completions of every model, one of each prompt; one model at a time is in memory."""
@@ -178,10 +185,10 @@ def _complete(
     options = generation_options(config, 1)
     completions = []
     for index, (name, ref) in enumerate(zip(config.checkpoints, refs, strict=True)):
-        model = load_checkpoint_model(ref, config.template, device, reporter)
+        model = load_checkpoint_model(ref, config.template, device, reporter, engine)
         ids = model.encoder.encode_prompts([prompt.read for prompt in prompts])
         reporter.say(f"{safe_text(name)}: {plural(len(prompts), 'prompt')}")
-        texts = generate_all(model, ids, options, log, reporter, signals.poll, index)
+        texts = generate_all(model, ids, options, log, reporter, signals.poll, index, engine, signals.poll_here)
         completions.append([one for (one,) in texts])
         del model
         make_room(device)
@@ -194,12 +201,13 @@ def _judge(
     completions: list[list[CompletionText]],
     template: str,
     reporter: Reporter,
+    engine: Engine,
     signals: StopSignals,
 ) -> Match:
     assert config.checkpoints is not None and config.judge is not None
     rows = list(zip(*completions, strict=True))
     samples = [_sample(prompt, row, template) for prompt, row in zip(prompts, rows, strict=True)]
-    judge = load_judge(config.judge, None, "auto", config.device, config.trust_remote_code, reporter)
+    judge = load_judge(config.judge, None, "auto", config.device, config.trust_remote_code, reporter, engine)
     rewards = judge.rewards(samples, signals.poll)
     for line in describe_truncation(judge.truncation):
         reporter.say(line)

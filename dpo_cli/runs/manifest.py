@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from dpo_cli import __version__
+from dpo_cli.config.schema import public_container
+from dpo_cli.config.versions import flat
 from dpo_cli.runs.checkpoint import (
     OPTIMIZER,
     RNG,
@@ -38,6 +40,16 @@ def environment(device: torch.device) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "cuda": torch.version.cuda,
         },
+    }
+
+
+def what_ranks_share(config: Any) -> dict[str, str]:
+    """What must be the same on every rank: versions, and every value of the config."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "dpo-cli": __version__,
+        **versions,
+        **{key: str(value) for key, value in flat(public_container(config)).items()},
     }
 
 

@@ -5,12 +5,13 @@ The output file appears complete, once the job is done; until then the job log l
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.config.versions import flat
 from dpo_cli.console.text import safe_text
+from dpo_cli.engine.engine import Engine
 from dpo_cli.errors import ConfigError, DataError, StorageError
 from dpo_cli.paths import user_path
 from dpo_cli.storage.durable import write_whole
@@ -62,6 +63,16 @@ def open_job_log(
             found = lines[0].get("job")
             raise ConfigError(f"{safe_text(log.path)}: {_differences(found if isinstance(found, dict) else {}, job)}")
         yield JobLog(log, lines[1:])
+
+
+@contextmanager
+def shared_job_log(
+    engine: Engine, output: Path | None, job: dict[str, Any], keys: Collection[str], warn: Callable[[str], None]
+) -> Iterator[JobLog]:
+    """As `open_job_log`, for ranks that all append the same parts: rank 0 has the file, all know its content."""
+    with nullcontext(JobLog()) if engine.rank else open_job_log(output, job, keys, warn) as log:
+        log.done = engine.same(lambda: log.done)
+        yield log
 
 
 def _complete_lines(log: LineLog, keys: Collection[str], warn: Callable[[str], None]) -> list[dict[str, Any]]:

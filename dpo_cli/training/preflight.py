@@ -219,7 +219,7 @@ def check_transposes(subject: PreflightSubject) -> str:
     with_adapters: dict[int, str] = {
         id(part.base_layer): name for name, part in parts.items() if hasattr(part, "base_layer")
     }
-    layers = {with_adapters.get(id(part), name): part for name, part in parts.items()
+    layers: dict[str, QuantizedLinear] = {with_adapters.get(id(part), name): part for name, part in parts.items()
               if isinstance(part, QuantizedLinear)}  # fmt: skip
     for name, base in layers.items():
         layer = parts[name]

@@ -31,6 +31,7 @@ from dpo_cli.errors import ConfigError, LostRankError, StoppedError
 from dpo_cli.models.dtype import choose_device, wait_for
 from dpo_cli.models.generators import rng_states
 from dpo_cli.models.memory import one_forward_pass
+from dpo_cli.runs.manifest import what_ranks_share
 from dpo_cli.runs.replay import determinism
 from dpo_cli.runs.run_directory import AS_BEGUN, RunDirectory, as_begun, config_changes, directory_of
 from dpo_cli.signals import StopSignals
@@ -42,7 +43,7 @@ from dpo_cli.training.parts import Context, Learner, Material, Progress
 from dpo_cli.training.preflight import preflight
 from dpo_cli.training.records import Recorder
 from dpo_cli.training.reference_logps import complete_reference, describe_source
-from dpo_cli.training.start import Start, find_start, open_records, say_what_differs, tracked, what_ranks_share
+from dpo_cli.training.start import Start, find_start, open_records, say_what_differs, tracked
 
 
 def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:

@@ -1,6 +1,5 @@
 """Where a run starts: from the SFT model, from a checkpoint, or as an earlier run did that it replays."""
 
-import importlib.metadata
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_cli import __version__
 from dpo_cli.config.schema import RunConfig, public_container, read_config, tracker_options
-from dpo_cli.config.versions import flat
 from dpo_cli.console.text import safe_text
 from dpo_cli.errors import CheckpointError, StoppedError
 from dpo_cli.models.generators import set_rng_states
@@ -22,7 +19,7 @@ from dpo_cli.runs.checkpoint import (
     restore,
     set_aside_newer,
 )
-from dpo_cli.runs.manifest import PACKAGES, environment, settings_in
+from dpo_cli.runs.manifest import environment, settings_in
 from dpo_cli.runs.replay import differences
 from dpo_cli.runs.run_directory import RunDirectory, config_changes, find_checkpoint
 from dpo_cli.theory.metrics import MeanOverPairs
@@ -64,16 +61,6 @@ class Start:
         progress.step, progress.seconds, progress.skipped_steps = state.step, state.seconds, state.skipped_steps
         progress.records_kept, progress.resumed = state.records, True
         context.reporter.say(f"resuming from {checkpoint} at step {state.step}")
-
-
-def what_ranks_share(config: RunConfig) -> dict[str, str]:
-    """What must be the same on every rank: versions, and every value of the config."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "dpo-cli": __version__,
-        **versions,
-        **{key: str(value) for key, value in flat(public_container(config)).items()},
-    }
 
 
 def find_start(context: Context, resumed: bool) -> Start:
