@@ -219,8 +219,8 @@ def check_transposes(subject: PreflightSubject) -> str:
     with_adapters: dict[int, str] = {
         id(part.base_layer): name for name, part in parts.items() if hasattr(part, "base_layer")
     }
-    layers: dict[str, QuantizedLinear] = {with_adapters.get(id(part), name): part for name, part in parts.items()
-              if isinstance(part, QuantizedLinear)}  # fmt: skip
+    packed = ((name, part) for name, part in parts.items() if isinstance(part, QuantizedLinear))
+    layers = {with_adapters.get(id(part)) or name: part for name, part in packed}
     for name, base in layers.items():
         layer = parts[name]
         x = torch.randn(4, base.in_features, dtype=subject.dtype, device=subject.device)
