@@ -79,13 +79,15 @@ def _start(folder: Path, policies: list[Path], number: int) -> tuple[str, ...]:
 
 def _merge(policy: Path, folder: Path) -> None:
     """A run's policy as one model: `model.adapter` folds in a single adapter, and a third round would need two."""
+    from dataclasses import replace
+
     import torch
 
     from dpo_cli.models.loading import find_model, load_model, load_tokenizer
     from dpo_cli.runs.model_ref import ModelName, find_model_ref, load_policy
 
     subject = find_model_ref(ModelName(str(policy)))
-    source = find_model(subject.base)
+    source = find_model(replace(subject.base, quantization="none"))  # packed weights cannot take a merge
     base = load_model(source, torch.float32, torch.device("cpu"))  # a merge in bfloat16 would round small changes away
     merged = load_policy(subject, base, torch.float32, torch.device("cpu")).merge_and_unload()
     beside = folder.with_name(f".tmp-{folder.name}")

@@ -292,7 +292,10 @@ def test_every_common_key_and_every_example_of_the_help_exists() -> None:
 
 def test_help_marks_the_default_of_each_group(command: Command) -> None:
     page = command("dpo-train", "--help").out
-    assert "\n  model      llama  qwen  smollm2*  tiny\n" in page and "  adamw*  rmsprop  sgd\n" in page
+    assert (
+        "\n  model      llama  qwen  smollm2*  tiny\n" in page
+        and "  adamw*  adamw8bit  paged_adamw8bit  rmsprop  sgd\n" in page
+    )
     assert "  beta=0.1                      how close the policy stays to the reference" in page
 
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -197,6 +198,15 @@ def test_an_sft_adapter_is_folded_in_before_the_weights_are_packed(tiny_path: st
     folded = load_model(find_model(config(tiny_path, "none", str(tmp_path / "sft"))), torch.float32, CPU)
     found = load_model(find_model(config(tiny_path, "nf4", str(tmp_path / "sft"))), torch.float32, CPU)
     assert model_fingerprint(found) == model_fingerprint(quantize(folded, "nf4"))
+
+
+def test_a_model_that_is_stored_quantised_is_refused_with_what_to_do(tiny_path: str, tmp_path: Path) -> None:
+    shutil.copytree(tiny_path, tmp_path / "stored")
+    file = tmp_path / "stored" / "config.json"
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": stored}))
+    with pytest.raises(CheckpointError, match="is stored quantised; name the unquantised model"):
+        load_model(find_model(config(str(tmp_path / "stored"))), torch.float32, CPU)
 
 
 def test_the_memory_plan_counts_packed_bytes(tiny_path: str) -> None:

@@ -74,11 +74,15 @@ def load_tokenizer(source: ModelSource) -> Any:
 def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Any:
     """The SFT model in eval mode, without dropout, its SFT adapter folded in if it has one, and then quantised.
 
-    On the device `meta` it has its shape and no values: nothing is read but its config.
+    On the device `meta` it has its shape and no values: nothing is read but its config. CheckpointError where it cannot
+    be loaded, is stored in bitsandbytes' own format, or cannot be quantised.
     """
     if device.type == "meta":
         return _ready(_shape_of(source, dtype), source)
     try:
+        stored = getattr(model_config(source), "quantization_config", None) or {}
+        if str(stored.get("quant_method", "")).startswith("bitsandbytes"):
+            raise ValueError("is stored quantised; name the unquantised model, with model.quantization=nf4 or int8")
         model = AutoModelForCausalLM.from_pretrained(
             source.path,
             config=model_config(source),
