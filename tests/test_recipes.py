@@ -11,6 +11,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from documents import fenced
 
 from dpo_cli.cli import read_words
 from dpo_cli.config.command_line import run_of
@@ -73,19 +74,22 @@ def launched(recipe: str, folder: Path) -> list[str]:
         return run(f"{SLURM}", folder)[1]["srun"]
     if recipe == "skypilot":
         return run(SKYPILOT["run"], folder)[1]["torchrun"]
-    return [*CONTAINER["command"], *CONTAINER["args"]]
+    if recipe == "kubernetes":
+        return [*CONTAINER["command"], *CONTAINER["args"]]
+    (command,) = [block for block in fenced(ROOT / "docs" / "scale.md", "bash") if block.startswith("torchrun")]
+    return run(command, folder)[1]["torchrun"]
 
 
-@pytest.mark.parametrize("recipe", ["slurm", "skypilot", "kubernetes"])
+@pytest.mark.parametrize("recipe", ["slurm", "skypilot", "kubernetes", "guide"])
 def test_the_command_of_a_recipe_composes_and_resumes_by_itself(recipe: str, tmp_path: Path) -> None:
     config = composed(launched(recipe, tmp_path))
     assert config.engine.name == "ddp"
     assert config.resume == "auto" and config.output_dir is not None and Path(config.output_dir).is_absolute()
-    assert config.save_every > 0
+    assert config.save_every > 0 or recipe == "guide"
     assert config.beta == (0.2 if recipe == "slurm" else 0.1)  # words behind the script reach the program
 
 
-@pytest.mark.parametrize("recipe", ["skypilot", "kubernetes"])
+@pytest.mark.parametrize("recipe", ["skypilot", "kubernetes", "guide"])
 def test_torchrun_takes_every_option_and_leaves_time_to_save(recipe: str, tmp_path: Path) -> None:
     from torch.distributed.run import get_args_parser
 
@@ -97,7 +101,8 @@ def test_torchrun_takes_every_option_and_leaves_time_to_save(recipe: str, tmp_pa
     if recipe == "skypilot":  # the first node is the meeting place
         assert (given.node_rank, given.master_addr) == (1, "10.0.0.5")
     else:
-        assert given.rdzv_backend == "c10d" and given.rdzv_endpoint == "dpo-0.dpo:29400"
+        first = {"kubernetes": "dpo-0.dpo", "guide": "node1"}[recipe]
+        assert given.rdzv_backend == "c10d" and given.rdzv_endpoint == f"{first}:29400"
 
 
 @pytest.mark.parametrize("code", [0, 1, 6, 75, 137])
