@@ -67,4 +67,4 @@ class InterruptedByUserError(StoppedError):
 
 
 class LostRankError(StoppedError):
-    """A process of a run on several is gone, and the others cannot go on without it."""
+    """A process of a run on several is gone, and the others cannot continue without it."""

@@ -12,8 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "dpo_cli"
 # From the ground up; the rooms of one line stand beside each other and do not know each other.
 FLOORS = [
     {"errors"},
-    {"console", "theory", "assets", "engine"},
-    {"paths", "signals"},
+    {"console", "theory", "assets", "signals"},
+    {"engine"},
+    {"paths"},
     {"config"},
     {"storage"},
     {"data", "trackers"},

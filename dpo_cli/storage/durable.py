@@ -6,6 +6,7 @@ whatever still carries such a name was left by a process that is gone, and may b
 
 import errno
 import os
+import secrets
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -93,7 +94,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Have `write` fill a folder beside, and rename it to `target`, which must not exist."""
-    beside = target.with_name(f"{UNFINISHED}{target.name}-{os.getpid()}")
+    # Process ids repeat where containers share a disk.
+    beside = target.with_name(f"{UNFINISHED}{target.name}-{os.getpid()}{secrets.randbelow(10**6):06d}")
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
