@@ -6,8 +6,8 @@ whatever still carries such a name was left by a process that is gone, and may b
 
 import errno
 import os
-import secrets
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
