@@ -239,7 +239,11 @@ def _processes(processes: int | str, device: str, group: str = "") -> int:
     if processes == "auto":
         return max(1, found)
     if found < int(processes) and (found or device == "cuda"):
-        raise ConfigError(f"{group}processes={processes}: this computer has {found} GPUs, and each process takes one")
+        from dpo_cli.console.text import plural
+
+        raise ConfigError(
+            f"{group}processes={processes}: this computer has {plural(found, 'GPU')}, and each process takes one"
+        )
     return int(processes)
 
 

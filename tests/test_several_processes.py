@@ -125,7 +125,7 @@ def test_samples_of_two_processes_that_were_stopped_and_resumed_on_one_are_those
     assert stopped.returncode == 75, stopped.stderr
     assert stopped.stderr.count("error: ") == 1
     ends = f"error: stopped by SIGTERM; to resume, run the same command with output={output}\n"
-    assert stopped.stderr.endswith(ends) and stopped.stdout.count("policy  ") == 1
+    assert stopped.stderr.endswith(ends) and stopped.stdout.count("processes  2 ranks, gloo\n") == 1
     _, *parts = lines(job_log_path(output))
     # 7 prompts in batches of 2 are 4 batches in 2 rounds: the first round is kept, the longest prompts first.
     assert len(parts) == 1 and len(parts[0]["completions"]) == 4 and parts[0]["batch_size"] == 4
@@ -193,7 +193,7 @@ def test_more_processes_than_gpus_are_refused_before_they_start(
     ended = command("dpo-sample", f"prompts={prompts}", "processes=2")
     assert (ended.code, ended.err) == (
         2,
-        "error: processes=2: this computer has 1 GPUs, and each process takes one\n",
+        "error: processes=2: this computer has 1 GPU, and each process takes one\n",
     )
 
 

@@ -29,5 +29,6 @@ def on_every_rank(config: Any, reporter: Reporter) -> Iterator[tuple[Engine, Rep
     with engine.watch():
         if not engine.alone:
             engine.alike(what_ranks_share(config))
+            own.facts([("processes", engine.description)])
         with StopSignals(own.warn, engine.agree) as signals:
             yield engine, own, signals
