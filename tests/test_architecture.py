@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "dpo_cli"
 # From the ground up; the rooms of one line stand beside each other and do not know each other.
 FLOORS = [
     {"errors"},
-    {"console", "theory", "assets", "signals"},
+    {"console", "theory", "assets"},
+    {"paths", "signals"},
     {"engine"},
-    {"paths"},
     {"config"},
     {"storage"},
     {"data", "trackers"},

@@ -93,7 +93,7 @@ def test_a_fused_optimizer_gets_its_step_counts_back_beside_the_weights() -> Non
         elsewhere = nn.Linear(2, 2, bias=False)
     on_meta = torch.optim.AdamW(elsewhere.parameters(), lr=0.1)
     on_meta.param_groups[0]["fused"] = True
-    _restore_optimizer(stored, elsewhere, on_meta, None, SINGLE)
+    _restore_optimizer(stored, elsewhere, on_meta, None)
     assert {value.device.type for value in on_meta.state[elsewhere.weight].values()} == {"meta"}
-    _restore_optimizer(stored, model, restored, None, SINGLE)
+    _restore_optimizer(stored, model, restored, None)
     assert torch.equal(restored.state[model.weight]["exp_avg"], fused.state[model.weight]["exp_avg"])

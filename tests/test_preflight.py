@@ -38,7 +38,8 @@ def subject_of(run: Any) -> PreflightSubject:
     pairs, texts = choose_pairs(run.material.data.train, run.material.data.train_texts)
     return PreflightSubject(
         run.learner.policy, run.learner.reference, run.learner.objective, run.material.encoder, pairs, texts,
-        run.learner.batcher.device, run.learner.batcher.layout, run.learner.dtype, at_start=True,
+        run.learner.batcher.device, run.learner.batcher.layout, run.learner.dtype, run.context.engine,
+        at_start=True,
     )  # fmt: skip
 
 
