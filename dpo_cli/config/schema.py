@@ -445,6 +445,12 @@ class RunConfig:
         alone = not self.verify_resume or (self.resume is None and not self.dry_run)
         _require(alone, "verify_resume", True, "trains some steps of its own; leave resume and dry_run out")
         _require(
+            self.engine.name != "fsdp" or "8bit" not in self.optimizer.name,
+            "optimizer",
+            self.optimizer.name,
+            "its state cannot be sharded; with engine=fsdp choose optimizer=adamw",
+        )
+        _require(
             self.data.train is not None or bool(self.data.sources),
             "data.train",
             None,
