@@ -202,14 +202,17 @@ def _train(words: Words) -> int:
     if words.print_config:
         return _print(config)
     _check_data_early(config.data)
-    if (workers := _workers(config)) > 1:
+    if not config.plan and (workers := _workers(config)) > 1:
         return _on_workers("train", workers, config.engine.timeout)
 
     def work(reporter: "Reporter") -> None:
         from dpo_cli.commands.verify_resume import verify_resume
+        from dpo_cli.training.plan import plan_run
         from dpo_cli.training.runner import train as run_training
 
-        if config.verify_resume:
+        if config.plan:
+            plan_run(config, reporter)
+        elif config.verify_resume:
             verify_resume(config, reporter)
         else:
             run_training(config, reporter, name)

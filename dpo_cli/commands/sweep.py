@@ -77,6 +77,8 @@ def check_sweep(jobs: Sequence[Job], folder: str | None) -> None:
     names = [run_name(job.swept) for job in jobs]
     for job, name in zip(jobs, names, strict=True):
         config = job.config
+        if config.plan:
+            raise ConfigError("plan=true: plans one run; leave -m out")
         if config.resume is not None and (config.resume != "auto" or folder is None):
             raise ConfigError(
                 f"resume={safe_text(config.resume)}: a sweep resumes with resume=auto and output_dir=FOLDER, its own "

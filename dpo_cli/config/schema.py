@@ -435,6 +435,15 @@ class RunConfig:
     deterministic: bool = Field(json_schema_extra=LOUD)
     dry_run: bool = Field(json_schema_extra=FREE)
     verify_resume: bool = Field(json_schema_extra=FREE)
+    plan: bool = Field(json_schema_extra=FREE)
+    gpu: Text | None = Field(
+        pattern=r"^\s*0*[1-9]\d*(\.\d+)?\s*(GiB)?\s*$",
+        json_schema_extra=FREE,
+        description="must be the memory of one GPU, for instance 24GiB",
+    )
+    gpus: int | None = Field(ge=1, json_schema_extra=FREE)
+    tflops: float | None = Field(gt=0, json_schema_extra=FREE)
+    price: float | None = Field(ge=0, json_schema_extra=FREE)
 
     def __post_init__(self) -> None:
         for fixed in OBJECTIVES[self.objective].fixed:
@@ -444,6 +453,7 @@ class RunConfig:
                 raise ConfigError(f"{written}: {fixed.reason}")
         alone = not self.verify_resume or (self.resume is None and not self.dry_run)
         _require(alone, "verify_resume", True, "trains some steps of its own; leave resume and dry_run out")
+        self._check_plan()
         _require(
             self.engine.name != "fsdp" or "8bit" not in self.optimizer.name,
             "optimizer",
@@ -468,6 +478,16 @@ class RunConfig:
             self.reference.name,
             "needs an adapter to switch off; with lora=off choose reference=frozen",
         )
+
+    def _check_plan(self) -> None:
+        """Whether what a plan is made for is given with plan=true, and nothing is to run besides."""
+        for key in ("gpu", "gpus", "tflops", "price"):
+            value = getattr(self, key)
+            _require(self.plan or value is None, key, value, "is of plan=true; add it, or leave this out")
+        nothing_runs = self.resume is None and not self.dry_run and not self.verify_resume
+        _require(nothing_runs or not self.plan, "plan", True, "runs nothing; leave resume, dry_run, verify_resume out")
+        why = f"a GPU is planned for, and device={self.device} is none; leave one of them out"
+        _require(self.gpu is None or self.device.split(":")[0] in ("auto", "cuda"), "gpu", self.gpu, why)
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -128,6 +128,11 @@ MIGRATIONS: dict[int, tuple[Change, ...]] = {
         Added("engine.timeout", 1800.0),
         Added("engine.cpu_offload", False),
         Added("model.quantization", "none"),
+        Added("plan", False),
+        Added("gpu", None),
+        Added("gpus", None),
+        Added("tflops", None),
+        Added("price", None),
     ),
 }  # fmt: skip
 VERSION = max(MIGRATIONS)

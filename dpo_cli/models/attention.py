@@ -103,7 +103,8 @@ def segment_attention(
         reason = f"the keywords {', '.join(unknown)}" if unknown else "no packed row, or a mask beside it"
         raise ValueError(f"segment attention was called with {reason}")
     packed_row.layers_seen.append(id(module))
-    if query.device.type == "cuda" and query.dtype != torch.float32:
+    # Tensors without content stand for a GPU's (models/meter.py), where attention in float32 takes as much.
+    if query.device.type == "meta" or (query.device.type == "cuda" and query.dtype != torch.float32):
         if softcap is not None or s_aux is not None or dropout:
             raise ValueError("the GPU's variable-length attention has no soft cap, sink or dropout")
         return _variable_length(query, key, value, packed_row, scaling, sliding_window), None

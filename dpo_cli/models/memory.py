@@ -238,13 +238,14 @@ def plan_memory(folder: str, dtype: torch.dtype, device: torch.device, second_mo
 
 def kept_bytes(policy: Any, pairs: Sequence[TokenizedPair], device: torch.device, layout: Layout) -> tuple[int, int]:
     """Tokens of a forward pass on these pairs, and the bytes it keeps for its backward pass, weights aside."""
-    weights = {local(weight).untyped_storage().data_ptr() for weight in policy.parameters()}
+    # By the storage itself and not its address: tensors without content (models/meter.py) all have the address 0.
+    weights = {local(weight).untyped_storage()._cdata for weight in policy.parameters()}
     storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in weights:
+            storages[storage._cdata] = storage.nbytes()
         return tensor
 
     micro_batch = make_micro_batch(pairs, device, layout)
@@ -256,19 +257,24 @@ def kept_bytes(policy: Any, pairs: Sequence[TokenizedPair], device: torch.device
 
 def measure_budget(policy: Any, pairs: Sequence[TokenizedPair], device: torch.device, layout: Layout) -> Budget:
     """The token budget of a forward and backward pass, from what a short and a longer row of real pairs keep."""
-    (few, little), (many, much) = (kept_bytes(policy, some, device, layout) for some in _two_sizes(pairs))
+    kept = [kept_bytes(policy, some, device, layout) for some in two_sizes(pairs)]
+    return budget_of(kept, policy, free_memory(device), device)
+
+
+def budget_of(kept: Sequence[tuple[int, int]], policy: Any, free: int, device: torch.device) -> Budget:
+    """The token budget from the tokens and the kept bytes of two rows, with `free` bytes beside the weights."""
+    (few, little), (many, much) = kept
     per_token = (much - little) / (many - few) if many > few and much > little else much / many
     # The backward pass holds gradients beside what was kept, a layer's worth at a time; with checkpointing also what
     # that layer computes again, which is as much as all that was kept, or more.
     checkpointed = getattr(causal_model(policy), "is_activation_checkpointing", False)
     per_token *= 2.5 if checkpointed else 1.25
-    trainable = sum(local(weight).numel() for weight in policy.parameters() if weight.requires_grad)
-    free = free_memory(device) - TRAINING_BYTES * trainable
+    free -= TRAINING_BYTES * sum(local(weight).numel() for weight in policy.parameters() if weight.requires_grad)
     fits = max(1, int(SHARE * free / per_token))
     return Budget(min(enough_tokens(device), fits), fits, per_token, max(0, free))
 
 
-def _two_sizes(pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
+def two_sizes(pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
     """A row of some 60 tokens and one of some 180, of the shortest pairs."""
     rows: list[list[TokenizedPair]] = []
     for wanted in (60, 180):

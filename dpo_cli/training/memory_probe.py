@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dpo_cli.console.text import duration, plural, significant
-from dpo_cli.data.batches import longest_side
+from dpo_cli.data.batches import Split, longest_side
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.engine.engine import SINGLE, local
 from dpo_cli.errors import OutOfMemoryError
@@ -55,22 +55,30 @@ def until_it_fits(context: Context, learner: Learner, work: Callable[[], T]) -> 
         context.reporter.warn(f"memory ran out on a micro-batch of {len(pairs)} pairs; from here on at most {split}")
 
 
+def longest_trained(material: Material, number: int) -> list[TokenizedPair]:
+    """The longest of the pairs that a run trains on, the longest first."""
+    if min(material.total_steps, material.schedule.steps_per_epoch) > FEW:  # then the longest of all is among them
+        return material.data.train.longest(number)
+    return nlargest(number, (pair for batch in trained_batches(material) for pair in batch), key=longest_side)
+
+
+def largest_micro_batch(longest: list[TokenizedPair], split: Split) -> list[TokenizedPair]:
+    """As many of the longest pairs as still make one micro-batch."""
+    largest = longest[:1]
+    for pair in longest[1:]:
+        if len(split([*largest, pair])) == 1:
+            largest.append(pair)
+    return largest
+
+
 def probe_memory(context: Context, learner: Learner, material: Material, forward_backward: ForwardBackward) -> None:
     """Run the largest possible micro-batch forward and backward, so that a lack of memory shows within seconds.
 
     The batch is split finer until it fits; weights and random generators stay as they were. OutOfMemoryError where the
     longest pair alone does not fit.
     """
-    batches = range(min(material.total_steps, material.schedule.steps_per_epoch))
-    if len(batches) > FEW:  # then the longest of all is most likely among them
-        longest = material.data.train.longest(context.config.batch_size)
-    else:
-        trained_on = (pair for batch in trained_batches(material) for pair in batch)
-        longest = nlargest(context.config.batch_size, trained_on, key=longest_side)
-    largest = longest[:1]
-    for pair in longest[1:]:  # as many of the longest as still make one micro-batch
-        if len(learner.batcher.split([*largest, pair])) == 1:
-            largest.append(pair)
+    longest = longest_trained(material, context.config.batch_size)
+    largest = largest_micro_batch(longest, learner.batcher.split)
     rng, device = rng_states(), learner.batcher.device
     # The optimizer takes its memory at the first update: until then an empty tensor of that size takes its place.
     on_cpu = device.type == "cpu"
