@@ -246,7 +246,7 @@ def kept_bytes(policy: Any, pairs: Sequence[TokenizedPair], device: torch.device
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
             storages[storage._cdata] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own graph held would never be freed
 
     micro_batch = make_micro_batch(pairs, device, layout)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
