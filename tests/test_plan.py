@@ -20,6 +20,7 @@ from dpo_cli.errors import ConfigError
 from dpo_cli.models.adapters import attach_lora
 from dpo_cli.models.logps import make_micro_batch, response_logps
 from dpo_cli.models.meter import count_flops, meter_pass, meter_scoring, without_content
+from dpo_cli.models.quantization import quantize
 from dpo_cli.training import plan as planning
 from dpo_cli.training.plan import GIB, Plan, Planner, Work, remedy, shortened, weigh
 
@@ -66,7 +67,7 @@ def parts(plan: Plan, phase: str) -> dict[str, int]:
 @pytest.mark.parametrize("lora", [True, False])
 def test_weights_are_those_of_the_real_model(lora: bool) -> None:
     policy = attach_lora(tiny(), LORA) if lora else tiny().requires_grad_(True)
-    weights = weigh(policy, "none", lora)
+    weights = weigh(policy, lora, torch.float32)
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     every = sum(tensor.nbytes for tensor in [*policy.parameters(), *policy.buffers()])
     assert weights.trained == sum(weight.numel() for weight in trained)
@@ -89,7 +90,8 @@ def test_a_model_without_content_has_the_parameters_of_the_real_one(
 def test_a_quantised_base_is_packed_except_its_head_and_embeddings(method: str) -> None:
     policy = attach_lora(tiny(), LORA)
     linear = [module.base_layer for module in policy.modules() if hasattr(module, "base_layer")]
-    plain, packed = weigh(policy, "none", True), weigh(policy, method, True)
+    plain = weigh(policy, True, torch.float32)
+    packed = weigh(attach_lora(quantize(tiny(), method), LORA), True, torch.float32)
     bits = {"nf4": lambda w: w.numel() // 2 + w.numel() // 64 * 4, "int8": lambda w: w.numel() + 4 * len(w)}[method]
     assert plain.base - packed.base == sum(4 * one.weight.numel() - bits(one.weight) for one in linear)
     assert packed.adapters == plain.adapters

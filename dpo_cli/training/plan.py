@@ -6,15 +6,14 @@ formulas is what several GPUs share, and what has no size before it runs; both a
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from torch import nn
 
-from dpo_cli.config.schema import EngineConfig, ModelConfig, RunConfig, schema_fields
+from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import duration, first_line, plural, safe_text, significant
 from dpo_cli.data.batches import Layout, Schedule, Split, SplitByPairs, SplitByTokens, longest_side, packed_tokens
@@ -23,9 +22,10 @@ from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.errors import CheckpointError, ConfigError, OutOfMemoryError
 from dpo_cli.models.dtype import choose_device, choose_dtype
 from dpo_cli.models.loading import find_model, load_model, load_tokenizer
-from dpo_cli.models.logps import causal_model, make_micro_batch
+from dpo_cli.models.logps import make_micro_batch
 from dpo_cli.models.memory import budget_of, free_memory, kept_bytes, two_sizes
 from dpo_cli.models.meter import PassMemory, count_flops, meter_pass, meter_scoring, without_content
+from dpo_cli.models.quantization import quantized_layers
 from dpo_cli.objectives.table import make_objective
 from dpo_cli.training.header import describe_policy, millions
 from dpo_cli.training.memory_probe import largest_micro_batch, longest_trained
@@ -51,14 +51,6 @@ class Sharing:
 
 # By `engine.name`.
 SHARING = {"single": Sharing(False, False), "ddp": Sharing(True, False), "fsdp": Sharing(True, True)}
-# By `model.quantization`: bytes of a linear layer with so many outputs and inputs. nf4 has a float32 scale for 64
-# weights, int8 one a row.
-PACKED: dict[str, Callable[[int, int], int]] = {
-    "nf4": lambda outputs, inputs: outputs * inputs * 36 // 64,
-    "int8": lambda outputs, inputs: outputs * (inputs + 4),
-}
-
-
 # The parts of a run, as columns and in words.
 WHEN = {
     "reference": "while the reference's log-probs are computed",
@@ -182,9 +174,8 @@ def plan_run(config: RunConfig, reporter: Reporter) -> None:
 
 def hardware_of(config: RunConfig) -> Hardware:
     """The GPUs or the computer that a config plans for; ConfigError for GPUs that its engine does not use."""
-    processes = getattr(config.engine, "processes", "auto")
-    gpus = config.gpus or (processes if isinstance(processes, int) else 1)
-    name = config.engine.name
+    name, processes = config.engine.name, config.engine.processes
+    gpus = config.gpus or (1 if processes == "auto" else int(processes))
     if gpus > 1 and not SHARING[name].several:
         raise ConfigError(f"gpus={gpus}: engine={name} uses one; choose engine=ddp or engine=fsdp")
     if config.gpu is not None:
@@ -206,14 +197,11 @@ def dtype_of(config: RunConfig, hardware: Hardware) -> torch.dtype:
 # What is measured without weights
 
 
-def weigh(policy: Any, quantization: str, lora: bool) -> Weights:
-    """The bytes of a policy's weights, its linear layers packed where they are quantised."""
+def weigh(policy: Any, lora: bool, dtype: torch.dtype) -> Weights:
+    """The bytes of a policy's weights; what is quantised is packed already."""
     sizes = {id(tensor): tensor.nbytes for tensor in [*policy.parameters(), *policy.buffers()]}
-    head, dequantized = causal_model(policy).get_output_embeddings(), 0
-    for layer in policy.modules():
-        if quantization in PACKED and type(layer) is nn.Linear and layer is not head and not layer.weight.requires_grad:
-            dequantized = max(dequantized, layer.weight.nbytes)
-            sizes[id(layer.weight)] = PACKED[quantization](layer.out_features, layer.in_features)
+    packed = quantized_layers(policy).values()
+    dequantized = max((layer.in_features * layer.out_features * dtype.itemsize for layer in packed), default=0)
     names = set(getattr(policy, "_no_split_modules", None) or ())
     layers = [module for module in policy.modules() if type(module).__name__ in names]
 
@@ -264,7 +252,7 @@ class Planner:
 
     def policy(self, config: RunConfig, dtype: torch.dtype) -> Any:
         """The policy without content."""
-        model = load_model(self.source, dtype, torch.device("meta"))
+        model = load_model(replace(self.source, config=config.model), dtype, torch.device("meta"))
         policy = make_objective(config).prepare(model, config.lora, self.source.name)
         if config.engine.gradient_checkpointing:
             policy.activation_checkpointing_enable()
@@ -278,7 +266,7 @@ class Planner:
         hardware = hardware_of(config)
         dtype = dtype_of(config, hardware)
         policy = self.policy(config, dtype)
-        weights = weigh(policy, getattr(config.model, "quantization", "none"), config.lora.enabled)
+        weights = weigh(policy, config.lora.enabled, dtype)
         free = hardware.memory - sum(resident(config, weights, hardware, in_every_step=True).values())
         passed = self._passed(config, policy, hardware, free, least)
         described = describe_policy(config, make_objective(config), policy)
@@ -287,9 +275,9 @@ class Planner:
     def fits(self, config: RunConfig) -> bool:
         """Whether the run fits in its smallest micro-batch, which it comes to where memory is short."""
         hardware = hardware_of(config)
-        key = (config.lora.enabled, getattr(config.model, "quantization", "none"))
+        key, dtype = (config.lora.enabled, config.model.quantization), dtype_of(config, hardware)
         if key not in self.weighed:
-            self.weighed[key] = weigh(self.policy(config, dtype_of(config, hardware)), key[1], key[0])
+            self.weighed[key] = weigh(self.policy(config, dtype), config.lora.enabled, dtype)
         if sum(resident(config, self.weighed[key], hardware, in_every_step=True).values()) > hardware.memory:
             return False
         return self.plan(config, least=config.micro_batch_size == "auto").fits
@@ -405,10 +393,10 @@ def ranks_of(config: RunConfig, hardware: Hardware) -> int:
     """Into how many parts weights, gradients and optimizer state are cut; 0 where they are kept elsewhere."""
     if not shards(config, hardware):
         return 1
-    return 0 if getattr(config.engine, "cpu_offload", False) else hardware.gpus
+    return 0 if config.engine.cpu_offload else hardware.gpus
 
 
-def share(size: int, ranks: int) -> int:
+def share(size: float, ranks: int) -> int:
     """A rank's part of some bytes; 0 ranks keep them elsewhere."""
     return math.ceil(size / ranks) if ranks else 0
 
@@ -471,12 +459,6 @@ def replace_engine(config: RunConfig, **changes: Any) -> RunConfig:
     return replace(config, engine=replace(config.engine, **changes))
 
 
-def offers(schema: type, key: str, value: str) -> bool:
-    """Whether a key of a schema may have a value."""
-    found = schema_fields(schema).get(key)
-    return found is not None and value in get_args(found.annotation)
-
-
 def options(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """What a run may do with less memory, as words of its command line and as changes; what costs least comes first."""
     lora, frozen = config.lora.enabled, config.reference.name == "frozen" and make_objective(config).needs_reference
@@ -488,7 +470,7 @@ def options(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "micro_batch_size=auto", {"micro_batch_size": "auto"}
     if not config.engine.gradient_checkpointing:
         yield "engine.gradient_checkpointing=true", {"engine": {"gradient_checkpointing": True}}
-    if lora and getattr(config.model, "quantization", "") == "none" and offers(ModelConfig, "quantization", "nf4"):
+    if lora and config.model.quantization == "none":
         yield "model.quantization=nf4", {"model": {"quantization": "nf4"}}
     for part in (2, 4):
         length = config.data.max_length // part
@@ -517,7 +499,7 @@ def remedy(planner: Planner, config: RunConfig) -> str:
         if once and planner.fits(changed(config, [changes for _, changes in chosen])):
             found.append(" ".join(words))
             break
-    if config.gpu is not None and offers(EngineConfig, "name", "fsdp"):
+    if config.gpu is not None:
         found += _sharded(planner, config, [one for one in possible if not one[0].startswith(("data.", "lora"))])
     return f"{', or '.join(found)} would fit" if found else "a smaller model or a larger GPU is needed"
 
@@ -551,8 +533,7 @@ def show(config: RunConfig, plan: Plan, work: Work, name: str, reporter: Reporte
     reporter.grid([f"GiB{' on each GPU' if hardware.gpus > 1 else ''}", *(phase.name for phase in plan.phases)], rows)
     reporter.say()
     dtype = str(plan.dtype).removeprefix("torch.")
-    quantization = getattr(config.model, "quantization", "none")
-    packed = "" if quantization == "none" else f", {quantization}"
+    packed = "" if config.model.quantization == "none" else f", {config.model.quantization}"
     size = f"{plural(passed.memory.tokens, 'token')}, {plural(passed.pairs, 'pair')} of the longest"
     fits = f"{gib(peak.total)} of {gib(hardware.memory)} GiB {WHEN[peak.name]}"
     reporter.facts(
