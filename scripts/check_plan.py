@@ -34,6 +34,7 @@ CASES: dict[str, list[str]] = {
     "lora=off": [*SMOLLM2, "lora=off"],
     "lora=off checkpointing": [*SMOLLM2, "lora=off", "engine.gradient_checkpointing=true"],
     "lora.r=64 micro_batch_size=2": [*SMOLLM2, "model.dtype=float32", "lora.r=64", "micro_batch_size=2"],
+    "nf4": [*SMOLLM2, "model.dtype=bfloat16", "model.quantization=nf4"],
     "0.5B bfloat16": QWEN,
     "0.5B checkpointing": [*QWEN, "engine.gradient_checkpointing=true"],
 }

@@ -20,7 +20,6 @@ from dpo_cli.errors import ConfigError
 from dpo_cli.models.adapters import attach_lora
 from dpo_cli.models.logps import make_micro_batch, response_logps
 from dpo_cli.models.meter import count_flops, meter_pass, meter_scoring, without_content
-from dpo_cli.models.quantization import quantize
 from dpo_cli.training import plan as planning
 from dpo_cli.training.plan import GIB, Plan, Planner, Work, remedy, shortened, weigh
 
@@ -67,7 +66,7 @@ def parts(plan: Plan, phase: str) -> dict[str, int]:
 @pytest.mark.parametrize("lora", [True, False])
 def test_weights_are_those_of_the_real_model(lora: bool) -> None:
     policy = attach_lora(tiny(), LORA) if lora else tiny().requires_grad_(True)
-    weights = weigh(policy, lora, torch.float32)
+    weights = weigh(policy, lora)
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     every = sum(tensor.nbytes for tensor in [*policy.parameters(), *policy.buffers()])
     assert weights.trained == sum(weight.numel() for weight in trained)
@@ -87,15 +86,25 @@ def test_a_model_without_content_has_the_parameters_of_the_real_one(
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
-def test_a_quantised_base_is_packed_except_its_head_and_embeddings(method: str) -> None:
-    policy = attach_lora(tiny(), LORA)
-    linear = [module.base_layer for module in policy.modules() if hasattr(module, "base_layer")]
-    plain = weigh(policy, True, torch.float32)
-    packed = weigh(attach_lora(quantize(tiny(), method), LORA), True, torch.float32)
-    bits = {"nf4": lambda w: w.numel() // 2 + w.numel() // 64 * 4, "int8": lambda w: w.numel() + 4 * len(w)}[method]
-    assert plain.base - packed.base == sum(4 * one.weight.numel() - bits(one.weight) for one in linear)
-    assert packed.adapters == plain.adapters
-    assert packed.dequantized == max(one.weight.nbytes for one in linear) and plain.dequantized == 0
+def test_a_quantised_base_is_packed_except_its_head_and_embeddings(plan_of: Callable[..., Plan], method: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    linear = [
+        (32, 32),
+        (16, 32),
+        (16, 32),
+        (32, 32),
+        (64, 32),
+        (64, 32),
+        (32, 64),
+    ] * 2  # outputs and inputs, two layers
+    packed_bytes = {"nf4": lambda o, i: o * i // 2 + o * i // 64 * 4, "int8": lambda o, i: o * i + 4 * o}[method]
+    plain, packed = (
+        parts(plan_of("gpu=1GiB", "micro_batch_size=4", *words), "update")
+        for words in ((), (f"model.quantization={method}",))
+    )
+    saved = sum(2 * outputs * inputs - packed_bytes(outputs, inputs) for outputs, inputs in linear)  # of bfloat16
+    assert plain["base weights"] - packed["base weights"] == saved
+    assert packed["adapters"] == plain["adapters"]
 
 
 @pytest.mark.parametrize("layout", [Layout.PACKED_SEGMENTS, Layout.PACKED_MASK, Layout.PADDED])

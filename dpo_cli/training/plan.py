@@ -8,6 +8,7 @@ formulas is what several GPUs share, and what has no size before it runs; both a
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import combinations
 from typing import Any
 
@@ -25,7 +26,6 @@ from dpo_cli.models.loading import find_model, load_model, load_tokenizer
 from dpo_cli.models.logps import make_micro_batch
 from dpo_cli.models.memory import budget_of, free_memory, kept_bytes, two_sizes
 from dpo_cli.models.meter import PassMemory, count_flops, meter_pass, meter_scoring, without_content
-from dpo_cli.models.quantization import quantized_layers
 from dpo_cli.objectives.table import make_objective
 from dpo_cli.training.header import describe_policy, millions
 from dpo_cli.training.memory_probe import largest_micro_batch, longest_trained
@@ -90,7 +90,6 @@ class Weights:
     layer: int  # of the largest layer, adapters included
     layer_trained: int  # values of one layer
     root: int  # outside the layers
-    dequantized: int  # the largest weight that is unpacked for a product
 
 
 @dataclass(frozen=True)
@@ -174,8 +173,9 @@ def plan_run(config: RunConfig, reporter: Reporter) -> None:
 
 def hardware_of(config: RunConfig) -> Hardware:
     """The GPUs or the computer that a config plans for; ConfigError for GPUs that its engine does not use."""
-    name, processes = config.engine.name, config.engine.processes
-    gpus = config.gpus or (1 if processes == "auto" else int(processes))
+    processes = config.engine.processes
+    gpus = config.gpus or (processes if isinstance(processes, int) else 1)
+    name = config.engine.name
     if gpus > 1 and not SHARING[name].several:
         raise ConfigError(f"gpus={gpus}: engine={name} uses one; choose engine=ddp or engine=fsdp")
     if config.gpu is not None:
@@ -197,11 +197,9 @@ def dtype_of(config: RunConfig, hardware: Hardware) -> torch.dtype:
 # What is measured without weights
 
 
-def weigh(policy: Any, lora: bool, dtype: torch.dtype) -> Weights:
-    """The bytes of a policy's weights; what is quantised is packed already."""
+def weigh(policy: Any, lora: bool) -> Weights:
+    """The bytes of a policy's weights, packed where they are quantised."""
     sizes = {id(tensor): tensor.nbytes for tensor in [*policy.parameters(), *policy.buffers()]}
-    packed = quantized_layers(policy).values()
-    dequantized = max((layer.in_features * layer.out_features * dtype.itemsize for layer in packed), default=0)
     names = set(getattr(policy, "_no_split_modules", None) or ())
     layers = [module for module in policy.modules() if type(module).__name__ in names]
 
@@ -218,7 +216,6 @@ def weigh(policy: Any, lora: bool, dtype: torch.dtype) -> Weights:
         layer=max(map(of, layers), default=0),
         layer_trained=max((sum(w.numel() for w in one.parameters() if w.requires_grad) for one in layers), default=0),
         root=sum(sizes.values()) - sum(map(of, layers)),
-        dequantized=dequantized,
     )
 
 
@@ -266,7 +263,7 @@ class Planner:
         hardware = hardware_of(config)
         dtype = dtype_of(config, hardware)
         policy = self.policy(config, dtype)
-        weights = weigh(policy, config.lora.enabled, dtype)
+        weights = weigh(policy, config.lora.enabled)
         free = hardware.memory - sum(resident(config, weights, hardware, in_every_step=True).values())
         passed = self._passed(config, policy, hardware, free, least)
         described = describe_policy(config, make_objective(config), policy)
@@ -275,16 +272,17 @@ class Planner:
     def fits(self, config: RunConfig) -> bool:
         """Whether the run fits in its smallest micro-batch, which it comes to where memory is short."""
         hardware = hardware_of(config)
-        key, dtype = (config.lora.enabled, config.model.quantization), dtype_of(config, hardware)
+        key = (config.lora.enabled, config.model.quantization)
         if key not in self.weighed:
-            self.weighed[key] = weigh(self.policy(config, dtype), config.lora.enabled, dtype)
+            self.weighed[key] = weigh(self.policy(config, dtype_of(config, hardware)), config.lora.enabled)
         if sum(resident(config, self.weighed[key], hardware, in_every_step=True).values()) > hardware.memory:
             return False
         return self.plan(config, least=config.micro_batch_size == "auto").fits
 
     def _passed(self, config: RunConfig, policy: Any, hardware: Hardware, free: int, least: bool) -> Passed:
         """The largest micro-batch, and what it takes."""
-        key = (config.lora.enabled, config.engine.gradient_checkpointing, config.data.max_length, hardware.gpus > 1)
+        key = (config.lora.enabled, config.model.quantization, config.engine.gradient_checkpointing,
+               config.data.max_length, hardware.gpus > 1)  # fmt: skip
         if least and key in self.tried:
             return self.tried[key]
         score, longest, failed = make_objective(config).score, self.longest(config), ""
@@ -379,7 +377,6 @@ def resident(config: RunConfig, weights: Weights, hardware: Hardware, in_every_s
         "adapters": share(weights.adapters, ranks),
         "one layer and what is outside, whole": (weights.layer + weights.root * (2 if second else 1)) if gathers else 0,
         "collectives' buffers": weights.layer if gathers else 0,  # the next layer is gathered meanwhile
-        "a weight dequantised": weights.dequantized,
         "CUDA and libraries (assumed)": CONTEXT if hardware.is_gpu else 0,
     }
 
@@ -396,7 +393,7 @@ def ranks_of(config: RunConfig, hardware: Hardware) -> int:
     return 0 if config.engine.cpu_offload else hardware.gpus
 
 
-def share(size: float, ranks: int) -> int:
+def share(size: int, ranks: int) -> int:
     """A rank's part of some bytes; 0 ranks keep them elsewhere."""
     return math.ceil(size / ranks) if ranks else 0
 
@@ -408,7 +405,7 @@ def phases_of(config: RunConfig, weights: Weights, hardware: Hardware, passed: P
         filling = resident(config, weights, hardware, in_every_step=False)
         yield Phase("reference", {**filling, "head chunk or a layer": passed.scoring})
     always = resident(config, weights, hardware, in_every_step=True)
-    state = share(4 * STATE_VALUES.get(config.optimizer.name, 2) * weights.trained, ranks)
+    state = share(int(4 * STATE_VALUES.get(config.optimizer.name, 2) * weights.trained), ranks)
     gradients = share(4 * weights.trained, ranks)
     always["optimizer state"] = state
     yield Phase(
@@ -436,7 +433,7 @@ def phases_of(config: RunConfig, weights: Weights, hardware: Hardware, passed: P
     yield Phase(
         "update",
         {
-            **{part: size for part, size in always.items() if part != "a weight dequantised"},
+            **always,
             "collectives' buffers": bucket if hardware.gpus > 1 and not gathers else always["collectives' buffers"],
             "gradients": gradients,
             "the update itself": update_bytes(config, weights, hardware, ranks),
@@ -470,7 +467,7 @@ def options(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "micro_batch_size=auto", {"micro_batch_size": "auto"}
     if not config.engine.gradient_checkpointing:
         yield "engine.gradient_checkpointing=true", {"engine": {"gradient_checkpointing": True}}
-    if lora and config.model.quantization == "none":
+    if lora and config.model.quantization == "none" and find_spec("bitsandbytes") is not None:
         yield "model.quantization=nf4", {"model": {"quantization": "nf4"}}
     for part in (2, 4):
         length = config.data.max_length // part
@@ -533,7 +530,8 @@ def show(config: RunConfig, plan: Plan, work: Work, name: str, reporter: Reporte
     reporter.grid([f"GiB{' on each GPU' if hardware.gpus > 1 else ''}", *(phase.name for phase in plan.phases)], rows)
     reporter.say()
     dtype = str(plan.dtype).removeprefix("torch.")
-    packed = "" if config.model.quantization == "none" else f", {config.model.quantization}"
+    quantization = config.model.quantization
+    packed = "" if quantization == "none" else f", {quantization}"
     size = f"{plural(passed.memory.tokens, 'token')}, {plural(passed.pairs, 'pair')} of the longest"
     fits = f"{gib(peak.total)} of {gib(hardware.memory)} GiB {WHEN[peak.name]}"
     reporter.facts(
