@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dpo_cli.engine.ranks import MEETING_FILE, rank_of_process
+from dpo_cli.engine.ranks import MEETING_FILE, place_of_process
 from dpo_cli.engine.workers import end_with_parent
 from dpo_cli.errors import ConfigError, DpoError, LostRankError, OutOfMemoryError, StorageError
 
@@ -57,14 +57,16 @@ def _run(name: str, command: Callable[["Words"], int]) -> NoReturn:
         words = read_words(name, sys.argv[1:])
         code = _help(words) if words.help else command(words)
     except DpoError as error:
-        if not error.told:
+        # What every process of a computer finds before the ranks have met, the first of them says.
+        if not (error.told if error.told is not None else place_of_process().local_rank):
             _print_error(str(error), *error.details)
         code = error.exit_code
         if isinstance(error, LostRankError):  # the libraries would wait for the lost rank when the process ends
             sys.stdout.flush()
             os._exit(code)
     except KeyboardInterrupt:
-        _print_error("stopped by Ctrl-C")
+        if place_of_process().local_rank == 0:
+            _print_error("stopped by Ctrl-C")
         code = 130
     except MemoryError as error:
         _print_error(f"out of memory: {error}")
@@ -424,12 +426,15 @@ def _reporting(work: Callable[["Reporter"], object], command: str = "", config: 
 
     reporter = Reporter()
     try:
-        if rank_of_process() == 0 and (config is None or MEETING_FILE not in os.environ):  # else it is said already
+        # Else it is said already.
+        if place_of_process().rank == 0 and (config is None or MEETING_FILE not in os.environ):
             reporter.doing("loading PyTorch and transformers")
         if config is not None and (workers := _processes(config.processes, config.device)) > 1:
             return _on_workers(command, workers)
         quiet_libraries()
-        with _memory_errors():
+        from dpo_cli.models.memory import memory_errors
+
+        with memory_errors():
             work(reporter)
     finally:
         reporter.close()
@@ -466,21 +471,3 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-class _memory_errors:  # noqa: N801 - reads as a statement
-    """The device's own out-of-memory error, as ours with what usually helps."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, Exception):
-            return
-        from dpo_cli.models.memory import ran_out
-
-        if ran_out(error):
-            raise OutOfMemoryError(
-                "out of memory. What helps, in this order: micro_batch_size=1, engine.gradient_checkpointing=true, "
-                "reference=adapter_off, a smaller data.max_length"
-            ) from None

@@ -11,7 +11,7 @@ class DpoError(Exception):
 
     exit_code = 1
     details: tuple[str, ...] = ()  # further lines
-    told: bool = False  # another process of the run says it
+    told: bool | None = None  # whether another process of the run says it; None: the ranks have not met
 
 
 class ConfigError(DpoError):

@@ -39,9 +39,12 @@ class StopSignals:
 
     WATCHED = known_signals("SIGTERM", "SIGINT", "SIGUSR1")
 
-    def __init__(self, say: Callable[[str], None], agree: Callable[[int], int] = lambda number: number) -> None:
+    def __init__(
+        self, say: Callable[[str], None], agree: Callable[[int], int] = lambda number: number, announces: bool = True
+    ) -> None:
         self._say = say
         self._agree = agree  # the largest of what all ranks received: they stop at the same step, or wait for ever
+        self._announces = announces  # says at once that a signal came; of many ranks one is enough
         self._received: int | None = None
         self._told = False
         self._interrupts = 0
@@ -75,7 +78,8 @@ class StopSignals:
             _leave((InterruptedByUserError if self._received == signal.SIGINT else StoppedError).exit_code)
         self._received = self._received or number
         # Not through the console: it may be in the middle of a line.
-        _write(2, f"{signal.Signals(number).name} received: stopping at the next safe point\n")
+        if self._announces:
+            _write(2, f"{signal.Signals(number).name} received: stopping at the next safe point\n")
 
     def poll(self) -> None:
         """StoppedError (75) or InterruptedByUserError (130) if a signal has come, to any rank."""

@@ -111,7 +111,8 @@ def test_a_replay_takes_what_was_measured_then_and_no_other_dial(
     assert refused.code == 2
     assert refused.err.startswith(
         f"error: beta=0.5: replay={first} runs a config as it was; with it go data.max_bad_fraction, data.processes, "
-        "data.cache_gib, reference.cache, reference.cache_gib, tracker, "
+        "data.cache_gib, reference.cache, reference.cache_gib, engine.processes, engine.timeout, engine.cpu_offload, "
+        "tracker, "
     )
 
 

@@ -30,5 +30,5 @@ def on_every_rank(config: Any, reporter: Reporter) -> Iterator[tuple[Engine, Rep
         if not engine.alone:
             engine.alike(what_ranks_share(config))
             own.facts([("processes", engine.description)])
-        with StopSignals(own.warn, engine.agree) as signals:
+        with StopSignals(own.warn, engine.agree, announces=engine.rank == 0) as signals:
             yield engine, own, signals

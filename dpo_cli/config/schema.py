@@ -361,7 +361,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         alone = self.name != "single" or self.processes in ("auto", 1)
-        _require(alone, "engine.processes", self.processes, "engine=single is one process; choose engine=ddp or fsdp")
+        _require(
+            alone, "engine.processes", self.processes, "engine=single is one process; choose engine=ddp or engine=fsdp"
+        )
         _require(self.name == "fsdp" or not self.cpu_offload, "engine.cpu_offload", True, "needs engine=fsdp")
 
 

@@ -4,6 +4,7 @@ The gradient of a batch is a sum over pairs, so one sum over ranks at the end of
 up to rounding. No wrapper around the model is needed, and a rank without a pair is no special case.
 """
 
+import atexit
 import json
 import os
 import time
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
+from threading import Event, Thread
+from traceback import clear_frames
 from typing import Any, TypeVar
 
 import torch
@@ -19,11 +22,13 @@ from torch import Tensor, nn
 
 from dpo_cli.engine.engine import SingleEngine
 from dpo_cli.engine.ranks import Place
-from dpo_cli.errors import ConfigError, DpoError, LostRankError
+from dpo_cli.errors import ConfigError, DpoError, LostRankError, StoppedError
 
 T = TypeVar("T")
 LAST_WORDS = 5.0  # seconds in which every rank that is alive has said so
+BEAT = 0.5  # seconds between two looks whether another rank asks
 LONG = timedelta(days=7)  # rank 0 may prepare data for hours while the others wait
+ROLL_CALL = "lost"  # in the store: a rank has lost another, and asks who is alive
 BUCKET = 2**26  # values that are summed in one call
 SIGNS_OF_LOSS = ("gloo", "nccl", "connection", "socket", "timed out", "timeout", "broken pipe", "store")
 
@@ -39,7 +44,7 @@ class DdpEngine(SingleEngine):
         on_gpu = device_type == "cuda"
         if on_gpu:
             if place.local_rank >= torch.cuda.device_count():
-                raise ConfigError(
+                raise _said_here(
                     f"rank {place.rank} would be number {place.local_rank + 1} on its computer, which has "
                     f"{torch.cuda.device_count()} GPUs: start one process a GPU"
                 )
@@ -56,25 +61,46 @@ class DdpEngine(SingleEngine):
         """Within, a rank that is gone becomes a LostRankError that names it; an error here is told to the others."""
         try:
             yield
+        except StoppedError as error:
+            if not isinstance(error, LostRankError):  # all ranks have agreed to stop
+                error.told = self.rank > 0
+            raise
         except DpoError as error:
-            if not isinstance(error, LostRankError):
-                self._tell(error.exit_code, str(error))
-                error.told = self._rank_0_says(str(error))
+            if error.told is None:
+                error.told = self._ends(error.exit_code, str(error))
                 if self.rank and not error.told:
                     error.args = (f"rank {self.rank}: {error}",)
             raise
         except (RuntimeError, EOFError) as error:
             if not any(sign in str(error).lower() for sign in SIGNS_OF_LOSS):
-                self._tell(1, str(error))
+                self._ends(1, str(error))
                 raise
             raise self._lost(error) from None
         except BaseException as error:
-            self._tell(1, type(error).__name__)
+            self._ends(1, type(error).__name__)
             raise
 
-    def _tell(self, exit_code: int, text: str) -> None:
+    def _leave(self, exit_code: int, text: str) -> None:
+        """Say why this rank ends, and let go of the others: a rank that waits for it notices."""
         with suppress(RuntimeError):
             self._store.set(f"ended/{self.rank}", json.dumps([exit_code, text]))
+        self._patient = None
+        _meet.cache_clear()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _ends(self, exit_code: int, text: str) -> bool:
+        """Tell the others why this rank ends; whether rank 0 ends with the same words."""
+        self._leave(exit_code, text)
+        try:  # rank 0 waits until they have read it: the place where they do may end with it
+            said = self._last_words(LAST_WORDS, [0] if self.rank else self._others)
+        except RuntimeError:
+            return False
+        return self.rank > 0 and said.get(0, (0, ""))[1] == text
+
+    @property
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.world_size) if rank != self.rank]
 
     def _last_words(self, seconds: float, ranks: Sequence[int]) -> dict[int, tuple[int, str]]:
         """What ranks have said before they ended, of those that say it within some seconds."""
@@ -87,23 +113,18 @@ class DdpEngine(SingleEngine):
             time.sleep(0.05)
         return found
 
-    def _rank_0_says(self, text: str) -> bool:
-        """Whether rank 0 ends with the same words."""
-        try:
-            return self.rank > 0 and self._last_words(LAST_WORDS, [0]).get(0, (0, ""))[1] == text
-        except RuntimeError:
-            return False
-
     def _lost(self, error: BaseException) -> LostRankError:
         """Which ranks are gone, and why, as far as they have said."""
-        self._tell(LostRankError.exit_code, "")
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        clear_frames(error.__traceback__)  # they hold the group, and with it the connections to the others
         try:
-            said = self._last_words(LAST_WORDS, others)
+            self._store.set(ROLL_CALL, "")
+            self._leave(LostRankError.exit_code, "")
+            said = self._last_words(LAST_WORDS, self._others)
+            alive = [rank for rank in self._others if rank in said or self._store.check([f"alive/{rank}"])]
         except RuntimeError:
             return LostRankError("rank 0 is gone, and with it the place where all ranks meet")
         ended = {rank: words for rank, words in said.items() if words[1]}
-        gone = [rank for rank in others if rank not in said]
+        gone = [rank for rank in self._others if rank not in alive]
         if ended:
             rank, (code, text) = next(iter(sorted(ended.items())))
             lost = LostRankError(f"rank {rank} has ended: {text}")
@@ -117,7 +138,7 @@ class DdpEngine(SingleEngine):
             f"rank{'' if one else 's'} {names} {'is' if one else 'are'} gone: ended from outside, or silent for "
             f"{self.timeout.total_seconds():g} s"
         )
-        lost.told = any(rank < self.rank for rank in said)
+        lost.told = any(rank < self.rank for rank in alive)
         return lost
 
     def alike(self, found: Mapping[str, str]) -> None:
@@ -199,19 +220,41 @@ def _meet(place: Place, backend: str, timeout: timedelta) -> tuple[dist.Store, A
     """Wait for all ranks: a store that they share, and a group whose members wait long for each other."""
     try:
         if place.meeting:
-            store = next(dist.rendezvous(place.meeting, place.rank, place.world_size, timeout=timeout))[0]
+            found = next(dist.rendezvous(place.meeting, place.rank, place.world_size, timeout=timeout))[0]
+            store: dist.Store = dist.PrefixStore(f"attempt-{place.attempt}", found)
         else:
             store = dist.HashStore()
         dist.init_process_group(
             backend, rank=place.rank, world_size=place.world_size, store=dist.PrefixStore("group", store),
             timeout=timeout,
         )  # fmt: skip
+        ended = Event()
+        listener = Thread(target=_answer, args=(store, place.rank, ended), daemon=True)
+        listener.start()
+        atexit.register(listener.join)  # the last that is registered is called first
+        atexit.register(ended.set)
         return store, dist.new_group(backend="gloo", timeout=LONG)
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(
+        raise _said_here(
             f"rank {place.rank} of {place.world_size} has not met the others within {timeout.total_seconds():g} s at "
             f"{place.meeting} ({str(error).splitlines()[0]:.160})"
         ) from None
+
+
+def _answer(store: dist.Store, rank: int, ended: Event) -> None:
+    """Say that this rank is alive once another asks, whatever this one waits for."""
+    with suppress(RuntimeError):  # the store is gone
+        while not ended.wait(BEAT):
+            if store.check([ROLL_CALL]):
+                store.set(f"alive/{rank}", "")
+                return
+
+
+def _said_here(text: str) -> ConfigError:
+    """The error of one rank, which no other rank says."""
+    error = ConfigError(text)
+    error.told = False
+    return error
 
 
 def _until_full(weights: Iterator[nn.Parameter]) -> Iterator[nn.Parameter]:

@@ -55,6 +55,16 @@ class FsdpEngine(DdpEngine):
             part.set_force_sum_reduction_for_comms(True)
         model.with_weights = MethodType(_with_weights, model)
         register_fsdp_forward_method(model, "with_weights")
+        gathered = model.with_weights
+
+        def with_weights(compute: Callable[..., T], *arguments: Any) -> T:
+            try:
+                found: T = gathered(compute, *arguments)
+                return found
+            finally:  # FSDP keeps what is outside the layers whole until a backward pass, and it would be saved so
+                model.reshard()
+
+        model.with_weights = with_weights
         return model
 
     def _fill(self, part: nn.Module, device: torch.device, known: dict[int, Tensor]) -> None:

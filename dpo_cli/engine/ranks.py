@@ -23,6 +23,7 @@ class Place:
     local_rank: int = 0  # on its computer
     local_world_size: int | None = None  # None: not known
     meeting: str = ""  # where the ranks find each other: an address of torch.distributed; empty for one process
+    attempt: str = "0"  # how often torchrun has started the ranks again: what the last ones left there is not read
 
 
 def find_place(environ: Mapping[str, str] | None = None) -> Place | None:
@@ -36,18 +37,20 @@ def find_place(environ: Mapping[str, str] | None = None) -> Place | None:
         rank, world, local, local_world, address, port = (found.get(name, "") for name in names)
         file = found.get(MEETING_FILE)
         meeting = f"file://{file}" if file else "env://" if address and port else ""
-    elif int(found.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in found:
+    elif found.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "SLURM_PROCID" in found:
         rank, world, local = found["SLURM_PROCID"], found["SLURM_STEP_NUM_TASKS"], found.get("SLURM_LOCALID", "0")
         local_world = found.get("SLURM_STEP_TASKS_PER_NODE", found.get("SLURM_NTASKS_PER_NODE", "")).split("(")[0]
         address = found.get("MASTER_ADDR") or first_host(found.get("SLURM_STEP_NODELIST", ""))
-        port = found.get("MASTER_PORT") or str(20000 + int(found.get("SLURM_JOB_ID", "0")) % 20000)
+        job = found.get("SLURM_JOB_ID", "")
+        port = found.get("MASTER_PORT") or str(20000 + (int(job) if job.isdigit() else 0) % 20000)
         meeting = f"tcp://{address}:{port}" if address else ""
     else:
         return None
     try:
         place = Place(
-            int(rank), int(world), int(local or 0), int(local_world) if local_world.isdigit() else None, meeting
-        )
+            int(rank), int(world), int(local or 0), int(local_world) if local_world.isdigit() else None, meeting,
+            found.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        )  # fmt: skip
     except ValueError:
         raise ConfigError(f"RANK={rank}, WORLD_SIZE={world}: a launcher sets whole numbers") from None
     if not 0 <= place.rank < place.world_size:
@@ -63,10 +66,9 @@ def first_host(nodes: str) -> str:
     return f"{name}{numbers or ''}{rest or ''}"
 
 
-def rank_of_process() -> int:
-    """The rank, for whoever only wants to know whether to speak; 0 where it cannot be told."""
+def place_of_process() -> Place:
+    """The place, for whoever only wants to know whether to speak; that of a single process where it is not known."""
     try:
-        place = find_place()
+        return find_place() or Place()
     except ConfigError:
-        return 0
-    return place.rank if place is not None else 0
+        return Place()

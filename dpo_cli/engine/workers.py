@@ -18,7 +18,9 @@ from dpo_cli.engine.ranks import MEETING_FILE
 from dpo_cli.signals import known_signals
 
 PATIENCE = 60.0  # seconds that the others have to end by themselves after a rank has died
+GRACE = 15.0  # seconds after which they are asked to: one that still waits to meet a dead rank never notices
 POLL = 0.1  # seconds between two looks at the workers
+PARENT = "DPO_PARENT"  # the process that has started the workers
 
 
 def start_workers(command: list[str], processes: int, say: Callable[[str], None], patience: float = PATIENCE) -> int:
@@ -48,6 +50,7 @@ def _environment(rank: int, processes: int, folder: Path) -> dict[str, str]:
         **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
         **os.environ,
         MEETING_FILE: str(folder / "meeting"),
+        PARENT: str(os.getpid()),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
@@ -76,14 +79,20 @@ def _forwarding(workers: list["subprocess.Popen[bytes]"]) -> Iterator[None]:
 def _watch(workers: list["subprocess.Popen[bytes]"], say: Callable[[str], None], patience: float) -> int:
     """Wait for all; the exit code of the first that failed by itself, or 128 + the signal that ended one."""
     failed: dict[int, int] = {}  # exit code by rank, in the order in which they ended
-    deadline = float("inf")
+    reminder = deadline = float("inf")
+    asked: list[int] = []
     while any(worker.poll() is None for worker in workers):
         for rank, worker in enumerate(workers):
             if worker.poll() and rank not in failed:
                 failed[rank] = worker.returncode
-                if worker.returncode < 0:
+                if worker.returncode < 0 and rank not in asked:
                     say(f"rank {rank} (process {worker.pid}) was ended by {signal.Signals(-worker.returncode).name}")
-                deadline = min(deadline, time.monotonic() + patience)
+                reminder, deadline = min(reminder, time.monotonic() + GRACE), min(deadline, time.monotonic() + patience)
+        if time.monotonic() > reminder:
+            asked = [rank for rank, worker in enumerate(workers) if worker.poll() is None]
+            for rank in asked:
+                workers[rank].terminate()
+            reminder = float("inf")
         if time.monotonic() > deadline:
             for rank, worker in enumerate(workers):
                 if worker.poll() is None:
@@ -97,7 +106,10 @@ def _watch(workers: list["subprocess.Popen[bytes]"], say: Callable[[str], None],
 
 def end_with_parent() -> None:
     """Have Linux send this process SIGTERM when the one that started it is gone, so that no rank is left behind."""
-    if MEETING_FILE in os.environ and sys.platform == "linux":
+    parent = os.environ.pop(PARENT, None)  # a process that is started from here has another
+    if parent is not None and sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(parent):  # it was gone before
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -70,6 +70,20 @@ def ran_out(error: BaseException) -> bool:
     )
 
 
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Within, the device's own error of memory that ran out becomes an OutOfMemoryError with what usually helps."""
+    try:
+        yield
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        raise OutOfMemoryError(
+            "out of memory. What helps, in this order: micro_batch_size=1, engine.gradient_checkpointing=true, "
+            "reference=adapter_off, a smaller data.max_length"
+        ) from None
+
+
 class DoesNotFitError(Exception):
     """A micro-batch for which memory ran out; `pairs` are what it held."""
 

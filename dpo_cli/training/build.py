@@ -8,7 +8,7 @@ import torch
 
 from dpo_cli.config.schema import RunConfig
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.console.text import safe_text
+from dpo_cli.console.text import plural, safe_text
 from dpo_cli.data.batches import Layout, Schedule, Split, SplitByPairs, SplitByTokens, longest_side
 from dpo_cli.data.pairs import PairData, load_pairs
 from dpo_cli.data.store import StoredPairs
@@ -58,7 +58,9 @@ def build(
     check_optimizer(config.optimizer, device.value)
     measured = settings if settings is not None and settings.device == device.value.type else None
     dtype = engine.same(lambda: _dtype(config, device.value, settings if state is not None else measured))
-    source = find_model(config.model, reporter.say)
+    # Rank 0 first: what is made or downloaded once is there for the others of its computer.
+    found = engine.same(lambda: find_model(config.model, reporter.say))
+    source = found if engine.rank == 0 else find_model(config.model, reporter.say)
     reporter.doing(f"loading the tokenizer of {safe_text(source.name)}")
     objective = make_objective(config)
     material = _material(context, source, objective.always_closes)
@@ -144,6 +146,11 @@ def _material(context: Context, source: ModelSource, always_closes: bool) -> Mat
         sides = [side for side in (data.train, data.held_out) if isinstance(side, StoredPairs)]
         stores = [folder for side in sides for folder in side.store.folders()]
         make_room("tokens", config.data.cache_gib, "data.cache_gib", context.reporter, stores)
+    if (idle := context.engine.world_size - config.batch_size) > 0:
+        context.reporter.warn(
+            f"batch_size={config.batch_size}: in each step {plural(idle, 'rank')} of {context.engine.world_size} "
+            f"{'has' if idle == 1 else 'have'} no pair to compute; raise batch_size, or start fewer ranks"
+        )
     schedule = Schedule(len(data.train), config.batch_size, config.seed, config.data.shuffle, data.train.rows)
     return Material(source, encoder, data, schedule, schedule.total_steps(config.epochs, config.max_steps))
 

@@ -52,10 +52,12 @@ class Recorder:
         self.directory, self.reporter, self.engine = context.directory, context.reporter, context.engine
         self.trackers = trackers
 
-    def alone(self) -> "Recorder":
-        """For the last rank that writes: it asks no other."""
+    def save_alone(self, rng: dict[str, Tensor]) -> None:
+        """Write a checkpoint of a run that has lost a rank, where this rank holds all of it; no other is asked."""
         self.engine = SINGLE
-        return self
+        if self.is_logged and self.progress.window.metrics.pairs:  # lost between the step and its line
+            self.log()
+        self.save(rng)
 
     @property
     def is_logged(self) -> bool:
@@ -77,12 +79,13 @@ class Recorder:
         """The line of step 0: the first batch before the first update."""
         start = MeanOverPairs()
         start.add(metrics, [pair.source for pair in batch])
-        self._write("train", start.means(), lr=0.0)
+        self._write("train", start.means(), lr=0.0, peak_memory_gib=self._peak_memory())
 
     def log(self) -> None:
         """Log the mean over the pairs since the last logged step, sound new alarms, and begin a new window."""
         learner, progress, window = self.learner, self.progress, self.progress.window
         learner.guard.look()
+        peak_memory = self._peak_memory()  # what follows asks no other rank: a line is written, or nothing is changed
         if window.metrics.pairs == 0:  # every step since the last line was skipped, and each has been said
             return
         drift = learner.monitor.drift()
@@ -97,6 +100,7 @@ class Recorder:
             **learner.objective.drift_metrics(drift),
             **({"skipped_steps": progress.skipped_steps} if progress.skipped_steps else {}),
             **({"alarms": {alarm.name: alarm.text for alarm in alarms}} if alarms else {}),
+            peak_memory_gib=peak_memory,
         )
         progress.window = Window()
         for alarm in alarms:
@@ -125,7 +129,7 @@ class Recorder:
         of_sources = by_source(scores, self.learner.objective, held_out)
         means |= {name: estimate.mean for name, estimate in with_sources(of_sources).items()}
         intervals = {name: estimates[name].ends() for name in WITH_INTERVALS}
-        self._write("eval", means, prompts=prompts.prompts, intervals95=intervals)
+        self._write("eval", means, prompts=prompts.prompts, intervals95=intervals, peak_memory_gib=self._peak_memory())
         self.progress.evaluated[step] = means["loss"]
         if not math.isfinite(means["loss"]):
             self.reporter.warn(f"step {step}: the held-out loss is not finite")
@@ -144,10 +148,9 @@ class Recorder:
             "split": split,
             **means,
             **more,
-            "peak_memory_gib": self._peak_memory(),
             "seconds": self.progress.seconds,
         }
-        trouble = self.engine.same(lambda: self.directory.metrics.append(record))
+        trouble = self.directory.metrics.append(record) if self.engine.rank == 0 else None
         if trouble is not None:
             self.reporter.warn(trouble)
         self.reporter.record(record)

@@ -30,7 +30,7 @@ from dpo_cli.engine.table import open_engine
 from dpo_cli.errors import ConfigError, LostRankError, StoppedError
 from dpo_cli.models.dtype import choose_device, wait_for
 from dpo_cli.models.generators import rng_states
-from dpo_cli.models.memory import one_forward_pass
+from dpo_cli.models.memory import memory_errors, one_forward_pass
 from dpo_cli.runs.manifest import what_ranks_share
 from dpo_cli.runs.replay import determinism
 from dpo_cli.runs.run_directory import AS_BEGUN, RunDirectory, as_begun, config_changes, directory_of
@@ -52,7 +52,7 @@ def train(config: RunConfig, reporter: Reporter, job: str = "run") -> Path:
     Raises a DpoError with the exit code that the command ends with.
     """
     engine = open_engine(config.engine, choose_device(config.device).value.type)
-    with engine.watch():
+    with engine.watch(), memory_errors():
         engine.alike(what_ranks_share(config))
         return _train(config, engine, reporter if engine.rank == 0 else Reporter(io.StringIO()), job)
 
@@ -77,7 +77,7 @@ def _train(config: RunConfig, engine: Engine, reporter: Reporter, job: str) -> P
         nullcontext()
         if config.dry_run or engine.rank
         else directory.owned(reporter.warn, claimed=config.output_dir is None and not resumed),
-        StopSignals(reporter.warn, engine.agree) as signals,
+        StopSignals(reporter.warn, engine.agree, announces=engine.rank == 0) as signals,
     ):
         if not resumed and directory.metrics.path.exists():
             raise ConfigError(f"output_dir={path}: holds a run already; resume=auto continues it")
@@ -139,7 +139,7 @@ def fit(context: Context, learner: Learner, material: Material, progress: Progre
                     recorder.save_or_continue()
     except LostRankError:
         if context.engine.keeps_all and context.engine.rank == 0:
-            recorder.alone().save(rng)
+            recorder.save_alone(rng)
         raise
     except StoppedError:
         recorder.save(rng)
