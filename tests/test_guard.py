@@ -86,14 +86,14 @@ def test_a_fused_optimizer_gets_its_step_counts_back_beside_the_weights() -> Non
     fused = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     model.weight.grad = torch.ones(2, 2)
     fused.step()
-    stored = optimizer_tensors(model, fused, SINGLE)
+    stored = dict(optimizer_tensors(model, fused, SINGLE))
     restored = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     # The meta device stands for a GPU: a step count left on the CPU would be read there as an address of the device.
     with torch.device("meta"):
         elsewhere = nn.Linear(2, 2, bias=False)
     on_meta = torch.optim.AdamW(elsewhere.parameters(), lr=0.1)
     on_meta.param_groups[0]["fused"] = True
-    _restore_optimizer(stored, elsewhere, on_meta, None)
+    _restore_optimizer(stored.items(), elsewhere, on_meta, None)
     assert {value.device.type for value in on_meta.state[elsewhere.weight].values()} == {"meta"}
-    _restore_optimizer(stored, model, restored, None)
+    _restore_optimizer(stored.items(), model, restored, None)
     assert torch.equal(restored.state[model.weight]["exp_avg"], fused.state[model.weight]["exp_avg"])

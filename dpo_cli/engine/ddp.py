@@ -52,13 +52,19 @@ class DdpEngine(SingleEngine):
             if self.keeps_all:  # a sum that has failed is seen before its result is used, and nothing wrong is saved
                 os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
         self.description = f"{place.world_size} ranks, {'NCCL' if on_gpu else 'gloo'}"
-        self._store, self._patient = _meet(place, "cpu:gloo,cuda:nccl" if on_gpu else "gloo", self.timeout)
+        meeting = _meet(place, "cpu:gloo,cuda:nccl" if on_gpu else "gloo", self.timeout)
+        self._store, self._group, self._in_time = meeting
 
     # Agreement
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Within, a rank that is gone becomes a LostRankError that names it; an error here is told to the others."""
+    def watch(self, in_time: bool = False) -> Iterator[None]:
+        """Within, a rank that is gone becomes a LostRankError that names it; an error here is told to the others.
+
+        With `in_time` a rank has no more than the time-out for what it does alone, too.
+        """
+        patient = self._group
+        self._group = self._in_time if in_time else patient
         try:
             yield
         except StoppedError as error:
@@ -79,12 +85,14 @@ class DdpEngine(SingleEngine):
         except BaseException as error:
             self._ends(1, type(error).__name__)
             raise
+        finally:
+            self._group = self._group and patient
 
     def _leave(self, exit_code: int, text: str) -> None:
         """Say why this rank ends, and let go of the others: a rank that waits for it notices."""
         with suppress(RuntimeError):
             self._store.set(f"ended/{self.rank}", json.dumps([exit_code, text]))
-        self._patient = None
+        self._group = self._in_time = None
         _meet.cache_clear()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -161,7 +169,7 @@ class DdpEngine(SingleEngine):
                 found[0] = make()
             except Exception as error:
                 found[1] = error
-        dist.broadcast_object_list(found, group=self._patient)
+        dist.broadcast_object_list(found, group=self._group)
         if found[1] is not None:
             raise found[1]
         made: T = found[0]
@@ -170,7 +178,7 @@ class DdpEngine(SingleEngine):
     def gather(self, value: T) -> list[T]:
         """The value of each rank, in their order, on every rank. Collective."""
         found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, value, group=self._patient)
+        dist.all_gather_object(found, value, group=self._group)
         return found
 
     def agree(self, value: int) -> int:
@@ -216,8 +224,8 @@ class DdpEngine(SingleEngine):
 
 
 @cache  # a process meets the others once, whatever it trains
-def _meet(place: Place, backend: str, timeout: timedelta) -> tuple[dist.Store, Any]:
-    """Wait for all ranks: a store that they share, and a group whose members wait long for each other."""
+def _meet(place: Place, backend: str, timeout: timedelta) -> tuple[dist.Store, Any, Any]:
+    """Wait for all ranks: a store that they share, a group whose members wait long for each other, and one in time."""
     try:
         if place.meeting:
             found = next(dist.rendezvous(place.meeting, place.rank, place.world_size, timeout=timeout))[0]
@@ -233,7 +241,8 @@ def _meet(place: Place, backend: str, timeout: timedelta) -> tuple[dist.Store, A
         listener.start()
         atexit.register(listener.join)  # the last that is registered is called first
         atexit.register(ended.set)
-        return store, dist.new_group(backend="gloo", timeout=LONG)
+        patient, in_time = (dist.new_group(backend="gloo", timeout=limit) for limit in (LONG, timeout))
+        return store, patient, in_time
     except (RuntimeError, ValueError) as error:
         raise _said_here(
             f"rank {place.rank} of {place.world_size} has not met the others within {timeout.total_seconds():g} s at "

@@ -46,8 +46,11 @@ class Engine(Protocol):
         """For the header."""
         ...
 
-    def watch(self) -> AbstractContextManager[None]:
-        """Within, a rank that is gone becomes a LostRankError that names it; an error here is told to the others."""
+    def watch(self, in_time: bool = False) -> AbstractContextManager[None]:
+        """Within, a rank that is gone becomes a LostRankError that names it; an error here is told to the others.
+
+        A rank may take as long as it likes for what it does alone, such as preparing data, unless `in_time`.
+        """
         ...
 
     def alike(self, found: Mapping[str, str]) -> None:
@@ -122,7 +125,7 @@ class SingleEngine:
     keeps_all = True
     description = "one process"
 
-    def watch(self) -> AbstractContextManager[None]:
+    def watch(self, in_time: bool = False) -> AbstractContextManager[None]:
         """Nothing."""
         return nullcontext()
 

@@ -123,7 +123,7 @@ def fit(context: Context, learner: Learner, material: Material, progress: Progre
     context.reporter.start("step", last, progress.step)
     rng = rng_states()
     try:
-        with context.engine.watch():
+        with context.engine.watch(in_time=True):
             if recorder.evaluation_is_missing:
                 recorder.evaluate()
             for indices in material.schedule.batches(progress.step, last):
