@@ -35,7 +35,8 @@ MAPPING, DECODING = "dpo_cli/data/mapping.py", "dpo_cli/generation/decoding.py"
 STATISTICS, HISTORY = "dpo_cli/theory/statistics.py", "dpo_cli/objectives/history.py"
 OF_REWARDS, OF_DECODING = "tests/test_reward.py", "tests/test_decoding.py"
 OF_STATISTICS, OF_VERDICTS = "tests/test_statistics.py", "tests/test_monitor.py"
-OF_FAULTS = "-m faults tests/faults/"
+OF_FAULTS, OF_RANKS = "-m faults tests/faults/", "tests/test_engine.py"
+DDP = "dpo_cli/engine/ddp.py"
 OF_LOSSES = "tests/test_losses.py tests/test_theorem.py"
 OF_RUNS = "tests/test_training.py tests/test_evaluate.py tests/test_preflight.py"
 
@@ -222,6 +223,25 @@ MUTANTS = [
     Mutant("gradients pile up", RUNNER,
            "        learner.optimizer.step()\n    learner.optimizer.zero_grad(set_to_none=True)\n",
            "        learner.optimizer.step()\n", OF_RUNS),
+    Mutant("gradients averaged over ranks", DDP, "weight.grad = summed.view_as(weight)",
+           "weight.grad = summed.view_as(weight) / self.world_size", OF_RANKS),
+    Mutant("shares of ranks overlap", DDP, "            if rank == self.rank:\n", "            if rank >= self.rank:\n",
+           OF_RANKS),
+    Mutant("a rank without pairs counts another's", DDP, "return ((one, bool(own)) for one in own or [spare])",
+           "return ((one, True) for one in own or [spare])", OF_RANKS),
+    Mutant("ranks agree on the smallest", DDP, "torch.tensor(value), dist.ReduceOp.MAX",
+           "torch.tensor(value), dist.ReduceOp.MIN", OF_RANKS),
+    Mutant("a rank that differs is not noticed", DDP, "if first and other and first != other:", "if False:", OF_RANKS),
+    Mutant("gradients of shards averaged", "dpo_cli/engine/fsdp.py", "part.set_gradient_divide_factor(1.0)",
+           "part.set_gradient_divide_factor(2.0)", OF_RANKS),
+    Mutant("void micro-batches of shards count", "dpo_cli/engine/fsdp.py", "((spare, False) for _ in range(void))",
+           "((spare, True) for _ in range(void))", OF_RANKS),
+    Mutant("whole weights stay after a pass of shards", "dpo_cli/engine/fsdp.py", "                model.reshard()\n",
+           "                pass\n", OF_RANKS),
+    Mutant("every rank drops the same values", RUNNER, "[context.config.seed, progress.step, engine.rank]",
+           "[context.config.seed, progress.step]", OF_RANKS),
+    Mutant("the line of a step is lost with a rank", RECORDS, "if self.is_logged and self.progress.window.metrics.pairs:",
+           "if False:", OF_FAULTS + "test_ranks.py"),
     Mutant("no clipping", RUNNER, "engine.clip(weights, context.config.max_grad_norm)",
            "engine.clip(weights, float('inf'))", OF_RUNS),
     Mutant("warm-up begins at zero", "dpo_cli/theory/schedules.py", "return (update + 1) / warmup_steps",

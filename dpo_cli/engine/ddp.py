@@ -239,7 +239,7 @@ def _meet(place: Place, backend: str, timeout: timedelta) -> tuple[dist.Store, A
         ended = Event()
         listener = Thread(target=_answer, args=(store, place.rank, ended), daemon=True)
         listener.start()
-        atexit.register(listener.join)  # the last that is registered is called first
+        atexit.register(listener.join, LAST_WORDS)  # the last that is registered is called first
         atexit.register(ended.set)
         patient, in_time = (dist.new_group(backend="gloo", timeout=limit) for limit in (LONG, timeout))
         return store, patient, in_time

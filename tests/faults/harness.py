@@ -74,6 +74,7 @@ FAULTS = {
     22: "secrets",
     23: "trust_remote_code",
     24: "clocks and names",
+    25: "a rank killed, silent, mistaken",
 }
 
 
