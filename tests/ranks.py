@@ -40,6 +40,13 @@ class Ranks:
         assert process is not None
         os.kill(process, number)
 
+    def heard(self, words: str) -> None:
+        """Wait until rank 0 has printed this."""
+        file, deadline = self.folder / "out-0", time.monotonic() + 120
+        while not file.exists() or words not in file.read_text(errors="replace"):
+            assert time.monotonic() < deadline and self.processes[0].exitcode is None, (words, self.wait(1))
+            time.sleep(0.02)
+
     def wait(self, seconds: float = 120) -> list[Left]:
         """Until all have ended; those that have not by then are killed, and the test fails."""
         deadline, left, late = time.monotonic() + seconds, [], []
@@ -60,6 +67,7 @@ def start_ranks(
 ) -> Ranks:
     """Begin a command on so many ranks, as its own workers; one is the command by itself."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "out-0").unlink(missing_ok=True)  # of a try before: `heard` must not read it
     meeting = folder / f"meeting-{time.monotonic_ns()}"
     known = {name: os.environ[name] for name in ("DPO_CACHE", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")}
     processes = []
