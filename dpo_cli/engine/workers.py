@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 from dpo_cli.engine.ranks import MEETING_FILE
 from dpo_cli.signals import known_signals
@@ -20,6 +21,7 @@ from dpo_cli.signals import known_signals
 PATIENCE = 60.0  # seconds that the others have to end by themselves after a rank has died
 GRACE = 15.0  # seconds after which they are asked to: one that still waits to meet a dead rank never notices
 POLL = 0.1  # seconds between two looks at the workers
+LOOK = 1.0  # seconds between two looks of a worker whether the process that started it is there
 PARENT = "DPO_PARENT"  # the process that has started the workers
 
 
@@ -105,11 +107,13 @@ def _watch(workers: list["subprocess.Popen[bytes]"], say: Callable[[str], None],
 
 
 def end_with_parent() -> None:
-    """Have Linux send this process SIGTERM when the one that started it is gone, so that no rank is left behind."""
+    """Send this process SIGTERM when the one that started it is gone, so that no rank is left behind; not on Windows."""
     parent = os.environ.pop(PARENT, None)  # a process that is started from here has another
-    if parent is not None and sys.platform == "linux":
-        import ctypes
+    if parent is not None and os.name == "posix":
+        Thread(target=_follow, args=(int(parent),), daemon=True).start()
 
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(parent):  # it was gone before
-            os.kill(os.getpid(), signal.SIGTERM)
+
+def _follow(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(LOOK)
+    os.kill(os.getpid(), signal.SIGTERM)
