@@ -107,7 +107,7 @@ def _watch(workers: list["subprocess.Popen[bytes]"], say: Callable[[str], None],
 
 
 def end_with_parent() -> None:
-    """Send this process SIGTERM when the one that started it is gone, so that no rank is left behind; not on Windows."""
+    """Send this process SIGTERM when the one that started it is gone, so that no rank is left; not on Windows."""
     parent = os.environ.pop(PARENT, None)  # a process that is started from here has another
     if parent is not None and os.name == "posix":
         Thread(target=_follow, args=(int(parent),), daemon=True).start()
