@@ -212,6 +212,25 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor], known: dict[int, Tensor]) -> None:
+    """Put what `make` returns in the place of each parameter and buffer; tied weights stay tied.
+
+    `known` keeps what stands for which, by id, where a model is gone through part by part.
+    """
+    for module in model.modules():
+        slots: Any
+        for slots in (module._parameters, module._buffers):
+            for name, tensor in slots.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in known:
+                    made = make(tensor)
+                    if isinstance(tensor, nn.Parameter) and not isinstance(made, nn.Parameter):
+                        made = nn.Parameter(made, tensor.requires_grad)
+                    known[id(tensor)] = known[id(made)] = made
+                slots[name] = known[id(tensor)]
+
+
 def part_like(parameter: Tensor, whole: Tensor) -> Tensor:
     """The part of a whole tensor that belongs beside this rank's part of `parameter`, on its device."""
     if local(parameter) is parameter or whole.ndim == 0:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard,
 from torch.distributed.tensor import DTensor
 
 from dpo_cli.engine.ddp import DdpEngine
+from dpo_cli.engine.engine import replace_tensors
 from dpo_cli.engine.ranks import Place
 
 T = TypeVar("T")
@@ -46,10 +47,18 @@ class FsdpEngine(DdpEngine):
     def shard(self, model: Any, device: torch.device) -> Any:
         """Give every rank its part of each layer and of what is outside the layers, from rank 0."""
         known: dict[int, Tensor] = {}
+
+        def of_rank_0(tensor: Tensor) -> Tensor:
+            if isinstance(tensor, DTensor):  # sharded with an earlier part
+                return tensor
+            there = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.data.to(device)
+            dist.broadcast(there, 0)
+            return there
+
         names = set(getattr(model, "_no_split_modules", None) or ())
         layers = [module for module in model.modules() if type(module).__name__ in names]
         for part in [*layers, model]:
-            self._fill(part, device, known)
+            replace_tensors(part, of_rank_0, known)
             fully_shard(part, mesh=self.mesh, offload_policy=self.offload)
             part.set_gradient_divide_factor(1.0)  # sums: a loss is divided by the size of the whole batch already
             part.set_force_sum_reduction_for_comms(True)
@@ -66,22 +75,6 @@ class FsdpEngine(DdpEngine):
 
         model.with_weights = with_weights
         return model
-
-    def _fill(self, part: nn.Module, device: torch.device, known: dict[int, Tensor]) -> None:
-        """Replace what is not sharded yet by rank 0's values on the device; tied weights stay tied."""
-        for module in part.modules():
-            slots: Any
-            for slots in (module._parameters, module._buffers):
-                for name, tensor in slots.items():
-                    if tensor is None or isinstance(tensor, DTensor):
-                        continue
-                    if id(tensor) not in known:
-                        there = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.data.to(device)
-                        dist.broadcast(there, 0)
-                        trains = tensor.requires_grad
-                        filled = nn.Parameter(there, trains) if isinstance(tensor, nn.Parameter) else there
-                        known[id(tensor)] = known[id(filled)] = filled
-                    slots[name] = known[id(tensor)]
 
     def sum_gradients(self, weights: Iterable[nn.Parameter]) -> None:
         """Nothing: FSDP has summed them in the backward pass."""

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from dpo_cli.engine.engine import replace_tensors
 from dpo_cli.models.logps import MicroBatch
 
 
@@ -79,20 +80,12 @@ def without_content(model: Any, device: torch.device) -> Iterator[torch.device]:
         yield torch.device("meta")
         return
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    pretended: dict[int, Tensor] = {}
+
+    def pretend(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
+
     with mode:
-        for module in model.modules():
-            slots: Any
-            for slots in (module._parameters, module._buffers):
-                for name, tensor in slots.items():
-                    if tensor is None or not tensor.is_meta:
-                        continue
-                    if id(tensor) not in pretended:
-                        there = torch.empty_like(tensor, device=device)
-                        is_weight = isinstance(tensor, nn.Parameter)
-                        new = nn.Parameter(there, tensor.requires_grad) if is_weight else there
-                        pretended[id(tensor)] = pretended[id(new)] = new
-                    slots[name] = pretended[id(tensor)]
+        replace_tensors(model, pretend, {})
         yield device
 
 
