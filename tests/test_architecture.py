@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "dpo_cli"
 FLOORS = [
     {"errors"},
     {"console", "theory", "assets"},
-    {"paths", "signals"},
+    {"paths", "signals", "pages"},
     {"engine"},
     {"config"},
     {"storage"},
