@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,29 @@ import torch
 from dpo_cli.commands.on_ranks import on_every_rank
 from dpo_cli.config.schema import FOR_EACH, DataConfig, EvalConfig, data_config, to_container
 from dpo_cli.console.reporter import Reporter
-from dpo_cli.console.text import interval, plural, safe_text, significant
+from dpo_cli.console.text import plural, safe_text
 from dpo_cli.data.batches import Layout, Split, SplitByPairs, SplitByTokens, longest_side
 from dpo_cli.data.pairs import PairData, check_sources, load_pairs
 from dpo_cli.data.splits import data_fingerprint
 from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.engine.engine import Engine
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
-from dpo_cli.evaluation.page import page
-from dpo_cli.evaluation.report import calibration_facts, write_report
+from dpo_cli.evaluation.report import calibration_facts, lines_of, report_of, write_report
 from dpo_cli.evaluation.scores import Scorer, by_source, prompts_of, score_pairs, summarize, windows, with_sources
+from dpo_cli.evaluation.summary import summary_of
+from dpo_cli.evaluation.token_ratios import best_and_worst, pieces_of, token_ratios
+from dpo_cli.evaluation.view import (
+    OF_SCALES,
+    describe_clusters,
+    show_answers,
+    show_calibration,
+    show_estimates,
+    show_header,
+    show_scales,
+    show_sources,
+)
 from dpo_cli.generation.generate import greedy_completions
+from dpo_cli.models.adapters import adapter_off, adapter_scale
 from dpo_cli.models.dtype import Decision, choose_device
 from dpo_cli.models.loading import (
     ModelSource,
@@ -40,8 +52,10 @@ from dpo_cli.models.packing import remembered_layout
 from dpo_cli.models.precompute import FillOptions, complete
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference, NoReference, Reference
 from dpo_cli.models.reference_cache import CachedReference, ReferenceCache, cache_key, cache_path
+from dpo_cli.objectives.objective import Objective
+from dpo_cli.pages.pages import evaluation_page
 from dpo_cli.paths import user_path
-from dpo_cli.runs.manifest import settings_in
+from dpo_cli.runs.manifest import settings_in, weights_sha256
 from dpo_cli.runs.model_ref import (
     ModelName,
     ModelRef,
@@ -50,91 +64,57 @@ from dpo_cli.runs.model_ref import (
     ref_dtype,
 )
 from dpo_cli.signals import StopSignals
-from dpo_cli.theory.calibration import Bin, calibration_error, reliability
-from dpo_cli.theory.statistics import Clusters, Estimate
+from dpo_cli.theory.calibration import reliability
 
 REPORTS = (("report", "report.json"), ("pairs", "pairs.jsonl"), ("page", "report.html"))
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, loaded: a policy with its reference, and the pairs."""
+
+    ref: ModelRef
+    source: ModelSource
+    device: Decision
+    dtype: Decision
+    encoder: PairEncoder
+    options: DataConfig
+    data: PairData
+    fingerprint: str  # of the reference's weights
+    policy: Any
+    reference: Reference
+    batcher: MicroBatcher
+
+    @property
+    def objective(self) -> Objective:
+        """What the policy was trained for."""
+        return self.ref.objective
+
+
 def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Reporter) -> Path:
     """Evaluate as the config says, with `overrides` of the run's own data options; returns the report's folder."""
-    assert config.checkpoint is not None
     with on_every_rank(config, reporter) as (engine, reporter, signals):
-        ref = find_model_ref(ModelName(config.checkpoint, config.reference_model, config.trust_remote_code))
-        objective = ref.objective
-        if config.samples and not objective.generates:
-            raise ConfigError(f"samples={config.samples}: a reward model gives no answers; leave it out")
-        options = _data_options(config, ref, overrides)
-        check_sources(options)
-        device = choose_device(config.device)
-        dtype = engine.same(lambda: ref_dtype(ref, device.value))
-        source = find_model(ref.base, reporter.say)
-        reporter.doing(f"loading the tokenizer of {safe_text(source.name)}")
-        encoder = PairEncoder.of(load_tokenizer(source), options, objective.always_closes)
-        reporter.doing("reading pairs")
-        data = _load_pairs(ref, options, encoder, engine, reporter, signals)
-        reporter.stop()
-        for _, report in data.reports():
-            objective.check_soft_labels(report.soft_label_at)
-        reporter.doing("loading the model")
-        base = load_model(source, dtype.value, device.value)
-        check_positions(base, max(map(longest_side, data.held_out)), options.max_length)
-        fingerprint = model_fingerprint(base)
-        if not engine.alone:
-            engine.alike({"checkpoint": ref.weights, "model": fingerprint, "data": data_fingerprint(data.held_out)})
-        _warn_of_other_weights(ref, config, dtype.value, fingerprint, reporter)
-        policy, reference = _load(ref, base, dtype.value, device.value)
-        layout = _layout(config, ref, policy, base, data.held_out, fingerprint, engine)
-        batcher = MicroBatcher(device.value, layout, _split(config, device.value, layout))
-        leaks, named = data.held_out_report.leaks, data.held_out_parts
-        sentences = [
-            f"{safe_text(name)}: {sentence}" if name else sentence
-            for name, report in (named or {"": data.held_out_report}).items()
-            for sentence in report.sentences(options.max_length)
-        ]
-        if leaks is None:
-            sentences.append(
-                f"whether they were trained on is not known: {safe_text(ref.weights)} keeps no record of it"
-            )
-        _show_header(reporter, ref, source, (device, dtype), sentences)
+        subject = _load(config, overrides, engine, reporter, signals)
+        ref, objective, data = subject.ref, subject.objective, subject.data
+        pairs, sentences = data.held_out, _about_data(subject)
+        show_header(reporter, ref, subject.source, (subject.device, subject.dtype), sentences)
+        leaks = data.held_out_report.leaks
         if leaks:
             reporter.warn(leaks.warning)
         started = time.monotonic()
-        known = reference
-        if objective.needs_reference and config.reference_cache == "auto":
-            key = cache_key(fingerprint, dtype.value, device.value, layout)
-            known = _known(key, data.held_out, batcher, dtype.value, reference, (reporter, signals.poll, engine))
-        reporter.start("pair", len(data.held_out))
-        scorer = Scorer(policy, objective, known, batcher, engine)
-        scores = score_pairs(scorer, data.held_out, signals.poll, reporter.advance)
+        scorer = _scorer(config, subject, engine, reporter, signals)
+        reporter.start("pair", len(pairs))
+        scores = score_pairs(scorer, pairs, signals.poll, reporter.advance)
         reporter.stop()
         seconds = time.monotonic() - started
-        prompts = prompts_of(data.held_out)
+        prompts = prompts_of(pairs)
         estimates = summarize(scores, objective, prompts)
-        of_sources = by_source(scores, objective, data.held_out)
+        of_sources = by_source(scores, objective, pairs)
         margins = (objective.beta * scores.ratios.margin).tolist()
-        labels = [pair.probability for pair in data.held_out]
-        bins = reliability(margins, [pair.group for pair in data.held_out], labels) if objective.is_calibrated else []
-        held_out_by_run = config.data is None and not overrides
-        folder = _folder(config, ref, "held-out" if held_out_by_run else data.held_out_report.source)
-        facts = {
-            "checkpoint": ref.weights,
-            "reference": source.name if objective.needs_reference else None,
-            "data": data.held_out_report.as_dict(),
-            **({"data_by_source": {name: report.as_dict() for name, report in named.items()}} if named else {}),
-            "beta": objective.beta,
-            "loss_name": ref.run.loss.name if ref.run else "sigmoid",
-            "device": str(device.value),
-            "dtype": str(dtype.value).removeprefix("torch."),
-            "layout": layout.value,
-            "prompts": prompts.prompts,
-            "prompts_effective": prompts.effective,
-            "pairs_per_second": len(data.held_out) / seconds,
-            "seconds": seconds,
-            **({"calibration": calibration_facts(bins)} if bins else {}),
-        }
-        _show_estimates(reporter, estimates)
-        _show_sources(reporter, of_sources)
+        labels = [pair.probability for pair in pairs]
+        bins = reliability(margins, [pair.group for pair in pairs], labels) if objective.is_calibrated else []
+        show_estimates(reporter, estimates)
+        show_sources(reporter, of_sources)
         if unknown := sum(not math.isfinite(margin) for margin in margins):
             reporter.warn(
                 f"the scores of {unknown:,} of {plural(len(margins), 'pair')} are not finite, so no mean above holds: "
@@ -142,26 +122,154 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
             )
         reporter.say(describe_clusters(prompts))
         reporter.say()
-        _show_calibration(reporter, bins)
-        answers: list[list[str]] = []
-        if config.samples:
-            answers = _answers(policy, reference, encoder, data, config, device.value, engine, signals)
-            _show_answers(reporter, answers, config.max_new_tokens)
-        labelled = [(label, estimates[name]) for label, name in SHOWN if name in estimates]
-        labelled += [
-            (f"{label}, {source}", found[name])
-            for source, (_, found) in of_sources.items()
-            for label, name in OF_SOURCES
-        ]
-        title = f"{Path(ref.weights).name} on {data.held_out_report.source}"
-        shown = {name: facts[name] for name in ("checkpoint", "reference", "beta", "loss_name", "device", "dtype")}
-        about = "\n".join([*sentences, describe_clusters(prompts)])
-        html = page(title, {**shown, "data": about}, labelled, margins, answers)
+        show_calibration(reporter, bins)
+        answers = _answers(config, subject, engine, signals)
+        show_answers(reporter, answers, config.max_new_tokens)
+        scales = [_at_scale(scale, config, subject, scorer, signals) for scale in config.scales]
+        show_scales(reporter, scales)
+        summary = summary_of(estimates, prompts, leaks, unknown)
+        reporter.say(f"verdict  {summary['color']}: {summary['text']}", style=summary["color"])
+        held_out_by_run = config.data is None and not overrides
+        folder = _folder(config, ref, "held-out" if held_out_by_run else data.held_out_report.source)
+        named = data.held_out_parts
+        facts = {
+            "checkpoint": ref.weights,
+            "weights_sha256": weights_sha256(Path(ref.weights)),
+            "reference": subject.source.name if objective.needs_reference else None,
+            "data": data.held_out_report.as_dict(),
+            **({"data_by_source": {name: report.as_dict() for name, report in named.items()}} if named else {}),
+            "beta": objective.beta,
+            "loss_name": ref.run.loss.name if ref.run else "sigmoid",
+            "device": str(subject.device.value),
+            "dtype": str(subject.dtype.value).removeprefix("torch."),
+            "layout": subject.batcher.layout.value,
+            "prompts": prompts.prompts,
+            "prompts_effective": prompts.effective,
+            "pairs_per_second": len(pairs) / seconds,
+            "seconds": seconds,
+            "summary": summary,
+            **({"calibration": calibration_facts(bins)} if bins else {}),
+            **({"scales": scales} if scales else {}),
+        }
+        report = report_of(facts, estimates | with_sources(of_sources), len(pairs))
+        lines = lines_of(pairs, scores, objective)
+
+        def write() -> None:
+            examples = _examples(subject, margins)
+            write_report(folder, report, lines, evaluation_page(report, lines, examples, answers))
+
+        reporter.doing("writing the report")
         signals.protect_saving()
-        found = estimates | with_sources(of_sources)
-        engine.same(lambda: write_report(folder, facts, found, data.held_out, scores, objective, html))
+        engine.same(write)
     reporter.facts([(name, str(folder / file)) for name, file in REPORTS])
     return folder
+
+
+def _load(
+    config: EvalConfig, overrides: list[tuple[str, Any]], engine: Engine, reporter: Reporter, signals: StopSignals
+) -> Subject:
+    """Find, check and load what the config names."""
+    assert config.checkpoint is not None
+    ref = find_model_ref(ModelName(config.checkpoint, config.reference_model, config.trust_remote_code))
+    objective = ref.objective
+    _check_generation(config, ref)
+    options = _data_options(config, ref, overrides)
+    check_sources(options)
+    device = choose_device(config.device)
+    dtype = engine.same(lambda: ref_dtype(ref, device.value))
+    source = find_model(ref.base, reporter.say)
+    reporter.doing(f"loading the tokenizer of {safe_text(source.name)}")
+    encoder = PairEncoder.of(load_tokenizer(source), options, objective.always_closes)
+    reporter.doing("reading pairs")
+    data = _load_pairs(ref, options, encoder, engine, reporter, signals)
+    reporter.stop()
+    for _, report in data.reports():
+        objective.check_soft_labels(report.soft_label_at)
+    reporter.doing("loading the model")
+    base = load_model(source, dtype.value, device.value)
+    check_positions(base, max(map(longest_side, data.held_out)), options.max_length)
+    fingerprint = model_fingerprint(base)
+    if not engine.alone:
+        engine.alike({"checkpoint": ref.weights, "model": fingerprint, "data": data_fingerprint(data.held_out)})
+    _warn_of_other_weights(ref, config, dtype.value, fingerprint, reporter)
+    policy, reference = _load_models(ref, base, dtype.value, device.value)
+    layout = _layout(config, ref, policy, base, data.held_out, fingerprint, engine)
+    batcher = MicroBatcher(device.value, layout, _split(config, device.value, layout))
+    return Subject(ref, source, device, dtype, encoder, options, data, fingerprint, policy, reference, batcher)
+
+
+def _check_generation(config: EvalConfig, ref: ModelRef) -> None:
+    """ConfigError for what a reward model or a whole model cannot do."""
+    for key in ("samples", "scales"):
+        if getattr(config, key) and not ref.objective.generates:
+            why = "a reward model gives no answers, and its head has no scale; leave it out"
+            raise ConfigError(f"{key}={getattr(config, key)}: {why}")
+    if config.scales and not ref.is_adapter:
+        raise ConfigError(f"scales={config.scales}: a whole model has no adapter to scale; leave it out")
+
+
+def _about_data(subject: Subject) -> list[str]:
+    """What the pairs are, and what is known of their being trained on."""
+    data = subject.data
+    named = data.held_out_parts or {"": data.held_out_report}
+    sentences = [
+        f"{safe_text(name)}: {sentence}" if name else sentence
+        for name, report in named.items()
+        for sentence in report.sentences(subject.options.max_length)
+    ]
+    if data.held_out_report.leaks is None:
+        sentences.append(
+            f"whether they were trained on is not known: {safe_text(subject.ref.weights)} keeps no record of it"
+        )
+    return sentences
+
+
+def _scorer(config: EvalConfig, subject: Subject, engine: Engine, reporter: Reporter, signals: StopSignals) -> Scorer:
+    """What scores the pairs: with the reference's log-probs from disk, where they may be kept."""
+    objective, reference = subject.objective, subject.reference
+    if objective.needs_reference and config.reference_cache == "auto":
+        dtype, device, layout = subject.dtype.value, subject.batcher.device, subject.batcher.layout
+        key = cache_key(subject.fingerprint, dtype, device, layout)
+        command = (reporter, signals.poll, engine)
+        reference = _known(key, subject.data.held_out, subject.batcher, dtype, reference, command)
+    return Scorer(subject.policy, objective, reference, subject.batcher, engine)
+
+
+def _examples(subject: Subject, margins: list[float]) -> list[dict[str, Any]]:
+    """The best and the worst pairs for the page, token by token."""
+    pairs, decode = subject.data.held_out, subject.encoder.tokenizer.decode
+    chosen = best_and_worst(margins)
+    some = [pairs[index] for _, index in chosen]
+    ratios: list[tuple[list[float], ...]] = [([], []) for _ in some]
+    if isinstance(subject.reference, AdapterOffReference | FrozenReference):
+        ratios = [*token_ratios(subject.policy, subject.reference, subject.batcher, some)]
+    found = []
+    for (kind, index), pair, of_tokens in zip(chosen, some, ratios, strict=True):
+        example = {"kind": kind, "margin": margins[index], "prompt": decode(pair.prompt.tolist())}
+        example |= {"source": pair.source} if pair.source else {}
+        sides = zip(("chosen", "rejected"), pair.responses, pair.unscored, of_tokens, strict=True)
+        for name, ids, unscored, values in sides:
+            before = int(pair.prompt[-1])
+            example[name] = (
+                pieces_of(decode, before, ids, unscored, values) if values else [[decode(ids.tolist()), None]]
+            )
+        found.append(example)
+    return found
+
+
+def _at_scale(
+    scale: float, config: EvalConfig, subject: Subject, scorer: Scorer, signals: StopSignals
+) -> dict[str, Any]:
+    """The metrics and answers of the policy with its adapter at a scale, for report.json."""
+    with adapter_scale(subject.policy, scale):
+        scores = score_pairs(scorer, subject.data.held_out, signals.poll)
+        found = summarize(scores, subject.objective, prompts_of(subject.data.held_out))
+        answers = _greedy(config, subject, subject.policy, scorer.engine, signals)
+    return {
+        "scale": scale,
+        **{name: [found[name].mean, *found[name].ends()] for _, name in OF_SCALES if name in found},
+        **({"answers": answers} if answers else {}),
+    }
 
 
 def _data_options(config: EvalConfig, ref: ModelRef, overrides: list[tuple[str, Any]]) -> Any:
@@ -278,7 +386,7 @@ def _known(
     return CachedReference(cache)
 
 
-def _load(ref: ModelRef, base: Any, dtype: torch.dtype, device: torch.device) -> tuple[Any, Reference]:
+def _load_models(ref: ModelRef, base: Any, dtype: torch.dtype, device: torch.device) -> tuple[Any, Reference]:
     policy = load_policy(ref, base, dtype, device)
     if not ref.objective.needs_reference:
         return policy, NoReference()
@@ -301,128 +409,21 @@ def _folder(config: EvalConfig, ref: ModelRef, data: str) -> Path:
     return Path("outputs") / "eval" / name
 
 
-def _show_header(
-    reporter: Reporter, ref: ModelRef, source: ModelSource, choices: tuple[Decision, Decision], data: list[str]
-) -> None:
-    device, dtype = choices
-    of_model = f"{safe_text(source.name)}, {source.origin}"
-    rows = [("reward model", safe_text(ref.weights)), ("on", of_model)]
-    if ref.objective.needs_reference:
-        reference = "the model under the adapter" if ref.is_adapter else safe_text(source.name)
-        rows = [("policy", safe_text(ref.weights)), ("reference", f"{reference} ({of_model})")]
-    rows += [
-        ("device", f"{device.value}: {device.reason}"),
-        ("dtype", f"{str(dtype.value).removeprefix('torch.')}: {dtype.reason}"),
-    ]
-    if ref.objective.needs_reference:
-        known = "" if ref.run else " (the checkpoint does not say)"
-        rows.append(("beta", significant(ref.objective.beta) + known))
-    if ref.base.trust_remote_code:
-        reporter.say("trust_remote_code=true: Python of the model's authors runs on this machine", style="red")
-    rows += [("data" if number == 0 else "", sentence) for number, sentence in enumerate(data)]
-    reporter.facts(rows)
-    reporter.say()
-
-
-SHOWN = (
-    ("accuracy", "rewards/accuracies"),
-    ("margin", "rewards/margins"),
-    ("loss", "loss"),
-    ("loss, lower than at the start by", "loss/improvement"),
-    ("reward of chosen", "rewards/chosen"),
-    ("reward of rejected", "rewards/rejected"),
-    ("log-prob change a token, chosen", "logps_change_per_token/chosen"),
-    ("log-prob change a token, rejected", "logps_change_per_token/rejected"),
-    ("chosen more likely than rejected, by the policy", "accuracy_without_reference/policy"),
-    ("chosen more likely than rejected, by the reference", "accuracy_without_reference/reference"),
-)
-
-
-def _show_estimates(reporter: Reporter, estimates: dict[str, Estimate]) -> None:
-    rows = []
-    for label, name in SHOWN:
-        if name not in estimates:
-            continue
-        estimate = estimates[name]
-        rows.append([label, significant(estimate.mean), interval(estimate.low, estimate.high)])
-    reporter.grid(["metric", "mean", "95% interval"], rows)
-
-
-OF_SOURCES = (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins"), ("loss", "loss"))
-
-
-def _show_sources(reporter: Reporter, of_sources: dict[str, tuple[int, dict[str, Estimate]]]) -> None:
-    """A row for each source of the pairs, where they have one."""
-    if not of_sources:
-        return
-    rows = []
-    for source, (pairs, estimates) in of_sources.items():
-        accuracy, margin, loss = (estimates[name] for _, name in OF_SOURCES)
-        row = [source, f"{pairs:,}", significant(accuracy.mean), interval(accuracy.low, accuracy.high)]
-        rows.append([*row, significant(margin.mean), interval(margin.low, margin.high), significant(loss.mean)])
-    reporter.say()
-    reporter.grid(["source", "pairs", "accuracy", "95% interval", "margin", "95% interval", "loss"], rows)
-
-
-def describe_clusters(prompts: Clusters) -> str:
-    """What the intervals count as independent."""
-    pairs, number = plural(prompts.pairs, "pair"), plural(prompts.prompts, "prompt")
-    if prompts.prompts == prompts.pairs:
-        return f"{pairs}, each with its own prompt"
-    if prompts.prompts == 1:
-        return f"{pairs} of {number}: too little for an interval"
-    effective = f"effective number {prompts.effective:.1f}"
-    return f"{pairs} of {number}; the intervals take prompts as independent, not pairs ({effective})"
-
-
-def _show_calibration(reporter: Reporter, bins: list[Bin]) -> None:
-    """How often the model is right where it says how sure it is: beside each other, they should be the same."""
-    if not bins:
-        return
-    rows = [
-        [
-            f"{one.low:.1f} to {one.high:.1f}",
-            f"{one.confidence:.2f}",
-            f"{one.right.mean:.2f}",
-            f"{one.right.low:.2f} to {one.right.high:.2f}",
-            f"{one.right.n:,}",
-        ]
-        for one in bins
-    ]
-    reporter.grid(["how sure", "mean", "right", "95% interval", "pairs"], rows)
-    reporter.say(f"calibration error {significant(calibration_error(bins), 2)}")
-    reporter.say()
-
-
-def _answers(
-    policy: Any,
-    reference: Reference,
-    encoder: PairEncoder,
-    data: PairData,
-    config: EvalConfig,
-    device: torch.device,
-    engine: Engine,
-    signals: StopSignals,
-) -> list[list[str]]:
+def _answers(config: EvalConfig, subject: Subject, engine: Engine, signals: StopSignals) -> list[dict[str, str]]:
     """Held-out prompts with the greedy answers of reference and policy to them, as they are."""
-    pairs = [text.pair for text in data.held_out_texts[: config.samples]]
-    how = config.max_new_tokens, device, signals.poll, engine
-    after = greedy_completions(policy, encoder, pairs, *how)
-    if isinstance(reference, AdapterOffReference):
-        with policy.disable_adapter():
-            before = greedy_completions(policy, encoder, pairs, *how)
+    after = _greedy(config, subject, subject.policy, engine, signals)
+    if isinstance(subject.reference, AdapterOffReference):
+        with adapter_off(subject.policy):
+            before = _greedy(config, subject, subject.policy, engine, signals)
     else:
-        assert isinstance(reference, FrozenReference)
-        before = greedy_completions(reference.model, encoder, pairs, *how)
-    prompts = [pair.messages[-1].content for pair in pairs]
-    return [list(row) for row in zip(prompts, before, after, strict=True)]
+        before = _greedy(config, subject, getattr(subject.reference, "model", None), engine, signals)
+    prompts = [text.pair.messages[-1].content for text in subject.data.held_out_texts[: config.samples]]
+    rows = zip(prompts, before, after, strict=True)
+    return [{"prompt": prompt, "reference": old, "policy": new} for prompt, old, new in rows]
 
 
-def _show_answers(reporter: Reporter, answers: list[list[str]], limit: int) -> None:
-    reporter.say(f"greedy answers to {plural(len(answers), 'held-out prompt')}, at most {limit} tokens")
-    rows = [
-        [safe_text(question, limit=200), safe_text(old, limit=700), safe_text(new, limit=700)]
-        for question, old, new in answers
-    ]
-    reporter.side_by_side(["prompt", "reference (before)", "policy (after)"], rows)
-    reporter.say()
+def _greedy(config: EvalConfig, subject: Subject, model: Any, engine: Engine, signals: StopSignals) -> list[str]:
+    """The model's greedy answers to the first `samples` held-out prompts."""
+    pairs = [text.pair for text in subject.data.held_out_texts[: config.samples]]
+    how = config.max_new_tokens, subject.batcher.device, signals.poll, engine
+    return greedy_completions(model, subject.encoder, pairs, *how) if pairs else []

@@ -17,27 +17,18 @@ from dpo_cli.theory.losses import implicit_rewards
 from dpo_cli.theory.statistics import Estimate
 
 
-def write_report(
-    folder: Path,
-    facts: dict[str, Any],
-    estimates: dict[str, Estimate],
-    pairs: Sequence[TokenizedPair],
-    scores: ScoredPairs,
-    objective: Objective,
-    page: str,
-) -> None:
-    """Write `pairs.jsonl`, `report.html` (the page) and `report.json` into `folder`, all of them or none.
-
-    A number that is not finite is null, which every reader of JSON knows. `report.json` comes last: it makes the report
-    complete. StorageError where a file cannot be written; then an
-    earlier report is as it was.
-    """
-    report = {
+def report_of(facts: dict[str, Any], estimates: dict[str, Estimate], pairs: int) -> dict[str, Any]:
+    """report.json: the facts, each metric's mean, and its 95% interval. A number that is not finite is null."""
+    return {
         **facts,
-        "pairs": len(pairs),
+        "pairs": pairs,
         **{name: _known(estimate.mean) for name, estimate in sorted(estimates.items())},
-        "intervals95": {name: estimate.ends() for name, estimate in sorted(estimates.items()) if len(pairs) > 1},
+        "intervals95": {name: estimate.ends() for name, estimate in sorted(estimates.items()) if pairs > 1},
     }
+
+
+def lines_of(pairs: Sequence[TokenizedPair], scores: ScoredPairs, objective: Objective) -> list[dict[str, Any]]:
+    """The lines of pairs.jsonl: all that is known of each pair. A number that is not finite is null."""
     rewards_chosen, rewards_rejected = implicit_rewards(scores.ratios, objective.beta)
     policy, reference = scores.policy.pairs(), scores.reference.pairs()
     logps = [
@@ -61,14 +52,23 @@ def write_report(
         line |= {"source": pair.source} if pair.source else {}
         line["prompt_tokens"] = len(pair.prompt)
         line["chosen_tokens"], line["rejected_tokens"] = pair.scored_tokens
-        lines.append(json.dumps(line, allow_nan=False) + "\n")
+        lines.append(line)
+    return lines
+
+
+def write_report(folder: Path, report: dict[str, Any], lines: Sequence[dict[str, Any]], page: str) -> None:
+    """Write `pairs.jsonl`, `report.html` (the page) and `report.json` into `folder`, all of them or none.
+
+    `report.json` comes last: it makes the report complete. StorageError where a file cannot be written; then an
+    earlier report is as it was.
+    """
     for path in (folder, folder / "pairs.jsonl", folder / "report.json", folder / "report.html"):
         if path.is_symlink():  # in an untrusted run directory it could make us write anywhere
             raise StorageError(f"{safe_text(path)}: is a symbolic link, and is not written through")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files = {
-            "pairs.jsonl": "".join(lines),
+            "pairs.jsonl": "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines),
             "report.html": page,
             "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
         }

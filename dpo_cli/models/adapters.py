@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
 
@@ -82,6 +83,25 @@ def adapter_off(policy: Any) -> Iterator[None]:
     finally:
         for layer, was in zip(layers, before, strict=True):
             layer._disable_adapters = was
+
+
+@contextmanager
+def adapter_scale(policy: Any, scale: float) -> Iterator[None]:
+    """Within, W + scale * (alpha/r) B A stands in the place of W + (alpha/r) B A: 0 is the base, 1 the policy.
+
+    CheckpointError where the adapter is not LoRA, or is one whose change is not proportional to its scale.
+    """
+    layers = [module for module in policy.modules() if isinstance(module, LoraLayer)]
+    if not layers or any(layer.lora_variant for layer in layers):
+        raise CheckpointError("this adapter cannot be scaled: only plain LoRA can")
+    before = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        layer.scaling.update({name: scale * usual for name, usual in layer.scaling.items()})
+    try:
+        yield
+    finally:
+        for layer, usual in zip(layers, before, strict=True):
+            layer.scaling.update(usual)
 
 
 def load_adapter(model: Any, adapter: str) -> Any:

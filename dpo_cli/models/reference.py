@@ -1,12 +1,13 @@
 """The reference: the weights the policy is compared with; only its log-probs of responses are used."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dpo_cli.models.adapters import adapter_off
-from dpo_cli.models.logps import MicroBatch, response_logps
+from dpo_cli.models.logps import MicroBatch, response_logps, token_logps_of
 
 
 class Reference(Protocol):
@@ -28,6 +29,11 @@ class FrozenReference:
         with torch.no_grad():
             return response_logps(self.model, micro_batch)
 
+    def token_logps(self, micro_batch: MicroBatch) -> Tensor:
+        """log p of every scored response token, (N,) float32, in nats, response after response."""
+        with torch.no_grad():
+            return token_logps_of(self.model, micro_batch)
+
 
 class NoReference:
     """A reference of zeros, for an objective that has none."""
@@ -45,11 +51,18 @@ class UnmovedPolicy:
 
     def logps(self, micro_batch: MicroBatch) -> Tensor:
         """log pi_ref(response | prompt), (M,) float32, in nats."""
+        return self._without_gradient(response_logps, micro_batch)
+
+    def token_logps(self, micro_batch: MicroBatch) -> Tensor:
+        """log p of every scored response token, (N,) float32, in nats, response after response."""
+        return self._without_gradient(token_logps_of, micro_batch)
+
+    def _without_gradient(self, compute: Callable[[Any, MicroBatch], Tensor], micro_batch: MicroBatch) -> Tensor:
         training = self.policy.training
         self.policy.eval()  # LoRA dropout is the policy's, not the reference's
         try:
             with torch.no_grad():
-                return response_logps(self.policy, micro_batch)
+                return compute(self.policy, micro_batch)
         finally:
             self.policy.train(training)
 
@@ -57,7 +70,6 @@ class UnmovedPolicy:
 class AdapterOffReference(UnmovedPolicy):
     """The policy's base weights with the adapter switched off: the same numbers without a second model."""
 
-    def logps(self, micro_batch: MicroBatch) -> Tensor:
-        """log pi_ref(response | prompt), (M,) float32, in nats."""
+    def _without_gradient(self, compute: Callable[[Any, MicroBatch], Tensor], micro_batch: MicroBatch) -> Tensor:
         with adapter_off(self.policy):
-            return super().logps(micro_batch)
+            return super()._without_gradient(compute, micro_batch)
