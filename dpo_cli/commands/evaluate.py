@@ -155,7 +155,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         lines = lines_of(pairs, scores, objective)
 
         def write() -> None:
-            examples = _examples(subject, margins)
+            examples = _examples(subject, lines)
             write_report(folder, report, lines, evaluation_page(report, lines, examples, answers))
 
         reporter.doing("writing the report")
@@ -235,8 +235,9 @@ def _scorer(config: EvalConfig, subject: Subject, engine: Engine, reporter: Repo
     return Scorer(subject.policy, objective, reference, subject.batcher, engine)
 
 
-def _examples(subject: Subject, margins: list[float]) -> list[dict[str, Any]]:
-    """The best and the worst pairs for the page, token by token."""
+def _examples(subject: Subject, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The best and the worst pairs for the page, token by token; `lines` are those of pairs.jsonl."""
+    margins = [math.nan if line["margin"] is None else line["margin"] for line in lines]
     pairs, decode = subject.data.held_out, subject.encoder.tokenizer.decode
     chosen = best_and_worst(margins)
     some = [pairs[index] for _, index in chosen]
