@@ -272,3 +272,13 @@ def test_an_adapter_changes_completions_until_it_is_disabled() -> None:
     with policy.disable_adapter():
         assert completed(policy, [CompletionRequest(prompt) for prompt in PROMPTS], GREEDY) == expected
     assert policy.training and model.config._attn_implementation == before
+
+
+def test_a_completion_knows_which_token_ended_it() -> None:
+    model, requests, params = tiny(), [CompletionRequest(prompt) for prompt in PROMPTS], SamplingParams(20, 1.0)
+    whole = [one.token_ids for one in generate_completions(model, requests, params, set(), CPU)]
+    stops = {ids[4] for ids in whole[:3]}
+    for ids, ended in zip(whole, generate_completions(model, requests, params, stops, CPU), strict=True):
+        first = next((place for place, token in enumerate(ids) if token in stops), None)
+        assert ended.token_ids == ids[:first]
+        assert ended.stop_token == (None if first is None else ids[first])

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from dpo_cli.data.formats import FinishReason
+from dpo_cli.engine.engine import SINGLE, Engine
 from dpo_cli.errors import ConfigError
 from dpo_cli.models.attention import SPANS, STEPS, use_attention
 from dpo_cli.models.head import head_logits
@@ -70,6 +71,7 @@ class Completion:
 
     token_ids: list[int] = field(default_factory=list)  # without the stop token
     finish_reason: FinishReason = FinishReason.LENGTH
+    stop_token: int | None = None  # that ended it; None where it reached the limit
 
 
 @dataclass
@@ -162,11 +164,13 @@ def generate_completions(
     stop_ids: set[int],
     device: torch.device,
     poll: Callable[[], None] = lambda: None,
+    engine: Engine = SINGLE,
 ) -> list[Completion]:
     """Generate the completions, in the order of `requests`; the model keeps its train or eval mode.
 
     Adjacent requests with the same prompt share its prefill. A batch that does not fit into memory is halved;
-    MemoryError or the device's own error where a single completion does not fit.
+    MemoryError or the device's own error where a single completion does not fit. An `engine` of several ranks has them
+    generate the same in step, which a sharded model needs: rank 0's tokens count, and nothing is halved. Collective.
     """
     was_training = model.training
     model.eval()
@@ -177,7 +181,7 @@ def generate_completions(
             completions: dict[int, Completion] = {}
             for indices in _batchable(causal, requests):
                 generated = _generate_halving(
-                    causal, [requests[index] for index in indices], params, stop_ids, device, poll
+                    causal, [requests[index] for index in indices], params, stop_ids, device, poll, engine
                 )
                 completions |= dict(zip(indices, generated, strict=True))
             return [completions[index] for index in range(len(requests))]
@@ -214,17 +218,18 @@ def _generate_halving(
     stop_ids: set[int],
     device: torch.device,
     poll: Callable[[], None],
+    engine: Engine,
 ) -> list[Completion]:
     batch = requests if len(requests) >= MIN_ROWS else requests * MIN_ROWS
     try:
-        return _Batch(causal, batch, params, stop_ids, device).run(poll)[: len(requests)]
+        return _Batch(causal, batch, params, stop_ids, device, engine).run(poll)[: len(requests)]
     except (RuntimeError, MemoryError) as error:
-        if not ran_out(error) or len(requests) == 1:
+        if not ran_out(error) or len(requests) == 1 or not engine.alone:
             raise
     make_room(device)
     half = len(requests) // 2
-    first = _generate_halving(causal, requests[:half], params, stop_ids, device, poll)
-    return first + _generate_halving(causal, requests[half:], params, stop_ids, device, poll)
+    first = _generate_halving(causal, requests[:half], params, stop_ids, device, poll, engine)
+    return first + _generate_halving(causal, requests[half:], params, stop_ids, device, poll, engine)
 
 
 class _Batch:
@@ -237,8 +242,9 @@ class _Batch:
         params: SamplingParams,
         stop_ids: set[int],
         device: torch.device,
+        engine: Engine,
     ) -> None:
-        self.params, self.stop_ids, self.device = params, stop_ids, device
+        self.params, self.stop_ids, self.device, self.engine = params, stop_ids, device, engine
         self.completions = [Completion() for _ in requests]
         self.active = list(range(len(requests)))  # the completion of each row; stopped rows stay until they are removed
         numbers = [request.uniforms(params.max_new_tokens) for request in requests] if params.temperature else None
@@ -260,6 +266,8 @@ class _Batch:
         for step in range(self.params.max_new_tokens):
             poll()
             tokens = self._next_tokens(logits, step)
+            if not self.engine.alone:
+                tokens = self.engine.sum(tokens if self.engine.rank == 0 else torch.zeros_like(tokens))
             self._append(tokens)
             if all(self._stopped(row) for row in self.active) or step + 1 == self.params.max_new_tokens:
                 break
@@ -283,8 +291,8 @@ class _Batch:
     def _append(self, tokens: Tensor) -> None:
         for row, token in zip(self.active, tokens.tolist(), strict=True):
             completion = self.completions[row]
-            if token in self.stop_ids:
-                completion.finish_reason = FinishReason.STOP
+            if token in self.stop_ids and not self._stopped(row):
+                completion.finish_reason, completion.stop_token = FinishReason.STOP, token
             if not self._stopped(row):
                 completion.token_ids.append(token)
 

@@ -5,7 +5,7 @@ is what counts as independent, not the pair. N pairs, G prompts, N_g pairs of pr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +81,19 @@ class Clusters:
         variance = self._variance(values)
         trials = 1 + share * (1 - share) / variance if variance > 0 else self.effective
         return wilson(share, min(trials, self.pairs), self.pairs, self.quantile)
+
+    def jackknife(self, statistic: Callable[[NDArray[np.bool_]], float]) -> Estimate:
+        """A statistic that is no mean, such as a ratio of two: `statistic` of the values that a mask, (N,), keeps.
+
+        Its variance is (G-1)/G times the sum of (statistic without prompt g - their mean)^2, as `_variance` of a mean.
+        """
+        whole = statistic(np.ones(self.pairs, dtype=bool))
+        if self.prompts == 1:
+            return Estimate(whole, -math.inf, math.inf, self.pairs)
+        left_out = np.array([statistic(self._of != prompt) for prompt in range(self.prompts)])
+        variance = float(((left_out - left_out.mean()) ** 2).sum()) * (self.prompts - 1) / self.prompts
+        half = self.quantile * math.sqrt(variance)
+        return Estimate(whole, whole - half, whole + half, self.pairs)
 
     def _variance(self, values: Values) -> float:
         """The variance of the mean by the jackknife: (G-1)/G times the sum of (mean without prompt g - mean)^2.
