@@ -62,6 +62,8 @@ def test_the_scales_go_from_the_reference_to_the_policy(trained: Trained, comman
     low, high = report["intervals95"]["rewards/margins"]
     assert whole["rewards/margins"] == pytest.approx([report["rewards/margins"], low, high], abs=1e-6)
     assert half["rewards/margins"][0] not in (0.0, pytest.approx(report["rewards/margins"]))
+    assert nothing["samples/kl"][0] == pytest.approx(0, abs=1e-4) and nothing["samples/length_ratio"][0] == 1.0
+    assert whole["samples/kl"][0] == pytest.approx(report["samples/kl"], abs=1e-6)
     before, after = ([line.split(": ", 1)[1] for line in ended.out.splitlines() if line.startswith(who)]
                      for who in ("reference (before)", "policy (after)"))  # fmt: skip
     assert [before, after] == [[safe_text(one) for one in end["answers"]] for end in (nothing, whole)]
@@ -152,3 +154,22 @@ def test_the_best_and_worst_pairs_of_a_run_add_up_to_their_margins(
         chosen, rejected = (sum(value for _, value in one[side]) for side in ("chosen", "rejected"))
         assert one["margin"] in margins and 0.1 * (chosen - rejected) == pytest.approx(one["margin"], abs=1e-4)
     assert [one["kind"] for one in examples] == sorted(one["kind"] for one in examples)
+
+
+def test_what_is_said_of_sampled_answers_follows_from_their_lines(trained: Trained, command: Command) -> None:
+    run = trained("run", "optimizer.lr=1e-2")
+    ended = command("dpo-eval", f"checkpoint={run}", "max_new_tokens=6")
+    folder = run / "eval" / "held-out-final"
+    report = json.loads((folder / "report.json").read_text())
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == report["samples/n"] == 6  # as many as there are prompts
+    kls = [line["kl"] for line in lines]
+    assert report["samples/kl"] == pytest.approx(sum(kls) / 6, abs=1e-6)
+    low, high = report["intervals95"]["samples/kl"]
+    spread = math.sqrt(sum((kl - sum(kls) / 6) ** 2 for kl in kls) / 5 / 6)
+    assert (high - low) / 2 == pytest.approx(2.5706 * spread, rel=1e-3)  # Student's t, 5 degrees of freedom
+    assert report["samples/length"] == pytest.approx(sum(line["tokens"] for line in lines) / 6)
+    assert "sampled answers to 6 held-out prompts, temperature 1, at most 6 tokens" in ended.out
+    none = command("dpo-eval", f"checkpoint={run}", "kl_samples=0")
+    assert none.code == 0 and "sampled answers" not in none.out
+    assert "samples/kl" not in json.loads((folder / "report.json").read_text())

@@ -31,9 +31,11 @@ from dpo_cli.evaluation.view import (
     show_calibration,
     show_estimates,
     show_header,
+    show_measured,
     show_scales,
     show_sources,
 )
+from dpo_cli.generation.answers import Answer, MeasuredAnswers, asked_prompts, measure_answers
 from dpo_cli.generation.generate import greedy_completions
 from dpo_cli.models.adapters import adapter_off, adapter_scale
 from dpo_cli.models.dtype import Decision, choose_device
@@ -44,9 +46,10 @@ from dpo_cli.models.loading import (
     load_model,
     load_tokenizer,
     model_fingerprint,
+    position_limit,
     same_weights,
 )
-from dpo_cli.models.logps import MicroBatcher
+from dpo_cli.models.logps import MicroBatcher, causal_model
 from dpo_cli.models.memory import enough_tokens
 from dpo_cli.models.packing import remembered_layout
 from dpo_cli.models.precompute import FillOptions, complete
@@ -125,7 +128,10 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         show_calibration(reporter, bins)
         answers = _answers(config, subject, engine, signals)
         show_answers(reporter, answers, config.max_new_tokens)
-        scales = [_at_scale(scale, config, subject, scorer, signals) for scale in config.scales]
+        measured = _measure(config, subject, engine, reporter, signals)
+        estimates |= measured.estimates
+        show_measured(reporter, measured.estimates, len(measured.rows), config.max_new_tokens)
+        scales = [_at_scale(scale, config, subject, scorer, measured, reporter, signals) for scale in config.scales]
         show_scales(reporter, scales)
         summary = summary_of(estimates, prompts, leaks, unknown)
         reporter.say(f"verdict  {summary['color']}: {summary['text']}", style=summary["color"])
@@ -149,14 +155,15 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
             "seconds": seconds,
             "summary": summary,
             **({"calibration": calibration_facts(bins)} if bins else {}),
+            **({"samples/n": len(measured.rows)} if measured.rows else {}),
             **({"scales": scales} if scales else {}),
         }
         report = report_of(facts, estimates | with_sources(of_sources), len(pairs))
         lines = lines_of(pairs, scores, objective)
 
         def write() -> None:
-            examples = _examples(subject, lines)
-            write_report(folder, report, lines, evaluation_page(report, lines, examples, answers))
+            page = evaluation_page(report, lines, _examples(subject, lines), answers)
+            write_report(folder, report, lines, measured.rows, page)
 
         reporter.doing("writing the report")
         signals.protect_saving()
@@ -258,13 +265,39 @@ def _examples(subject: Subject, lines: list[dict[str, Any]]) -> list[dict[str, A
     return found
 
 
+def _measure(
+    config: EvalConfig,
+    subject: Subject,
+    engine: Engine,
+    reporter: Reporter,
+    signals: StopSignals,
+    of_reference: Sequence[Answer] | None = None,
+) -> MeasuredAnswers:
+    """What the policy writes beside the reference, on the first prompts; empty where it is not asked for."""
+    limit = position_limit(causal_model(subject.policy))
+    longest = None if limit is None else limit + 1 - config.max_new_tokens
+    asked = config.kl_samples if subject.objective.generates else 0
+    prompts = asked_prompts(subject.data, subject.encoder, asked, longest)
+    if not prompts:
+        return MeasuredAnswers({})
+    scorer = Scorer(subject.policy, subject.objective, subject.reference, subject.batcher, engine)
+    seed = subject.ref.run.seed if subject.ref.run else 0
+    advance = reporter.bar("answer", len(prompts) * (1 if of_reference else 2))
+    how = (scorer, subject.encoder, prompts, config.max_new_tokens, seed, signals.poll, of_reference, advance)
+    measured = measure_answers(*how)
+    reporter.stop()
+    return measured
+
+
 def _at_scale(
-    scale: float, config: EvalConfig, subject: Subject, scorer: Scorer, signals: StopSignals
-) -> dict[str, Any]:
+    scale: float, config: EvalConfig, subject: Subject, scorer: Scorer, as_trained: MeasuredAnswers,
+    reporter: Reporter, signals: StopSignals,
+) -> dict[str, Any]:  # fmt: skip
     """The metrics and answers of the policy with its adapter at a scale, for report.json."""
     with adapter_scale(subject.policy, scale):
         scores = score_pairs(scorer, subject.data.held_out, signals.poll)
         found = summarize(scores, subject.objective, prompts_of(subject.data.held_out))
+        found |= _measure(config, subject, scorer.engine, reporter, signals, as_trained.of_reference).estimates
         answers = _greedy(config, subject, subject.policy, scorer.engine, signals)
     return {
         "scale": scale,

@@ -502,6 +502,7 @@ class EvalConfig:
     name: Text | None = Field(pattern=r"^[^/\\\x00.][^/\\\x00]*$", description="must be a plain folder name")
     samples: int = Field(ge=0)
     max_new_tokens: int = Field(ge=1)
+    kl_samples: int = Field(ge=0)
     scales: list[Annotated[float, Field(ge=0)]] = Field(
         description="must be a list of numbers from 0, such as [0,0.5,1]"
     )

@@ -16,6 +16,8 @@ from dpo_cli.theory.calibration import Bin, calibration_error
 from dpo_cli.theory.losses import implicit_rewards
 from dpo_cli.theory.statistics import Estimate
 
+FILES = ("pairs.jsonl", "samples.jsonl", "report.html", "report.json")  # in the order in which they are written
+
 
 def report_of(facts: dict[str, Any], estimates: dict[str, Estimate], pairs: int) -> dict[str, Any]:
     """report.json: the facts, each metric's mean, and its 95% interval. A number that is not finite is null."""
@@ -56,26 +58,33 @@ def lines_of(pairs: Sequence[TokenizedPair], scores: ScoredPairs, objective: Obj
     return lines
 
 
-def write_report(folder: Path, report: dict[str, Any], lines: Sequence[dict[str, Any]], page: str) -> None:
-    """Write `pairs.jsonl`, `report.html` (the page) and `report.json` into `folder`, all of them or none.
+def write_report(
+    folder: Path,
+    report: dict[str, Any],
+    lines: Sequence[dict[str, Any]],
+    answers: Sequence[dict[str, Any]],
+    page: str,
+) -> None:
+    """Write `pairs.jsonl`, `samples.jsonl` (sampled answers), `report.html` and `report.json`, all of them or none.
 
     `report.json` comes last: it makes the report complete. StorageError where a file cannot be written; then an
     earlier report is as it was.
     """
-    for path in (folder, folder / "pairs.jsonl", folder / "report.json", folder / "report.html"):
+    for path in (folder, *(folder / name for name in FILES)):
         if path.is_symlink():  # in an untrusted run directory it could make us write anywhere
             raise StorageError(f"{safe_text(path)}: is a symbolic link, and is not written through")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = {
-            "pairs.jsonl": "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines),
-            "report.html": page,
-            "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
-        }
+        whole = json.dumps(report, indent=1, allow_nan=False) + "\n"
+        files = dict(zip(FILES, (_jsonl(lines), _jsonl(answers), page, whole), strict=True))
         write_together({folder / name: text.encode("utf-8") for name, text in files.items()}, shared=True)
     except OSError as error:
         reason = error.strerror or "cannot be written"
         raise StorageError(f"{safe_text(folder)}: the report cannot be written ({reason})") from None
+
+
+def _jsonl(lines: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 
 
 def _known(number: float) -> float | None:

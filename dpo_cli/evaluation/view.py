@@ -119,7 +119,39 @@ def show_answers(reporter: Reporter, answers: list[dict[str, str]], limit: int) 
     reporter.say()
 
 
-OF_SCALES = (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins"), ("loss", "loss"))
+OF_SAMPLES = (
+    ("KL from the reference, nats an answer", "samples/kl"),
+    ("tokens an answer", "samples/length"),
+    ("tokens, times those of the reference", "samples/length_ratio"),
+    ("answers that end by themselves", "samples/ends"),
+    ("the reference's", "samples/reference_ends"),
+    ("repeated 4-grams in an answer", "samples/repetition"),
+    ("the reference's", "samples/reference_repetition"),
+    ("distinct 2-grams", "samples/distinct_2"),
+    ("the reference's", "samples/reference_distinct_2"),
+)
+
+
+def show_measured(reporter: Reporter, estimates: dict[str, Estimate], answers: int, limit: int) -> None:
+    """What the policy writes beside the reference."""
+    if not answers:
+        return
+    reporter.say(f"sampled answers to {plural(answers, 'held-out prompt')}, temperature 1, at most {limit} tokens")
+    rows = [
+        [label, significant(estimates[name].mean), interval(estimates[name].low, estimates[name].high)]
+        for label, name in OF_SAMPLES
+    ]
+    reporter.grid(["metric", "mean", "95% interval"], rows)
+    reporter.say()
+
+
+OF_SCALES = (
+    ("accuracy", "rewards/accuracies"),
+    ("margin", "rewards/margins"),
+    ("loss", "loss"),
+    ("KL", "samples/kl"),
+    ("length", "samples/length_ratio"),
+)
 
 
 def show_scales(reporter: Reporter, scales: list[dict[str, Any]]) -> None:
