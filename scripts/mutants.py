@@ -300,7 +300,7 @@ MUTANTS = [
            OF_FAULTS + "test_hostile.py -k wrong_shape"),
     Mutant("what is known is asked for again", PRECOMPUTE, "if how.engine.retries and not cache.missing(micro_batch.examples):", "if False:",
            "tests/test_reference_cache.py"),
-    Mutant("the best checkpoint is pruned", CHECKPOINT, " and (best is None or checkpoint != best[0]):", ":",
+    Mutant("the best checkpoint is pruned", CHECKPOINT, "[] if best is None else [best[0]]", "[]",
            "tests/test_reproduce.py"),
     Mutant("reference values of another run", REFERENCE_LOGPS, "resumed and not cache.adopt(own)",
            "resumed and not own.exists()", OF_FAULTS + "test_storage.py -k another_run_left"),

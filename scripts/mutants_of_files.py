@@ -168,7 +168,7 @@ MUTANTS_OF_FILES = [
      "tests/test_cli.py -k no_way_of_writing"),
     ("a replay lets a model run code", COMMAND_LINE, "if earlier.model.trust_remote_code and not again:", "if False:",
      "-m faults tests/faults/test_hostile.py -k cannot_decide"),
-    ("a replay with other keys is called a replay", COMMAND_LINE, 'if key not in (*FREE_KEYS, "device", trusted):', "if False:",
+    ("a replay with other keys is called a replay", COMMAND_LINE, 'if key not in (*free, "device", trusted):', "if False:",
      "tests/test_reproduce.py -k no_other_dial"),
     ("text in quotes is a number", CONFIG_FILES, 'if getattr(node, "style", None) is not None:', "if False:",
      "tests/test_cli.py -k no_way_of_writing"),

@@ -71,7 +71,7 @@ def test_what_answers_show_by_hand() -> None:
         "length_ratio": 8 / 5,
     }
     # Without the first prompt the ratio is 3/2, without the second 5/3; t with one degree of freedom is 12.706.
-    half = 12.706204736 * math.sqrt((5 / 3 - 3 / 2) ** 2 / 2 / 2)
+    half = 12.706204736 * math.sqrt(((3 / 2 - 8 / 5) ** 2 + (5 / 3 - 8 / 5) ** 2) / 2)
     ratio = found["samples/length_ratio"]
     assert (ratio.low, ratio.high, ratio.n) == (pytest.approx(8 / 5 - half), pytest.approx(8 / 5 + half), 2)
 

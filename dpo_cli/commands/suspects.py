@@ -136,7 +136,8 @@ def _of_fold(run: RunConfig, folder: Path, fold: int) -> RunConfig:
     )
     into = folder / f"run-{fold + 1}"
     return replace(
-        run, data=data, output_dir=str(into), resume="auto", tracker=None, eval_every=0, dry_run=False,
+        run.to_the_end(), samples=replace(run.samples, n=0), data=data,
+        output_dir=str(into), resume="auto", tracker=None, eval_every=0, dry_run=False,
         verify_resume=False, replay=None,
     )  # fmt: skip
 

@@ -163,7 +163,9 @@ def _result(job: Job, code: int, run: Path) -> Result:
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         evaluations = [line for line in map(json.loads, lines) if line.get("split") == "eval"]
     manifest = _json(run / "manifest.json")
-    return Result(job, code, run, evaluations[-1] if evaluations else {}, manifest)
+    final = manifest.get("final")  # a run may have chosen another step than its last
+    chosen = [line for line in evaluations if isinstance(final, dict) and line.get("step") == final.get("step")]
+    return Result(job, code, run, (chosen or evaluations or [{}])[-1], manifest)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from dpo_cli.runs.checkpoint import checkpoint_name
 from dpo_cli.training.runner import train
 
 STEPS, STOP = 4, 2
+ANSWERS = 8  # generated at its two evaluations, at most
 TIMINGS = ("seconds", "pairs_per_second", "tokens_per_second", "peak_memory_gib")
 
 
@@ -34,13 +35,13 @@ def verify_resume(config: RunConfig, reporter: Reporter) -> None:
     """Say that resume is exact here; CheckpointError names what differs. No run is left on disk.
 
     The run is the config's own, shortened: 4 steps without warm-up, on pairs enough for them, with an evaluation and a
-    half-full log window after the checkpoint.
+    half-full log window after the checkpoint. It goes to its last step, whatever budget it has.
     """
     enough = 2 * STEPS * config.batch_size + 64
     data = _shortened(config.data, enough)
     # Values of this shortened run are not left to others: they would begin a rounding off.
     short = replace(
-        config,
+        config.to_the_end(),
         data=data,
         reference=replace(config.reference, cache="off" if config.reference.cache == "off" else "run"),
         optimizer=replace(config.optimizer, warmup_steps=0),
@@ -49,6 +50,7 @@ def verify_resume(config: RunConfig, reporter: Reporter) -> None:
         eval_every=STEPS - 1,
         log_every=STEPS - 1,
         keep_checkpoints=STEPS,
+        samples=replace(config.samples, n=min(config.samples.n, ANSWERS)),
         verify_resume=False,
         tracker=None,
     )

@@ -20,11 +20,11 @@ from dpo_cli.config.composition import (
 from dpo_cli.config.files import override_value, overrides_in
 from dpo_cli.config.objectives import OBJECTIVES
 from dpo_cli.config.schema import (
-    FREE_KEYS,
     SCHEMAS,
     FieldError,
     RunConfig,
     config_of,
+    free_keys,
     read_config,
     run_config,
     schema_keys,
@@ -150,10 +150,10 @@ def _replayed(line: CommandLine, choice: Composed) -> RunConfig:
     run = user_path(given, CheckpointError, "replay")
     earlier = read_config(run / "config.yaml")
     container = to_container(earlier)
-    trusted = "model.trust_remote_code"
+    trusted, free = "model.trust_remote_code", free_keys(earlier)
     for key, written in line.given.items():
-        if key not in (*FREE_KEYS, "device", trusted):
-            allowed = ", ".join(key for key in (*FREE_KEYS, "device") if not key.startswith("tracker."))
+        if key not in (*free, "device", trusted):
+            allowed = ", ".join(key for key in (*free, "device") if not key.startswith("tracker."))
             raise ConfigError(f"{written}: replay={safe_text(run)} runs a config as it was; with it go {allowed}")
         *parents, leaf = ["tracker"] if key.startswith("tracker") else key.split(".")
         target, source = container, choice.container

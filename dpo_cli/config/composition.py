@@ -5,6 +5,7 @@ Overrides are read with Hydra's own grammar and checked against the schema befor
 before the packaged one on Hydra's search path; a user's file (`--config`) becomes words of the command line.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -337,7 +338,8 @@ def composed_run(overrides: list[Override], own: Path | None = None) -> Composed
     for key, value in rules.defaults.items():
         # A value that an experiment sets is the user's too: it is checked, not replaced.
         if key not in given and choice.where(key).startswith(f"{conf_dir().name}/train.yaml "):
-            choice.container[key] = value
+            *groups_of_key, leaf = key.split(".")
+            functools.reduce(lambda container, group: container[group], groups_of_key, choice.container)[leaf] = value
     return choice
 
 

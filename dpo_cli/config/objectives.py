@@ -25,18 +25,22 @@ class ObjectiveRules:
     unused: Mapping[str, str] = field(default_factory=dict)  # groups that the user must leave out, and why
 
 
+NO_ANSWERS = "a reward model gives no answers"
 NO_REFERENCE = "a reward model (objective=reward) is held to no reference; leave it out"
 
 OBJECTIVES = {
     "dpo": ObjectiveRules(),
     "reward": ObjectiveRules(
         suffix="-reward",
-        defaults={"beta": 1.0},
+        defaults={"beta": 1.0, "samples.n": 0},
         fixed=(
             Fixed("beta", (1.0,), NO_REFERENCE),
             Fixed("loss.name", ("sigmoid",), "a reward model has the sigmoid loss", written="loss={}"),
             Fixed("monitor", ("warn", "off"), "of a reward model no alarm means ruin; choose warn or off"),
-            Fixed("loss.sft_weight", (0.0,), "a reward model gives no answers"),
+            Fixed("loss.sft_weight", (0.0,), NO_ANSWERS),
+            Fixed("samples.n", (0,), NO_ANSWERS),
+            Fixed("budget.kl", (None,), NO_ANSWERS),
+            Fixed("budget.length", (None,), NO_ANSWERS),
             Fixed(
                 "lora.enabled", (True,), "a reward model trains adapters and a head; choose a LoRA", written="lora=off"
             ),

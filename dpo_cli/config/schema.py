@@ -44,6 +44,10 @@ LOSS_OPTIONS: dict[str, tuple[str, ...]] = {
     "apo_down": (),
     "discopop": ("temperature",),
 }
+# What early_stop.metric can be: its key in metrics.jsonl, and 1 where more of it is better, -1 where less is.
+METRICS = {"loss": ("loss", -1), "accuracy": ("rewards/accuracies", 1), "margin": ("rewards/margins", 1)}
+# What decides which step final/ holds, where a run chooses it.
+OF_CHOOSING = ("eval_every", "samples.n", "samples.max_new_tokens")
 # Who labels samples, the key that each needs, and what to give.
 LABELLERS = {
     "human": ("annotator", "annotator=NAME, under which the judgements are kept"),
@@ -404,6 +408,32 @@ class TrackerConfig:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class SamplesConfig:
+    """Held-out prompts that policy and reference answer at each evaluation."""
+
+    n: int = Field(ge=0, json_schema_extra=FREE)
+    max_new_tokens: int = Field(ge=1, json_schema_extra=FREE)
+
+
+@dataclass(config=STRICT, kw_only=True)
+class EarlyStopConfig:
+    """When a run ends because it no longer improves."""
+
+    patience: int | None = Field(ge=1, json_schema_extra=LOUD)
+    metric: Literal[*METRICS] = Field(json_schema_extra=LOUD)  # type: ignore[valid-type]
+
+
+@dataclass(config=STRICT, kw_only=True)
+class BudgetConfig:
+    """How far the policy's answers may go from the reference's."""
+
+    kl: float | None = Field(gt=0, json_schema_extra=LOUD, description="nats a response; 10 is usual")
+    length: float | None = Field(
+        ge=1, json_schema_extra=LOUD, description="times the reference's length, which is 1 at the start; 1.5 is usual"
+    )
+
+
+@dataclass(config=STRICT, kw_only=True)
 class RunConfig:
     """One training run."""
 
@@ -427,6 +457,10 @@ class RunConfig:
     eval_every: int = Field(ge=0, json_schema_extra=FREE)
     save_every: int = Field(ge=0, json_schema_extra=FREE)
     keep_checkpoints: int = Field(ge=1, json_schema_extra=FREE)
+    samples: SamplesConfig
+    early_stop: EarlyStopConfig
+    keep_best: bool = Field(json_schema_extra=LOUD)
+    budget: BudgetConfig
     max_grad_norm: float = Field(gt=0, description="1.0 is usual")
     device: Text = Field(json_schema_extra=LOUD)
     output_dir: Directory | None = Field(json_schema_extra=FREE, description=EMPTY)
@@ -456,6 +490,7 @@ class RunConfig:
         alone = not self.verify_resume or (self.resume is None and not self.dry_run)
         _require(alone, "verify_resume", True, "trains some steps of its own; leave resume and dry_run out")
         self._check_plan()
+        self._check_choosing()
         _require(
             self.engine.name != "fsdp" or "8bit" not in self.optimizer.name,
             "optimizer",
@@ -480,6 +515,29 @@ class RunConfig:
             self.reference.name,
             "needs an adapter to switch off; with lora=off choose reference=frozen",
         )
+
+    def choosing(self) -> dict[str, Any]:
+        """The keys that make the run choose what final/ is by its evaluations, with their values."""
+        given = {
+            "budget.kl": self.budget.kl,
+            "budget.length": self.budget.length,
+            "early_stop.patience": self.early_stop.patience,
+            "keep_best": self.keep_best or None,
+        }
+        return {key: value for key, value in given.items() if value is not None}
+
+    def to_the_end(self) -> "RunConfig":
+        """The config of a run that goes to its last step, whatever its evaluations say."""
+        early_stop = replace(self.early_stop, patience=None)
+        return replace(self, budget=BudgetConfig(kl=None, length=None), early_stop=early_stop, keep_best=False)
+
+    def _check_choosing(self) -> None:
+        """Whether there are evaluations, and answers, by which what final/ is can be chosen."""
+        for key, value in self.choosing().items():
+            why = "is decided at evaluations; set the steps between two of them, for instance eval_every=50"
+            _require(self.eval_every > 0, key, value, why)
+            why = "is measured on generated answers; leave samples.n=0 out"
+            _require(not key.startswith("budget.") or self.samples.n > 0, key, value, why)
 
     def _check_plan(self) -> None:
         """Whether what a plan is made for is given with plan=true, and nothing is to run besides."""
@@ -674,6 +732,11 @@ def schema_keys(schema: type) -> list[str]:
 
 FREE_KEYS = tuple(key for key, _, marks in walk(RunConfig) if marks == FREE)
 LOUD_KEYS = tuple(key for key, _, marks in walk(RunConfig) if marks == LOUD)
+
+
+def free_keys(config: RunConfig) -> tuple[str, ...]:
+    """What a resumed run or a replay may change without a word: nothing that decides which step final/ holds."""
+    return tuple(key for key in FREE_KEYS if not (config.choosing() and key in OF_CHOOSING))
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -134,6 +134,15 @@ MIGRATIONS: dict[int, tuple[Change, ...]] = {
         Added("tflops", None),
         Added("price", None),
     ),
+    7: (
+        Added("samples.n", 0),
+        Added("samples.max_new_tokens", 64),
+        Added("early_stop.patience", None),
+        Added("early_stop.metric", "loss"),
+        Added("keep_best", False),
+        Added("budget.kl", None),
+        Added("budget.length", None),
+    ),
 }  # fmt: skip
 VERSION = max(MIGRATIONS)
 

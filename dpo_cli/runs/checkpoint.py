@@ -124,7 +124,9 @@ class Checkpoint:
         _seal(beside)
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, held_out_losses: Mapping[int, float]) -> Path:
+def save_checkpoint(
+    folder: Path, checkpoint: Checkpoint, keep: int, held_out_losses: Mapping[int, float], chosen: int | None = None
+) -> Path:
     """Write `folder/step-*`, then prune; StorageError leaves every earlier one intact.
 
     A checkpoint of the same step that is whole already stays: the same run at the same step holds the same.
@@ -139,7 +141,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, held_out_lo
         raise StorageError(f"{target}: the checkpoint cannot be written ({safe_text(error)})") from None
     finally:
         checkpoint.optimizer.discard()
-    prune(folder, keep, held_out_losses)
+    prune(folder, keep, held_out_losses, chosen)
     return target
 
 
@@ -151,11 +153,13 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def prune(folder: Path, keep: int, held_out_losses: Mapping[int, float]) -> None:
-    """Remove all checkpoints but the newest `keep` and the one with the lowest held-out loss."""
-    newest, best = checkpoints(folder)[-keep:], best_checkpoint(folder, held_out_losses)
+def prune(folder: Path, keep: int, held_out_losses: Mapping[int, float], chosen: int | None = None) -> None:
+    """Remove all checkpoints but the newest `keep`, the one with the lowest held-out loss, and the `chosen` step's."""
+    kept, best = checkpoints(folder)[-keep:], best_checkpoint(folder, held_out_losses)
+    kept += [] if best is None else [best[0]]
+    kept += [] if chosen is None else [folder / checkpoint_name(chosen)]
     for checkpoint in checkpoints(folder):
-        if checkpoint not in newest and (best is None or checkpoint != best[0]):
+        if checkpoint not in kept:
             remove_folder(checkpoint)
 
 
@@ -339,7 +343,7 @@ def restore(
     CheckpointError where a tensor is missing, left over or of another shape: nothing is guessed.
     """
     try:
-        _restore_weights(checkpoint, policy, objective)
+        restore_weights(checkpoint, policy, objective)
         _restore_optimizer(tensors_in(checkpoint / OPTIMIZER), policy, optimizer, shapes)
         rng, window = (dict(tensors_in(checkpoint / name)) for name in (RNG, WINDOW))
         if "cpu" not in rng or rng["cpu"].shape != torch.get_rng_state().shape:
@@ -356,7 +360,8 @@ def restore(
         raise CheckpointError(f"{checkpoint}: does not fit this run ({reason})") from None
 
 
-def _restore_weights(checkpoint: Path, policy: Any, objective: Objective) -> None:
+def restore_weights(checkpoint: Path, policy: Any, objective: Objective) -> None:
+    """Give the policy the weights of a validated checkpoint of its own run."""
     if isinstance(policy, PeftModel):
         file = checkpoint / ADAPTER_FILE
         expected = get_peft_model_state_dict(policy, save_embedding_layers=False)

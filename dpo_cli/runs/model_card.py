@@ -23,10 +23,12 @@ def model_card(
     objective: Objective,
     metrics: dict[str, float] | None,
     pairs: int,
+    chosen: str = "",
 ) -> str:
     """Markdown with PEFT's front matter, the options of the run, its held-out metrics, and code.
 
-    `fingerprint` is that of the base model's weights, `encoder` how its texts became tokens.
+    `fingerprint` is that of the base model's weights, `encoder` how its texts became tokens. `chosen` says which step
+    the weights are of and why, where the run chose it.
     """
     base = source.name if source.name == SMOLLM2 else portable(source.path, source.name)
     sft_adapter = config.model.adapter and portable(config.model.adapter, config.model.adapter)
@@ -50,6 +52,7 @@ def model_card(
         f"{card.loss}, learning rate {significant(config.optimizer.lr)}, "
         f"seed {config.seed}. The full config is `config.yaml` in the run directory.",
         "",
+        *([f"{safe_text(chosen)}.", ""] if chosen else []),
         f"Base model: {name}{f', revision {safe_text(config.model.revision)}' if config.model.revision else ''} "
         f"({safe_text(source.origin)}), fingerprint of its weights `{fingerprint}`. License: see the base model.",
         "",

@@ -1,7 +1,7 @@
 """The run directory: where a run keeps its config, its manifest, its metrics and its checkpoints.
 
 config.yaml  manifest.json  metrics.jsonl  train.log  trained_on.safetensors  reference_logps.bin
-checkpoints/step-*/  final/  eval/<name>/
+checkpoints/step-*/  samples/step-*.jsonl  final/  eval/<name>/
 
 One idea to keep in mind: a directory has one owner at a time, who holds its lock, and the next owner removes what
 it did not finish.
@@ -23,6 +23,7 @@ from dpo_cli.config.schema import (
     LOUD_KEYS,
     RunConfig,
     config_text,
+    free_keys,
     public_container,
     read_config,
 )
@@ -76,6 +77,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
         self.final = path / "final"
         self.metrics = MetricsLog(path / "metrics.jsonl")
         self.config = path / "config.yaml"
@@ -102,8 +104,8 @@ class RunDirectory:
 
     def _refuse_links(self) -> None:
         """CheckpointError for a symbolic link: in an untrusted directory it could make us write anywhere."""
-        for file in (self.checkpoints, self.final, self.metrics.path, self.config, self.manifest, self.log,
-                     self.reference, self.trained_on, self.lock):  # fmt: skip
+        for file in (self.checkpoints, self.samples, self.final, self.metrics.path, self.config, self.manifest,
+                     self.log, self.reference, self.trained_on, self.lock):  # fmt: skip
             if file.is_symlink():
                 raise CheckpointError(
                     f"{safe_text(file)}: is a symbolic link; to keep a run on another disk, name it with output_dir"
@@ -141,7 +143,7 @@ class RunDirectory:
             with suppress(OSError):  # a full disk: the lock holds all the same, it only cannot say whose it is
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {platform.node()} since {since}\n".encode())
-            for folder in (self.path, self.checkpoints) if alone else ():
+            for folder in (self.path, self.checkpoints, self.samples) if alone else ():
                 sweep(folder)
             try:
                 yield
@@ -196,6 +198,19 @@ class RunDirectory:
             link_or_copy(source, path)
         except OSError as error:
             raise StorageError(f"{safe_text(path)}: cannot be written ({error.strerror})") from None
+
+    def write_samples(self, name: str, data: bytes) -> None:
+        """Write a file of answers, whole."""
+        with suppress(OSError):  # why it cannot be made, `write` says
+            self.samples.mkdir(exist_ok=True)
+        self.write(self.samples / name, data)
+
+    def remove_samples(self, after: str) -> None:
+        """Remove the answers of evaluations after a step: a run that resumes from it generates them again."""
+        for file in self.samples.glob("step-*.jsonl") if self.samples.is_dir() else ():
+            if file.name > f"{after}.jsonl":
+                with suppress(OSError):
+                    file.unlink()
 
     def write(self, path: Path, data: bytes) -> None:
         """Write one of the run's files, whole; StorageError where that is not possible."""
@@ -284,8 +299,9 @@ def config_changes(earlier: RunConfig, now: RunConfig) -> tuple[list[Change], li
     before, after = flat(public_container(earlier)), flat(public_container(now))
     refused: list[Change] = []
     told: list[Change] = []
+    free = {*free_keys(earlier)} & {*free_keys(now)}
     for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and key not in FREE_KEYS:
+        if before.get(key) != after.get(key) and key not in free:
             change = Change(key, safe_text(before.get(key), 60), safe_text(after.get(key), 60))
-            (told if key in LOUD_KEYS else refused).append(change)
+            (told if key in (*LOUD_KEYS, *FREE_KEYS) else refused).append(change)
     return refused, told

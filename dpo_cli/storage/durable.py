@@ -18,7 +18,7 @@ UNFINISHED = ".tmp-"
 # Only names that this program makes are swept: a run directory may lie in a folder of somebody else's.
 OURS = re.compile(
     r"\.tmp-(?:removed-)?(?:step-\d+|final|part)(?:-\d+)?"
-    r"|\.tmp-(?:config\.yaml|manifest\.json|trackers\.json|reference_logps\.bin)"
+    r"|\.tmp-step-\d+\.jsonl|\.tmp-(?:config\.yaml|manifest\.json|trackers\.json|reference_logps\.bin)"
 )
 
 

@@ -85,14 +85,13 @@ class Clusters:
     def jackknife(self, statistic: Callable[[NDArray[np.bool_]], float]) -> Estimate:
         """A statistic that is no mean, such as a ratio of two: `statistic` of the values that a mask, (N,), keeps.
 
-        Its variance is (G-1)/G times the sum of (statistic without prompt g - their mean)^2, as `_variance` of a mean.
+        Its variance is estimated as `_variance` estimates that of a mean.
         """
         whole = statistic(np.ones(self.pairs, dtype=bool))
         if self.prompts == 1:
             return Estimate(whole, -math.inf, math.inf, self.pairs)
         left_out = np.array([statistic(self._of != prompt) for prompt in range(self.prompts)])
-        variance = float(((left_out - left_out.mean()) ** 2).sum()) * (self.prompts - 1) / self.prompts
-        half = self.quantile * math.sqrt(variance)
+        half = self.quantile * math.sqrt(self._jackknifed(left_out, whole))
         return Estimate(whole, whole - half, whole + half, self.pairs)
 
     def _variance(self, values: Values) -> float:
@@ -106,7 +105,10 @@ class Clusters:
         sums = np.bincount(self._of, weights=of_pairs, minlength=self.prompts)
         with np.errstate(invalid="ignore"):  # an infinite loss makes the interval NaN
             left_out = (sums.sum() - sums) / (self.pairs - self._sizes)
-            return float(((left_out - of_pairs.mean()) ** 2).sum()) * (self.prompts - 1) / self.prompts
+            return self._jackknifed(left_out, float(of_pairs.mean()))
+
+    def _jackknifed(self, left_out: NDArray[np.float64], whole: float) -> float:
+        return float(((left_out - whole) ** 2).sum()) * (self.prompts - 1) / self.prompts
 
 
 def student_quantile(freedom: int) -> float:

@@ -13,7 +13,7 @@ from dpo_cli.data.batches import Layout, Schedule, Split, SplitByPairs, SplitByT
 from dpo_cli.data.pairs import PairData, load_pairs
 from dpo_cli.data.store import StoredPairs
 from dpo_cli.data.tokens import PairEncoder
-from dpo_cli.errors import CheckpointError
+from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.models.dtype import Decision, choose_device, choose_dtype
 from dpo_cli.models.loading import (
     ModelSource,
@@ -151,6 +151,9 @@ def _material(context: Context, source: ModelSource, always_closes: bool) -> Mat
             f"batch_size={config.batch_size}: in each step {plural(idle, 'rank')} of {context.engine.world_size} "
             f"{'has' if idle == 1 else 'have'} no pair to compute; raise batch_size, or start fewer ranks"
         )
+    for key, value in config.choosing().items() if not data.held_out else ():
+        shown = str(value).lower() if isinstance(value, bool) else value
+        raise ConfigError(f"{key}={shown}: no pair is held out to decide by; set data.eval or data.eval_fraction")
     schedule = Schedule(len(data.train), config.batch_size, config.seed, config.data.shuffle, data.train.rows)
     return Material(source, encoder, data, schedule, schedule.total_steps(config.epochs, config.max_steps))
 

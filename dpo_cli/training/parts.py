@@ -119,7 +119,7 @@ class Progress:
     records_kept: int = 0  # lines of metrics.jsonl that a resumed run keeps
     resumed: bool = False  # from a checkpoint
     skipped_steps: int = 0  # whose update was left out because it was not finite
-    evaluated: dict[int, float] = field(default_factory=dict)  # the held-out loss by step
+    evaluated: dict[int, dict[str, Any]] = field(default_factory=dict)  # the held-out line of metrics.jsonl by step
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many steps, 0 for never, happens after this one."""
@@ -128,7 +128,7 @@ class Progress:
     @property
     def held_out_losses(self) -> dict[int, float]:
         """The finite held-out losses, by step."""
-        return {step: loss for step, loss in self.evaluated.items() if math.isfinite(loss)}
+        return {step: line["loss"] for step, line in self.evaluated.items() if math.isfinite(line["loss"])}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.engine.engine import SINGLE
 from dpo_cli.errors import DivergedError, StorageError
 from dpo_cli.evaluation.scores import ScoredPairs, Scorer, by_source, prompts_of, score_pairs, summarize, with_sources
+from dpo_cli.generation.answers import MeasuredAnswers
 from dpo_cli.models.adapters import START_FILE
 from dpo_cli.models.generators import rng_states
 from dpo_cli.models.memory import describe_peak_memory, peak_memory_gib
@@ -24,11 +26,14 @@ from dpo_cli.runs.checkpoint import (
     Checkpoint,
     TrainingState,
     best_checkpoint,
+    checkpoint_name,
     optimizer_tensors,
+    restore_weights,
     save_checkpoint,
     save_policy,
     trainable,
     trained_weights,
+    validate,
 )
 from dpo_cli.runs.manifest import weights_sha256
 from dpo_cli.runs.model_card import model_card
@@ -38,8 +43,24 @@ from dpo_cli.storage.durable import write_folder
 from dpo_cli.theory.losses import ResponseScores
 from dpo_cli.theory.metrics import MeanOverPairs
 from dpo_cli.trackers.trackers import Trackers
+from dpo_cli.training.choice import Choice, choose
 from dpo_cli.training.guard import require_finite
 from dpo_cli.training.parts import Context, Learner, Material, Progress, Window
+from dpo_cli.training.samples import Samples, describe_samples
+
+
+@dataclass(frozen=True)
+class Final:
+    """Which step final/ is of, and why."""
+
+    step: int
+    reason: str
+
+
+def means_of(line: dict[str, Any] | None) -> dict[str, float] | None:
+    """The means over held-out pairs and answers in a line of metrics.jsonl; None where there is no line."""
+    others = ("epoch", "seconds", "peak_memory_gib")
+    return line and {name: value for name, value in line.items() if type(value) is float and name not in others}
 
 
 class Recorder:
@@ -51,6 +72,7 @@ class Recorder:
         self.context, self.learner, self.material, self.progress = context, learner, material, progress
         self.directory, self.reporter, self.engine = context.directory, context.reporter, context.engine
         self.trackers = trackers
+        self.samples = Samples(context, learner, material)
 
     def save_alone(self, rng: dict[str, Tensor]) -> None:
         """Write a checkpoint of a run that has lost a rank, where this rank holds all of it; no other is asked."""
@@ -61,8 +83,16 @@ class Recorder:
 
     @property
     def is_logged(self) -> bool:
-        """Whether the step just done ends with a line in metrics.jsonl."""
-        return self.progress.is_due(self.context.config.log_every) or self.progress.step == self.material.total_steps
+        """Whether the step just done ends with a line in metrics.jsonl: also one that may be the last."""
+        config, is_due = self.context.config, self.progress.is_due
+        may_end = bool(config.choosing()) and is_due(config.eval_every)
+        return is_due(config.log_every) or may_end or self.progress.step == self.material.total_steps
+
+    @property
+    def choice(self) -> Choice:
+        """What the evaluations so far decide, where the run chooses what final/ is."""
+        config = self.context.config
+        return choose(config, self.progress.evaluated) if config.choosing() else Choice()
 
     @property
     def evaluation_is_missing(self) -> bool:
@@ -114,14 +144,14 @@ class Recorder:
                 f"step {progress.step}: stopped by the monitor (monitor=stop), saved as {checkpoint}: {ruin.text}"
             )
 
-    def evaluate(self) -> dict[str, float] | None:
+    def evaluate(self) -> None:
         """Log the means over all held-out pairs with the verdict's intervals, and the means over each source's pairs.
 
-        Returns the means; None where no pair is held out.
+        Besides, what generated answers show. A step that final/ may be of is saved.
         """
         held_out, step = self.material.data.held_out, self.progress.step
         if not held_out:
-            return None
+            return
         scores = self._score("evaluating pair", held_out)
         prompts = prompts_of(held_out)
         estimates = summarize(scores, self.learner.objective, prompts)
@@ -129,19 +159,34 @@ class Recorder:
         of_sources = by_source(scores, self.learner.objective, held_out)
         means |= {name: estimate.mean for name, estimate in with_sources(of_sources).items()}
         intervals = {name: estimates[name].ends() for name in WITH_INTERVALS}
-        self._write("eval", means, prompts=prompts.prompts, intervals95=intervals, peak_memory_gib=self._peak_memory())
-        self.progress.evaluated[step] = means["loss"]
+        answers = self.samples.measure() if self.samples.prompts else MeasuredAnswers({})
+        means |= {name: estimate.mean for name, estimate in answers.estimates.items()}
+        intervals |= {name: estimate.ends() for name, estimate in answers.estimates.items()}
+        number = {"samples/n": len(answers.rows)} if answers.rows else {}
+        self.progress.evaluated[step] = self._write(
+            "eval", means, **number, prompts=prompts.prompts, intervals95=intervals, peak_memory_gib=self._peak_memory()
+        )
         if not math.isfinite(means["loss"]):
             self.reporter.warn(f"step {step}: the held-out loss is not finite")
-        return means
+        if answers.rows:
+            self._show_answers(answers)
+        if self.choice.step == step < self.material.total_steps:
+            self.save()
+
+    def _show_answers(self, answers: MeasuredAnswers) -> None:
+        step, columns = self.progress.step, ["prompt", "reference", "policy"]
+        self.engine.same(lambda: self.samples.write(step, answers.rows))
+        self.reporter.say(describe_samples(step, answers.estimates))
+        if hasattr(self.trackers, "table"):
+            self.trackers.table(step, "samples", columns, [[row[key] for key in columns] for row in answers.rows])
 
     def _score(self, what: str, pairs: Sequence[TokenizedPair]) -> ScoredPairs:
         learner, context = self.learner, self.context
         scorer = Scorer(learner.policy, learner.objective, learner.reference, learner.batcher, context.engine)
         return score_pairs(scorer, pairs, context.poll, self.reporter.working(what, len(pairs)))
 
-    def _write(self, split: str, means: dict[str, float], **more: Any) -> None:
-        """One line of metrics.jsonl, and the console's view of it."""
+    def _write(self, split: str, means: dict[str, float], **more: Any) -> dict[str, Any]:
+        """One line of metrics.jsonl, and the console's view of it; returns the line."""
         record: dict[str, Any] = {
             "step": self.progress.step,
             "epoch": round(self.progress.step / self.material.schedule.steps_per_epoch, 6),
@@ -155,6 +200,7 @@ class Recorder:
             self.reporter.warn(trouble)
         self.reporter.record(record)
         self.trackers.record(record)
+        return record
 
     def _peak_memory(self) -> float | None:
         """In GiB, of the rank that has taken most."""
@@ -196,7 +242,8 @@ class Recorder:
             state=state,
         )
         keep, folder = self.context.config.keep_checkpoints, self.directory.checkpoints
-        return self.engine.same(lambda: save_checkpoint(folder, checkpoint, keep, progress.held_out_losses))
+        losses, chosen = progress.held_out_losses, self.choice.step
+        return self.engine.same(lambda: save_checkpoint(folder, checkpoint, keep, losses, chosen))
 
     def _flushed(self) -> int:
         self.directory.metrics.flush()
@@ -212,18 +259,27 @@ class Recorder:
     # The end
 
     def finish(self) -> None:
-        """Evaluate, write final/, and say where everything is."""
+        """Evaluate, choose the step that final/ is of, write it, and say where everything is."""
         context, learner, progress, config = self.context, self.learner, self.progress, self.context.config
-        weights = weights_sha256(self.save())
-        said = learner.objective.finish(learner.policy, self._first_scores)
-        if said:
-            self.reporter.say(said)
-        means = self.evaluate()
+        total = self.material.total_steps
+        if progress.step == total:  # else it has been evaluated, and ends there
+            self.save()
+            self._finish_objective()
+            self.evaluate()
+        final = self._final()
+        checkpoint = self.directory.checkpoints / checkpoint_name(final.step)
+        if final.step != progress.step:
+            self.engine.same(lambda: validate(checkpoint))
+            restore_weights(checkpoint, learner.policy, learner.objective)
+        if final.step != total:
+            self._finish_objective()
+        weights = self.engine.same(lambda: weights_sha256(checkpoint))
+        means = means_of(progress.evaluated.get(final.step))
         self.reporter.stop()
         self.engine.same(self.directory.metrics.flush)
-        verdict = self._assess(weights)
+        verdict = self._assess(weights, final)
         tensors = trained_weights(learner.policy, self.engine)
-        self.engine.same(lambda: self._write_final(tensors, means))
+        self.engine.same(lambda: self._write_final(tensors, means, final))
         self.reporter.say()
         memory = f"peak memory {describe_peak_memory(learner.batcher.device)}"
         skipped = (
@@ -233,30 +289,52 @@ class Recorder:
             [
                 ("done", f"{plural(progress.step, 'step')} in {duration(progress.seconds)}, {memory}{skipped}"),
                 ("adapter" if config.lora.enabled else "model", str(self.directory.final)),
-                *self._best(),
+                *([("final", f"step {final.step} of {total}: {final.reason}")] if config.choosing() else []),
+                *self._best(final.step),
                 *describe_replay(config, weights),
                 ("next", learner.objective.next_command(context.directory.path)),
             ]
         )
         self._show(verdict)
-        final = {"status": "finished", "final": str(self.directory.final), "verdict": verdict.as_dict()}
-        self.trackers.finish({**final, "held_out": means})
+        ended = {"status": "finished", "final": str(self.directory.final), "verdict": verdict.as_dict()}
+        self.trackers.finish({**ended, "held_out": means, "final_step": final.step, "final_reason": final.reason})
+
+    def _finish_objective(self) -> None:
+        said = self.learner.objective.finish(self.learner.policy, self._first_scores)
+        if said:
+            self.reporter.say(said)
+
+    def _final(self) -> "Final":
+        """The step that final/ is of; DivergedError where no evaluation was within the budget."""
+        config, step, choice = self.context.config, self.progress.step, self.choice
+        if not config.choosing():
+            return Final(step, "the last step")
+        if choice.step is not None:
+            return Final(choice.step, choice.reason)
+        self.reporter.stop()
+        self._show(self._assess())
+        raise DivergedError(
+            f"step {step}: {choice.reason}; so there is no final/. Start again with a smaller optimizer.lr "
+            f"({config.optimizer.lr / 10:g}), or with a smaller eval_every, which stops earlier"
+        )
 
     def _first_scores(self, number: int) -> ResponseScores:
         return self._score("scoring pair", self.material.data.train[:number]).policy
 
-    def _best(self) -> list[tuple[str, str]]:
-        """The checkpoint with the lowest held-out loss, where that is not the end of the run."""
+    def _best(self, step: int) -> list[tuple[str, str]]:
+        """The checkpoint with the lowest held-out loss, where that is not the step that final/ is of."""
         losses = self.progress.held_out_losses
-        best, end = best_checkpoint(self.directory.checkpoints, losses), losses.get(self.progress.step)
+        best, end = best_checkpoint(self.directory.checkpoints, losses), losses.get(step)
         if best is None or end is None or best[1] >= end:
             return []
-        return [("best", f"{best[0]}: held-out loss {significant(best[1])}, at the end {significant(end)}")]
+        there = "at the end" if step == self.progress.step else f"at step {step}"
+        return [("best", f"{best[0]}: held-out loss {significant(best[1])}, {there} {significant(end)}")]
 
-    def _assess(self, weights: str | None = None) -> Verdict:
-        """How the run went, by its metrics; kept in the manifest."""
+    def _assess(self, weights: str | None = None, final: "Final | None" = None) -> Verdict:
+        """How the run went, by its metrics up to the step that final/ is of; kept in the manifest."""
         config, data = self.context.config, self.material.data
         records = self.engine.same(self.directory.metrics.read)
+        records = [record for record in records if final is None or record["step"] <= final.step]
         objective, leaks = self.learner.objective, data.held_out_report.leaks or NO_LEAKS
         history = History.of(
             records, len(data.held_out), config.optimizer.lr, objective.beta, objective.start_loss, leaks
@@ -264,6 +342,7 @@ class Recorder:
         verdict = assess(history, objective.findings)
         ended = {
             "weights_sha256": weights, "skipped_steps": self.progress.skipped_steps, "verdict": verdict.as_dict(),
+            **({"final": vars(final)} if final is not None else {}),
         }  # fmt: skip
         self.engine.same(lambda: self.directory.write_manifest({**self.directory.read_manifest(), **ended}))
         return verdict
@@ -274,7 +353,7 @@ class Recorder:
             self.reporter.say(f"  {finding.name}: {finding.reason}", style=finding.color)
             self.reporter.say(f"    next: {finding.next_step}")
 
-    def _write_final(self, tensors: dict[str, Tensor], means: dict[str, float] | None) -> None:
+    def _write_final(self, tensors: dict[str, Tensor], means: dict[str, float] | None, final: "Final") -> None:
         """Write final/ under another name, then rename it: final/ is complete or absent."""
         config, learner, material = self.context.config, self.learner, self.material
 
@@ -290,6 +369,8 @@ class Recorder:
             card = model_card(
                 config, material.source, learner.fingerprint, material.encoder, learner.objective, means,
                 len(material.data.train),
+                f"The weights are those of step {final.step} of {material.total_steps}: {final.reason}"
+                if config.choosing() else "",
             )  # fmt: skip
             (beside / "README.md").write_text(card, encoding="utf-8")
 

@@ -118,7 +118,10 @@ def _run(context: Context, start: Start, progress: Progress) -> None:
 
 
 def fit(context: Context, learner: Learner, material: Material, progress: Progress, recorder: Recorder) -> None:
-    """Every optimizer step from where the run stands to its last, with its logs, evaluations and checkpoints."""
+    """Every optimizer step from where the run stands to its last, with its logs, evaluations and checkpoints.
+
+    A budget or early stopping may end it at an evaluation before (choice.py).
+    """
     config, last = context.config, material.total_steps
     context.reporter.start("step", last, progress.step)
     rng = rng_states()
@@ -127,6 +130,8 @@ def fit(context: Context, learner: Learner, material: Material, progress: Progre
             if recorder.evaluation_is_missing:
                 recorder.evaluate()
             for indices in material.schedule.batches(progress.step, last):
+                if recorder.choice.end is not None:
+                    break
                 context.poll()
                 train_step(context, learner, progress, material.batch(indices), recorder)
                 rng = rng_states()  # a stop in the middle of the next step saves these

@@ -15,6 +15,7 @@ from dpo_cli.paths import user_path
 from dpo_cli.runs.checkpoint import (
     ResolvedSettings,
     TrainingState,
+    checkpoint_name,
     read_state,
     restore,
     set_aside_newer,
@@ -157,7 +158,8 @@ def open_records(
     for path in engine.same(lambda: set_aside_newer(directory.checkpoints, progress.step)):
         reporter.warn(f"{path.name} lies after step {progress.step} and is set aside")
     evaluations = engine.same(lambda: _kept_evaluations(directory, progress.records_kept))
-    progress.evaluated = {line["step"]: line["loss"] for line in evaluations}
+    progress.evaluated = {line["step"]: line for line in evaluations}
+    engine.same(lambda: directory.remove_samples(checkpoint_name(progress.step)))
     if start.restarted:
         reporter.say(f"no checkpoint in {directory.path} yet: starting from the beginning")
     if start.checkpoint is None:
