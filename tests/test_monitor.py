@@ -259,8 +259,12 @@ def history(
     leaked: int = 0,
     start: float = math.log(2),
     beta: float = 0.1,
+    **answers: float,
 ) -> History:
-    """A healthy history, but for what a test changes; `noise` is half the interval of margin and improvement."""
+    """A healthy history, but for what a test changes; `noise` is half the interval of margin and improvement.
+
+    `answers` are metrics of generated answers, each with an interval of 10% to either side.
+    """
     train = [
         {
             "split": "train", "step": step, "loss": start if step == 0 else worst if step == 6 else min(start, 0.6),
@@ -284,6 +288,9 @@ def history(
             "loss/improvement": [lower - (loss_noise or noise), lower + (loss_noise or noise)],
         },
     }  # fmt: skip
+    for name, value in {**ANSWERS, **answers}.items():
+        end[f"samples/{name}"] = value
+        end["intervals95"][f"samples/{name}"] = [0.9 * value, 1.1 * value]
     lines = [*train, end] if held_out else train
     return History.of(lines, held_out, lr=5e-5, beta=beta, start_loss=start, leaks=Leaks(0, leaked))
 
@@ -296,6 +303,11 @@ def names(verdict: Verdict) -> list[str]:
     return [finding.name for finding in verdict.findings]
 
 
+# A healthy policy whose reference seldom ends by itself.
+ANSWERS = {
+    "kl": 4.0, "length": 60.0, "length_ratio": 1.1, "ends": 0.2, "repetition": 0.02, "distinct_2": 0.7,
+    "reference_length": 55.0, "reference_ends": 0.3, "reference_repetition": 0.01, "reference_distinct_2": 0.75,
+}  # fmt: skip
 NOTHING = {"accuracy": 0.51, "margin": 0.001, "loss": math.log(2) - 0.001}
 VERDICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # what triggers a rule, and what comes close and does not
@@ -321,6 +333,10 @@ VERDICTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"accuracy": 0.9, "early_accuracy": 0.99, "train_accuracy": 0.9},
     ),
     "length_driven": ({"correlation": -0.9}, {"correlation": -0.5}),
+    "repetitive": ({"repetition": 0.14}, {"repetition": 0.12}),
+    "rambling": ({"length_ratio": 1.7}, {"length_ratio": 1.6}),
+    "unending": ({"ends": 0.11}, {"ends": 0.13}),
+    "answers_far": ({"kl": 24.0}, {"kl": 24.0, "length": 80.0}),
     "saturated": ({"saturated": 0.8}, {"saturated": 0.3}),
     "skipped_updates": ({"skipped": 3}, {"skipped": 2}),  # of 20
 }
@@ -390,6 +406,28 @@ def test_at_a_small_beta_a_small_margin_is_learned_all_the_same() -> None:
     assert judged(beta=0.01, margin=0.04, loss=0.675, noise=0.01).color == "green"
     assert names(judged(beta=0.01, margin=0.04, held_out=0, train_accuracy=0.9)) == []
     assert names(judged(margin=0.04, held_out=0, train_accuracy=0.55, chosen=-0.2)) == ["not_separating"]
+
+
+def test_answers_that_are_all_alike_are_repetitive_and_a_wide_interval_says_nothing() -> None:
+    alike = judged(distinct_2=0.25)
+    assert (alike.color, names(alike)) == ("red", ["repetitive"])
+    assert names(judged(distinct_2=0.35)) == []
+    assert (
+        "14% of their 4-grams stand in them before (1% in the reference's" in judged(repetition=0.14).findings[0].reason
+    )
+    far = judged(kl=24.0).findings[0]
+    assert far.reason.startswith("generated answers are 24 (22 to 26) nats each from the reference, 0.4 a token")
+    assert far.next_step.startswith("budget.kl=10 keeps the last step before; or beta=0.2")
+    unknown = history(repetition=0.9, length_ratio=3.0, kl=90.0, ends=0.0)
+    end = unknown.held_out[-1]
+    for name in end["intervals95"]:
+        end["intervals95"][name] = [None, None] if name.startswith("samples/") else end["intervals95"][name]
+    assert names(assess(unknown, finding_rules())) == []
+
+
+def test_a_reference_that_never_ends_asks_no_other_of_the_policy() -> None:
+    assert names(judged(ends=0.0, reference_ends=0.0)) == []
+    assert names(judged(ends=0.0, reference_ends=0.3)) == ["unending"]
 
 
 def test_a_handful_of_held_out_pairs_gives_no_green_light() -> None:

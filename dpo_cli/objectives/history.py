@@ -77,6 +77,15 @@ class History:
         return proportion_estimate(mean * n, n) if name == ACCURACY else Estimate(mean, -float("inf"), float("inf"), n)
 
     @property
+    def answered(self) -> bool:
+        """Whether policy and reference have answered held-out prompts at the end."""
+        return self.evaluated and "samples/kl" in self.held_out[-1]
+
+    def of_answers(self, name: str) -> Estimate:
+        """A metric of the generated answers at the end, with its 95% interval: `kl`, `reference_ends` and so on."""
+        return self.at_end(f"samples/{name}")
+
+    @property
     def better(self) -> bool:
         """Whether the held-out loss is lower than at the start, margin above 0 and accuracy above one half.
 
