@@ -1,0 +1,81 @@
+"""The parts of the page of a comparison or a sweep: differences to the first model, and what they cost in KL."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpo_cli.console.text import cut_apart
+from dpo_cli.pages import figures
+from dpo_cli.pages.figures import NAME, Drawing
+from dpo_cli.pages.reading import number, triple
+
+MOST_ROWS = 24  # of a forest plot
+MOST_OUTLINES = 4  # of margins: more lines cannot be told apart
+WORDS = {"first": "dim", "better": "good", "worse": "bad", "not told apart": "dim"}  # of a verdict: its color
+
+
+def short_names(comparison: Mapping[str, Any]) -> list[str]:
+    """The models' names, cut where they differ."""
+    return cut_apart([str(model["name"]) for model in comparison["models"]], NAME)
+
+
+def drawings(comparison: Mapping[str, Any], margins: Sequence[Sequence[float]]) -> list[Drawing]:
+    """The figures, as many as there is data for."""
+    models, names = comparison["models"], short_names(comparison)
+    found = []
+    others = [place for place, model in enumerate(models) if model.get("difference")][:MOST_ROWS]
+    more = f" The first {MOST_ROWS} are shown." if sum(bool(m.get("difference")) for m in models) > MOST_ROWS else ""
+    for what in ("accuracy", "margin", "loss"):
+        differences = [models[place]["difference"].get(what) for place in others]
+        estimates = [triple([one["mean"], one["low"], one["high"]] if one else None) for one in differences]
+        if any(math.isfinite(one[0]) for one in estimates):
+            found.append(
+                figures.rows(
+                    f"Difference in {what}",
+                    f"Each model minus {models[0]['name']} on the same pairs, with its 95% interval. An interval that "
+                    f"crosses the dashed 0 does not tell the two apart.{more}",
+                    f"difference in {what}",
+                    [names[place] for place in others],
+                    estimates,
+                    level=0.0,
+                    colors=[WORDS.get(models[place]["verdict"], "dim") for place in others],
+                )
+            )
+    # The first and the best model are always among the outlines.
+    order = sorted(range(len(models)), key=lambda place: (place > 0, models[place]["name"] != comparison["best"]))
+    shown = [(names[place], [number(value) for value in margins[place]]) for place in sorted(order[:MOST_OUTLINES])]
+    if any(math.isfinite(value) for _, values in shown for value in values):
+        few = f" {MOST_OUTLINES} of {len(models)} models are shown." if len(models) > MOST_OUTLINES else ""
+        caption = "Reward of chosen minus reward of rejected. Further right is better; what lies left of 0 is wrong."
+        labels = ("margin", "share of pairs")
+        found.append(figures.histogram("Margins", caption + few, labels, shown, bins=24))
+    return found + _frontiers(comparison, names)
+
+
+def _frontiers(comparison: Mapping[str, Any], names: Sequence[str]) -> list[Drawing]:
+    models = comparison["models"]
+    priced = [
+        (name, model, triple(model["metrics"].get("kl")))
+        for name, model in zip(names, models, strict=True)
+        if math.isfinite(triple(model["metrics"].get("kl"))[0])
+    ]
+    best = next((name for name, model in zip(names, models, strict=True) if model["name"] == comparison["best"]), None)
+    if len(priced) < 2:
+        return []
+    room = " A name without room is left out." if len(priced) > 6 else ""
+    named = f" {comparison['best']} is the best." if best else ""
+    caption = (
+        "What each model gains against what it costs: further up is better, further right is further from the "
+        f"reference. Dotted: no other model gains more at this price or a lower one.{named}{room}"
+    )
+    accuracy = [(name, kl, triple(model["metrics"]["accuracy"])) for name, model, kl in priced]
+    nats = []
+    for name, model, kl in priced:
+        beta = number(model.get("beta")) or math.nan
+        mean, low, high = triple(model["metrics"]["margin"])
+        nats.append((name, kl, (mean / beta, low / beta, high / beta)))
+    unit = "KL, nats an answer"
+    found = [figures.frontier("Accuracy against KL", caption, (unit, "accuracy"), accuracy, best)]
+    if any(math.isfinite(one[2][0]) for one in nats):
+        found.append(figures.frontier("Margin against KL", caption, (unit, "margin / beta, nats"), nats, best))
+    return found
