@@ -9,7 +9,7 @@ OLDEST := .venv-oldest
 PEER := .venv-peer
 DEMO := outputs/demo
 
-.PHONY: help setup demo test check format wheel clean train eval bench bench-sampling mutants bench-gpu scale theorem picture paper test-peer test-faults test-thorough test-newest test-oldest
+.PHONY: help setup demo test check format wheel clean train eval bench bench-sampling mutants bench-gpu scale theorem picture paper browser test-peer test-faults test-thorough test-newest test-oldest
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -63,6 +63,12 @@ test-thorough: $(STAMP) ## Run the property tests on a thousand new random cases
 
 test-faults: $(STAMP) ## Kill, starve and mislead the program in hundreds of ways (minutes)
 	$(BIN)/python -m pytest -m faults tests/faults
+
+browser: ## Install Debian's Chromium where no browser is found, for the test of the pages (as root)
+	@for name in "$$DPO_CHROMIUM" chromium chromium-browser google-chrome; do \
+	  command -v "$$name" >/dev/null && exit 0; \
+	done; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null
 
 check: $(STAMP) ## Check format, lint and types
 	$(BIN)/ruff format --check .
