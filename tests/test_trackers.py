@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,8 +19,10 @@ import pytest
 import yaml
 
 from dpo_cli.errors import ConfigError
+from dpo_cli.theory.statistics import Estimate
 from dpo_cli.trackers import trackers as room
-from dpo_cli.trackers.tracker import Start, reachable
+from dpo_cli.trackers.tables import evaluation_table, markdown_table, samples_table
+from dpo_cli.trackers.tracker import Start, Tracker, reachable
 from dpo_cli.trackers.trackers import TRACKERS, Trackers, check_installed, metrics_of, open_trackers
 
 CONF = Path(__file__).parent.parent / "conf" / "tracker"
@@ -123,6 +126,61 @@ def wandb_records(path: Path) -> Iterator[Any]:
             whole = b""
 
 
+ANSWER = "first | second\n<b>*bold*</b> `code` ![x](http://a.b/c) \x1b[31m \u202e &lt; ${1} \\ [y]: z"
+# What of it is shown: control characters and marks of direction as escapes, all else as it is.
+SHOWN = "first | second\n<b>*bold*</b> `code` ![x](http://a.b/c) \\x1b[31m \\u202e &lt; ${1} \\ [y]: z"
+COLUMNS = ["prompt", "policy | <i>", "kl"]
+ROWS: list[list[str | float | None]] = [["why?", ANSWER, 0.25], ["", "x" * 3000, None], [None, "1", float("nan")]]
+ROWS_SHOWN = [["why?", SHOWN, 0.25], ["", "x" * 1997 + "...", None], [None, "1", None]]
+FINDING = {"name": "overfit", "color": "yellow", "reason": "80% and 60%", "next_step": "fewer epochs"}
+VERDICT = {"color": "yellow", "summary": "better, with 1 finding", "findings": [FINDING]}
+VERDICT_FLAT = {
+    "verdict/color": "yellow",
+    "verdict/summary": "better, with 1 finding",
+    "verdict/findings/overfit": "yellow: 80% and 60%. Next: fewer epochs",
+}
+
+
+def large_tables() -> list[tuple[str, list[str], list[list[str | float | None]]]]:
+    """64 answers of 2,000 characters that Markdown reads much into, and an evaluation of 30 metrics."""
+    answers = samples_table([{"prompt": "p" * 2000, "policy": "*|<`\n" * 400, "kl": 0.5} for _ in range(64)])
+    metrics = evaluation_table({f"metric/{n}": Estimate(n, n - 0.5, n + 0.5, 9) for n in range(30)})
+    return [("samples", *answers), ("evaluation", *metrics)]
+
+
+def cells_of(html: str) -> list[list[str]]:
+    """The cells of a page's only table as a browser shows them, line breaks as such."""
+    reader = Cells()
+    reader.feed(html)
+    return reader.rows
+
+
+class Cells(HTMLParser):
+    """Collects text in cells; any element but those of a table fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.inside = False
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        assert tag in ("table", "thead", "tbody", "tr", "th", "td", "br"), tag
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td"):
+            self.rows[-1].append("")
+            self.inside = True
+        elif tag == "br":
+            self.rows[-1][-1] += "\n"
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag not in ("th", "td")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.rows[-1][-1] += data
+
+
 def items(update: Any) -> dict[str, Any]:
     return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in update}
 
@@ -184,6 +242,47 @@ def test_a_resumed_run_replaces_what_tensorboard_has_after_the_checkpoint(
     assert scalars(events(tmp_path / "run" / "tensorboard"), "loss") == []
 
 
+# Of TensorBoard's own copy of bleach, when its module for HTML is imported.
+@pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated:DeprecationWarning")
+def test_tensorboard_shows_tables_as_they_are_and_the_verdict(start: Callable[..., Trackers], tmp_path: Path) -> None:
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    trackers = start({"tensorboard": options("tensorboard")})
+    trackers.table(3, "samples", COLUMNS, ROWS)
+    trackers.table(4, "samples", COLUMNS, ROWS[:1])
+    for name, columns, rows in large_tables():
+        trackers.table(5, f"large/{name}", columns, rows)
+    trackers.finish({"status": "finished", "verdict": VERDICT, "final": "final"})
+    read = events(tmp_path / "run" / "tensorboard")
+    assert read.SummaryMetadata("samples").plugin_data.plugin_name == "text"
+    [(first, text), (second, _)] = texts(read, "samples")
+    assert (first, second) == (3, 4)
+    shown = [["" if cell is None else str(cell) for cell in row] for row in ROWS_SHOWN]
+    assert cells_of(markdown_to_safe_html(text)) == [COLUMNS, *shown]
+    [(_, answers)] = texts(read, "large/samples")
+    cells = cells_of(markdown_to_safe_html(answers))
+    assert len(cells) == 65 and {len(row) for row in cells} == {8}
+    assert cells[64][2] == "\n".join(["*|<`"] * 400)
+    [(_, metrics)] = texts(read, "large/evaluation")
+    assert cells_of(markdown_to_safe_html(metrics))[30] == ["metric/29", "29", "28.5", "29.5"]
+    lines = [f"- **{key}**: {value}" for key, value in VERDICT_FLAT.items()]
+    assert texts(read, "summary") == [(0, "\n".join([*lines, "- **status**: finished", "- **final**: final"]))]
+
+
+def test_tables_of_samples_and_of_an_evaluation_keep_every_value() -> None:
+    sample = {
+        "prompt": "p", "reference": "r", "policy": "q", "kl": 0.5, "tokens": 3, "reference_tokens": 4,
+        "finish_reason": "stop", "reference_finish_reason": "length",
+    }  # fmt: skip
+    columns, rows = samples_table([sample, {"prompt": "p"}])
+    assert [dict(zip(columns, row, strict=True)) for row in rows] == [sample, dict.fromkeys(sample) | {"prompt": "p"}]
+    columns, rows = evaluation_table({"loss": Estimate(0.5, 0.25, 0.75, 4), "one": Estimate(1, float("nan"), 2, 1)})
+    assert columns == ["metric", "mean", "low", "high"] and rows[0] == ["loss", 0.5, 0.25, 0.75]
+    assert markdown_table(columns, rows[:1]) == (
+        "| metric | mean | low | high |\n| --- | --- | --- | --- |\n| loss | 0.5 | 0.25 | 0.75 |"
+    )
+
+
 def test_a_folder_of_many_runs_gets_a_subfolder_a_run(start: Callable[..., Trackers], tmp_path: Path) -> None:
     chosen = {"tensorboard": options("tensorboard", directory=str(tmp_path / "boards"))}
     for _ in range(2):
@@ -237,6 +336,40 @@ def test_wandb_offline_holds_the_run_and_a_resumed_one_has_its_id(
     assert capfd.readouterr() == ("a line of the console\n", "")
 
 
+def test_wandb_offline_holds_tables_and_the_verdict(
+    start: Callable[..., Trackers], tmp_path: Path, wandb_home: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told: list[str] = []
+    trackers = start({"wandb": options("wandb")}, warnings=told)
+    trackers.record(train(3))
+    trackers.table(3, "samples", COLUMNS, ROWS)
+    trackers.table(4, "samples", COLUMNS, ROWS[:1])
+    for name, columns, rows in large_tables():
+        trackers.table(5, f"large/{name}", columns, rows)
+    trackers.record(train(5))
+    trackers.finish({"status": "finished", "verdict": VERDICT})
+    assert len(told) == 1 and capfd.readouterr() == ("", "")
+    [folder] = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    records = list(wandb_records(next(folder.glob("*.wandb"))))
+    history = {row["_step"]: row for row in (items(one.history.item) for one in records if one.HasField("history"))}
+    assert list(history) == [3, 4, 5] and history[5]["loss"] == 1 / 6
+
+    def table(step: int, name: str) -> tuple[Any, Any]:
+        assert history[step][f"{name}/_type"] == "table-file"
+        stored = json.loads((folder / "files" / history[step][f"{name}/path"]).read_text())
+        return stored["columns"], stored["data"]
+
+    assert table(3, "samples") == (COLUMNS, ROWS_SHOWN)
+    assert table(4, "samples") == (COLUMNS, ROWS_SHOWN[:1])
+    assert len(table(5, "large/samples")[1]) == 64
+    assert table(5, "large/evaluation")[1][29] == ["metric/29", 29, 28.5, 29.5]
+    summary: dict[str, Any] = {}
+    for record in records:
+        summary |= items(record.summary.update)
+    assert {key: summary[key] for key in VERDICT_FLAT} == VERDICT_FLAT
+    assert summary["verdict"] == VERDICT
+
+
 def test_wandb_is_online_only_with_a_key_and_a_server_that_answers(
     start: Callable[..., Trackers], wandb_home: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,12 +418,15 @@ class Server(BaseHTTPRequestHandler):
             "project": named,
         }
         files = [{"name": name, "uploadUrl": ""} for name in sent.get("files", [])]
+        artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": {"latestArtifact": None}}
         answers = {
+            "CreateArtifact": {"createArtifact": {"artifact": artifact}},
             "RunResumeStatus": {"model": named | {"bucket": None}},
+            "Viewer": {"viewer": {"id": "u", "username": "me", "entity": "me"}},
             "UpsertBucket": {"upsertBucket": {"bucket": bucket, "inserted": True}},
             "CreateRunFiles": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}},
         }
-        self.answer({"data": answers.get(body.get("operationName"), {})})
+        self.answer({"data": answers.get(body.get("operationName"), {"project": None})})
 
     def do_GET(self) -> None:
         self.answer({})
@@ -361,6 +497,40 @@ def test_wandb_online_sends_records_alerts_config_and_summary_and_nothing_else(
     assert capfd.readouterr() == ("", "")
 
 
+def test_wandb_online_sends_tables_and_the_verdict(
+    start: Callable[..., Trackers], server: ThreadingHTTPServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trackers = start({"wandb": options("wandb")})
+    trackers.table(1, "samples", COLUMNS, ROWS)
+    trackers.finish({"status": "finished", "verdict": VERDICT})
+    [artifact] = [sent["input"] for name, sent in Server.received if name == "CreateArtifact"]
+    assert artifact["artifactTypeName"] == "run_table" and artifact["artifactCollectionName"].endswith("-samples")
+    files = [sent["files"] for name, sent in Server.received if name.endswith("/file_stream") and "files" in sent]
+    [row] = [json.loads(line) for sent in files for line in sent.get("wandb-history.jsonl", {}).get("content", [])]
+    assert (row["_step"], row["samples"]["_type"], row["samples"]["nrows"]) == (1, "table-file", 3)
+    uploads = {file for name, sent in Server.received if name == "CreateRunFiles" for file in sent["files"]}
+    assert row["samples"]["path"] in uploads
+    [*_, last] = [sent["wandb-summary.json"]["content"][-1] for sent in files if "wandb-summary.json" in sent]
+    summary = json.loads(last)
+    assert {key: summary[key] for key in VERDICT_FLAT} == VERDICT_FLAT
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_table_is_left_out_while_the_server_of_wandb_is_gone(
+    start: Callable[..., Trackers], server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    trackers = start({"wandb": options("wandb")}, warnings=told)
+    monkeypatch.setattr("dpo_cli.trackers.wandb.reachable", lambda url: False)
+    trackers.table(1, "samples", COLUMNS, ROWS)
+    trackers.record(train(1))
+    trackers.finish(SUMMARY)
+    url = f"http://127.0.0.1:{server.server_port}"
+    assert told == [f"tracker=wandb: {url} does not answer: the table samples of step 1 is left out"]
+    sent = json.dumps(Server.received)
+    assert "rewards/margins" in sent and "table-file" not in sent
+
+
 def test_a_server_that_refuses_the_run_leaves_it_offline(
     start: Callable[..., Trackers], wandb_home: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,8 +598,8 @@ def test_a_server_is_reachable_whatever_it_answers(monkeypatch: pytest.MonkeyPat
         assert not reachable(f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=0.2)
 
 
-class Toy:
-    """A tracker in few lines: a text file in the run directory."""
+class Toy(Tracker):
+    """A tracker in few lines, without tables: a text file in the run directory."""
 
     package = "json"
 
@@ -462,6 +632,7 @@ def test_a_tracker_is_added_with_a_class_and_an_entry(
     trackers = start({"toy": {"file": "toy.txt"}})
     trackers.record({"step": 0, "split": "train", "loss": 0.5, "alarms": {"drift": "far"}})
     trackers.record({"step": 0, "split": "eval", "loss": 0.25})
+    trackers.table(0, "samples", COLUMNS, ROWS)
     trackers.finish({"status": "stopped"})
     trackers.record(train(1))  # closed: goes nowhere
     assert (tmp_path / "run" / "toy.txt").read_text().splitlines() == [
@@ -474,6 +645,9 @@ class Broken(Toy):
         if step == 1:
             raise OSError(28, "No space left\n\x1b[31m on device")
         super().record(step, metrics)
+
+    def table(self, step: int, name: str, columns: list[str], rows: Any) -> None:
+        raise RuntimeError(f"no {name} today")
 
 
 def test_a_tracker_that_fails_warns_once_and_the_others_go_on(
@@ -488,6 +662,21 @@ def test_a_tracker_that_fails_warns_once_and_the_others_go_on(
     assert told == ["tracker=broken: failed and is off ([Errno 28] No space left)"]
     assert (tmp_path / "run" / "toy.txt").read_text().splitlines()[-1] == "closed"
     assert [step for step, _ in scalars(events(tmp_path / "run" / "tensorboard"), "loss")] == [0, 1, 2, 3]
+
+
+def test_a_tracker_that_fails_in_a_table_warns_once_and_the_others_go_on(
+    start: Callable[..., Trackers], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TRACKERS, "broken", Broken)
+    told: list[str] = []
+    trackers = start({"broken": {"file": "toy.txt"}, "tensorboard": options("tensorboard")}, warnings=told)
+    trackers.record(train(0))
+    for step in range(3):
+        trackers.table(step, "samples", COLUMNS, ROWS)
+    trackers.finish(SUMMARY)
+    assert told == ["tracker=broken: failed and is off (no samples today)"]
+    assert (tmp_path / "run" / "toy.txt").read_text().splitlines()[-1] == "closed"
+    assert [step for step, _ in texts(events(tmp_path / "run" / "tensorboard"), "samples")] == [0, 1, 2]
 
 
 def test_a_full_disk_under_tensorboard_warns_once(start: Callable[..., Trackers]) -> None:

@@ -21,10 +21,22 @@ trackers = open_trackers({"trackio": options}, directory, "demo", {"beta": 0.1},
 for step in range(first, first + 2):
     trackers.record({"step": step, "split": "train", "loss": step + 0.5, "alarms": {"drift": f"far at {step}"}})
 trackers.record({"step": first + 1, "split": "eval", "loss": 0.25})
-trackers.finish({"status": "finished", "verdict": "green"})
+columns = ["prompt", "policy", "kl"]
+rows = [["why?", "a | b\\n<b>\\x1b[1m \\ud800", 0.25], ["", "x" * 3000, float("nan")]]
+trackers.table(first + 1, "samples", columns, rows)
+trackers.table(first + 1, "large/samples", columns, [["p" * 2000, "*|<`\\n" * 400, 0.5]] * 64)
+finding = {"name": "overfit", "color": "yellow", "reason": "80% and 60%", "next_step": "fewer epochs"}
+verdict = {"color": "yellow", "summary": "better, with 1 finding", "findings": [finding]}
+trackers.finish({"status": "finished", "verdict": verdict})
 assert threading.enumerate() == [threading.main_thread()], threading.enumerate()
 (directory / "told.json").write_text(json.dumps(told))
 """
+VERDICT = (
+    "- **verdict/color**: yellow",
+    "- **verdict/summary**: better, with 1 finding",
+    "- **verdict/findings/overfit**: yellow: 80% and 60%. Next: fewer epochs",
+    "- **status**: finished",
+)
 READ = """
 import json
 import trackio
@@ -67,11 +79,21 @@ def test_trackio_holds_the_run_and_a_resumed_one_goes_on_in_it(tmp_path: Path) -
     [stored] = store(tmp_path)
     assert (stored["name"], stored["beta"]) == (f"demo-{run_id}", 0.1)
     rows = [{key: value for key, value in row.items() if key != "timestamp"} for row in stored["rows"]]
-    assert rows == [{"step": 0, "loss": 0.5}, {"step": 1, "loss": 1.5}, {"step": 1, "eval/loss": 0.25}]
+    tables = {key: row.pop(key) for row in rows for key in ("samples", "large/samples") if key in row}
+    numbers = [{"step": 0, "loss": 0.5}, {"step": 1, "loss": 1.5}, {"step": 1, "eval/loss": 0.25}]
+    assert rows == [*numbers, {"step": 1}, {"step": 1}]
+    assert tables["samples"] == {
+        "_type": "trackio.table",
+        "_value": [
+            {"prompt": "why?", "policy": "a | b\n<b>\\x1b[1m \\ud800", "kl": 0.25},
+            {"prompt": "", "policy": "x" * 1997 + "...", "kl": None},
+        ],
+    }
+    assert len(tables["large/samples"]["_value"]) == 64
     alerts = sorted((alert["step"], alert["level"], alert["title"], alert["text"]) for alert in stored["alerts"])
     assert alerts == [
         (0, "warn", "drift", "far at 0"),
-        (1, "info", "run finished", "- **status**: finished\n- **verdict**: green"),
+        (1, "info", "run finished", "\n".join(VERDICT)),
         (1, "warn", "drift", "far at 1"),
     ]
     assert run(tmp_path, RECORD, tmp_path, OPTIONS, 1, 2).stdout == ""
@@ -87,7 +109,7 @@ def test_a_space_that_cannot_be_reached_leaves_the_run_on_this_machine(tmp_path:
         "tracker=trackio: local (HF_HUB_OFFLINE is set); "
         "upload with: trackio sync --project dpo-cli --space-id me/board"
     ]
-    assert len(store(tmp_path)[0]["rows"]) == 3
+    assert len(store(tmp_path)[0]["rows"]) == 5
 
 
 def test_a_store_that_cannot_be_written_warns_once(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.trackers.tables import Cell, markdown_table
 from dpo_cli.trackers.tracker import Start, as_markdown
 
 
 class TensorBoard:
-    """Scalars, and as text the config, alarms and the summary."""
+    """Scalars, and as text the config, alarms, tables and the summary."""
 
     package = "tensorboard"
 
@@ -48,6 +49,10 @@ class TensorBoard:
     def alarm(self, step: int, name: str, text: str) -> None:
         """Write the alarm as text under alarms/<name>."""
         self._text(step, f"alarms/{name}", text)
+
+    def table(self, step: int, name: str, columns: list[str], rows: list[list[Cell]]) -> None:
+        """Write the table as text, in Markdown."""
+        self._text(step, name, markdown_table(columns, rows))
 
     def finish(self, step: int, summary: dict[str, Any]) -> None:
         """Write the summary as text."""

@@ -7,10 +7,12 @@ import json
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from dpo_cli.trackers.tables import Cell
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class Tracker(Protocol):
     def alarm(self, step: int, name: str, text: str) -> None:
         """Add an alarm in words."""
 
+    def table(self, step: int, name: str, columns: list[str], rows: list[list[Cell]]) -> None:
+        """Add a table under its name; texts are escaped and short (`shown_cell`), and may have several lines."""
+
     def finish(self, step: int, summary: dict[str, Any]) -> None:
         """Add what the run ended with, as plain data; `step` is the last one recorded."""
 
@@ -41,10 +46,24 @@ class Tracker(Protocol):
         """Release files and processes: the last call, after `finish` or after any call that raised."""
 
 
-def as_markdown(summary: dict[str, Any]) -> str:
-    """A list with a line for each key, for trackers that show text."""
+def verdict_of(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The verdict in a summary as flat texts: color, summary, and each finding with its reason and next step."""
+    verdict = summary.get("verdict")
+    if not isinstance(verdict, Mapping):
+        return {}
+    findings = {
+        f"verdict/findings/{one['name']}": f"{one['color']}: {one['reason']}. Next: {one['next_step']}"
+        for one in verdict["findings"]
+    }
+    return {"verdict/color": verdict["color"], "verdict/summary": verdict["summary"], **findings}
+
+
+def as_markdown(summary: Mapping[str, Any]) -> str:
+    """A list with a line for each key, and for each part of the verdict, for trackers that show text."""
+    flat = verdict_of(summary)
+    shown = flat | {key: value for key, value in summary.items() if key != "verdict" or not flat}
     return "\n".join(
-        f"- **{key}**: {value if isinstance(value, str) else json.dumps(value)}" for key, value in summary.items()
+        f"- **{key}**: {value if isinstance(value, str) else json.dumps(value)}" for key, value in shown.items()
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.errors import ConfigError
 from dpo_cli.storage.durable import write_whole
+from dpo_cli.trackers.tables import Cell, shown_cell
 from dpo_cli.trackers.tensorboard import TensorBoard
 from dpo_cli.trackers.tracker import Start, Tracker
 from dpo_cli.trackers.trackio import Trackio
@@ -72,6 +73,11 @@ class Trackers:
     def alarm(self, step: int, name: str, text: str) -> None:
         """Pass on one alarm."""
         self._each(lambda tracker: tracker.alarm(step, name, text))
+
+    def table(self, step: int, name: str, columns: list[str], rows: list[list[Cell]]) -> None:
+        """Pass on one table under its name: a column a name, a row a list of as many cells."""
+        shown = [[shown_cell(cell) for cell in row] for row in rows]
+        self._each(lambda tracker: tracker.table(step, name, columns, shown))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Pass on what the run ended with and close; `summary["status"]` is finished, stopped or failed.

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dpo_cli.trackers.tables import Cell
 from dpo_cli.trackers.tracker import Start, as_markdown, reachable
 
 
@@ -40,7 +41,9 @@ class Trackio:
                 space_id=None if local else space, private=options["private"], config=start.config, resume="allow",
                 embed=False, auto_log_gpu=False, auto_log_cpu=False,
             )  # fmt: skip
-        # Its threads warn at any moment, between the lines of the console.
+        # Its threads warn at any moment, between the lines of the console: the next call raises it instead.
+        self._failures: list[str] = []
+        self._run._warn_once = lambda key, message: self._failures.append(message)
         warnings.filterwarnings("ignore", module=r"trackio\b")
         if local:
             upload = f"trackio sync --project {options['project']} --space-id {space}"
@@ -58,19 +61,31 @@ class Trackio:
             return "no Hugging Face token: set HF_TOKEN or run `hf auth login`"
         return "" if reachable(constants.ENDPOINT) else f"{constants.ENDPOINT} does not answer"
 
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        with _quietly():
+            yield
+        if self._failures:
+            raise RuntimeError(self._failures[0])
+
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Add a row; a resumed run adds the rows after its checkpoint once more."""
-        with _quietly():
+        with self._recording():
             self._run.log(metrics, step=step)
 
     def alarm(self, step: int, name: str, text: str) -> None:
         """Raise an alert, which trackio can send to a webhook."""
-        with _quietly():
+        with self._recording():
             self._run.alert(name, text, step=step)
+
+    def table(self, step: int, name: str, columns: list[str], rows: list[list[Cell]]) -> None:
+        """Add a row with a trackio.Table; the dashboard shows it under Media & Tables."""
+        with self._recording():
+            self._run.log({name: self._trackio.Table(columns=columns, data=rows)}, step=step)
 
     def finish(self, step: int, summary: dict[str, Any]) -> None:
         """Add the summary as an alert of level info, and wait until all is stored."""
-        with _quietly():
+        with self._recording():
             level = self._trackio.AlertLevel.INFO
             self._run.alert(f"run {summary['status']}", as_markdown(summary), level, step=step)
             self._run.finish()

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from dpo_cli.console.text import first_line, safe_text
-from dpo_cli.trackers.tracker import Start, reachable
+from dpo_cli.trackers.tables import Cell
+from dpo_cli.trackers.tracker import Start, reachable, verdict_of
 
 # How a run ended, in the exit codes of wandb: finished, killed, failed.
 EXIT_CODES = {"finished": 0, "stopped": 255, "failed": 1}
@@ -32,7 +33,7 @@ class WeightsAndBiases:
             x_disable_machine_info=True, x_disable_stats=True, init_timeout=PATIENCE, finish_timeout=PATIENCE,
             finish_timeout_raises=True,
         )  # fmt: skip
-        self._teardown = wandb.teardown
+        self._teardown, self._table = wandb.teardown, wandb.Table
 
         def init(mode: Literal["online", "offline"]) -> Any:
             return wandb.init(
@@ -42,7 +43,8 @@ class WeightsAndBiases:
             )  # fmt: skip
 
         try:
-            offline = self._why_offline(options["mode"], wandb.setup().settings.base_url)
+            self._url = wandb.setup().settings.base_url
+            offline = self._why_offline(options["mode"], self._url)
             if not offline:
                 try:
                     self._run = init("online")
@@ -54,7 +56,7 @@ class WeightsAndBiases:
         except BaseException:
             wandb.teardown()
             raise
-        self._online = not offline
+        self._online, self._warn = not offline, start.warn
         self._upload = f"upload with: wandb sync {safe_text(shlex.quote(self._run.settings.sync_dir))}"
         if offline:
             start.warn(f"tracker=wandb: offline ({offline}); {self._upload}")
@@ -82,9 +84,19 @@ class WeightsAndBiases:
         if self._online:
             self._run.alert(title=f"{name} at step {step}", text=text)
 
+    def table(self, step: int, name: str, columns: list[str], rows: list[list[Cell]]) -> None:
+        """Add a wandb.Table to the row of the step; online not where the server does not answer."""
+        # Records wait for a server; a table asks it, for up to a minute, and raises where it is gone.
+        if self._online and not reachable(self._url):
+            answer = f"{safe_text(self._url)} does not answer: the table {name} of step {step} is left out"
+            self._warn(f"tracker=wandb: {answer}")
+            return
+        # Mixed types: a column of numbers may hold text in another row.
+        self._run.log({name: self._table(columns=columns, data=rows, allow_mixed_types=True)}, step=step)
+
     def finish(self, step: int, summary: dict[str, Any]) -> None:
-        """Put the summary into the run's and upload."""
-        self._run.summary.update(summary)
+        """Put the summary into the run's, the verdict under flat names too, and upload."""
+        self._run.summary.update(summary | verdict_of(summary))
         try:
             self._run.finish(exit_code=EXIT_CODES[summary["status"]])
         except TimeoutError:
