@@ -1,5 +1,6 @@
 """dpo-eval: every form of checkpoint, the same numbers however batched, and a report that adds up."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -255,6 +256,16 @@ def test_beta_and_loss_are_those_of_the_run(trained: Trained, command: Command) 
     expected = [0.8 * math.log1p(math.exp(-m)) + 0.2 * math.log1p(math.exp(m)) for m in margins]
     assert found["beta"] == 0.5
     assert found["loss"] == pytest.approx(sum(expected) / len(expected), abs=1e-6)
+    losses = [line["loss"] for line in lines(run / "eval" / "held-out-final")]
+    assert losses == pytest.approx(expected, abs=1e-6)
+    assert (found["loss_name"], found["loss_options"]) == ("sigmoid", {"label_smoothing": 0.2})
+
+
+def test_a_report_says_which_weights_it_is_of(trained: Trained, command: Command) -> None:
+    run = trained()
+    found = report(evaluated(command, run))
+    weights = (run / "final" / "adapter_model.safetensors").read_bytes()
+    assert found["weights_sha256"] == hashlib.sha256(weights).hexdigest()
 
 
 def test_neither_the_cache_nor_the_way_of_making_batches_changes_the_numbers(

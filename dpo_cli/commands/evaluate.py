@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
             **({"data_by_source": {name: report.as_dict() for name, report in named.items()}} if named else {}),
             "beta": objective.beta,
             "loss_name": ref.run.loss.name if ref.run else "sigmoid",
+            "loss_options": _loss_options(ref),
             "device": str(subject.device.value),
             "dtype": str(subject.dtype.value).removeprefix("torch."),
             "layout": subject.batcher.layout.value,
@@ -304,6 +305,12 @@ def _at_scale(
         **{name: [found[name].mean, *found[name].ends()] for _, name in OF_SCALES if name in found},
         **({"answers": answers} if answers else {}),
     }
+
+
+def _loss_options(ref: ModelRef) -> dict[str, float]:
+    """The hyperparameters of the loss that are set: with the same ones, losses can be compared."""
+    options = asdict(ref.run.loss) if ref.run else {}
+    return {name: value for name, value in options.items() if name != "name" and value}
 
 
 def _data_options(config: EvalConfig, ref: ModelRef, overrides: list[tuple[str, Any]]) -> Any:

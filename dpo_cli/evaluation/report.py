@@ -44,6 +44,7 @@ def lines_of(pairs: Sequence[TokenizedPair], scores: ScoredPairs, objective: Obj
         ("reward_chosen", rewards_chosen),
         ("reward_rejected", rewards_rejected),
         ("margin", rewards_chosen - rewards_rejected),
+        ("loss", objective(scores.policy, scores.reference).losses),
     ]
     values = {name: column.tolist() for name, column in columns}
     lines = []
