@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from dpo_cli.engine.ranks import MEETING_FILE, place_of_process
 from dpo_cli.engine.workers import end_with_parent
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from dpo_cli.config.command_line import CommandLine
     from dpo_cli.config.schema import DataConfig, RunConfig
     from dpo_cli.console.reporter import Reporter
+
+Config = TypeVar("Config")
 
 
 def train() -> NoReturn:
@@ -47,6 +49,11 @@ def rank() -> NoReturn:
 def data() -> NoReturn:
     """The command dpo-data."""
     _run("data", _examine)
+
+
+def compare() -> NoReturn:
+    """The command dpo-compare."""
+    _run("compare", _compare)
 
 
 def _run(name: str, command: Callable[["Words"], int]) -> NoReturn:
@@ -293,10 +300,27 @@ def _sweep(words: Words, line: "CommandLine") -> int:
 
 
 def _evaluate(words: Words) -> int:
-    from dpo_cli.config.composition import parse_overrides
-    from dpo_cli.config.schema import DataConfig, EvalConfig, schema_keys
+    from dpo_cli.config.schema import EvalConfig
 
-    line = words.read()
+    config, of_run = _config_and_data_of_run(words, words.read(), EvalConfig)
+    if words.print_config:
+        return _print(config)
+
+    def work(reporter: "Reporter") -> object:
+        from dpo_cli.commands.evaluate import evaluate as run_evaluation
+
+        return run_evaluation(config, of_run, reporter)
+
+    return _reporting(work, "evaluate", config)
+
+
+def _config_and_data_of_run(
+    words: Words, line: "CommandLine", schema: type[Config]
+) -> tuple[Config, list[tuple[str, Any]]]:
+    """The config of a command that evaluates, and the `data.*` keys that change what a run itself was trained with."""
+    from dpo_cli.config.composition import parse_overrides
+    from dpo_cli.config.schema import DataConfig, schema_keys
+
     of_data = [override for override in line.overrides if override.key_or_group.startswith("data.")]
     # Without a data group, data.* changes what the run itself was trained with, unless every key is given.
     whole = set(schema_keys(DataConfig)) <= {override.key_or_group.split(".")[1] for override in of_data}
@@ -304,18 +328,40 @@ def _evaluate(words: Words) -> int:
         line = replace(line, overrides=[*parse_overrides(["data=jsonl"]), *line.overrides])
     of_run = [] if "data" in line.given else of_data
     line.check()
-    config = replace(line, overrides=[one for one in line.overrides if one not in of_run]).config(EvalConfig)
+    config = replace(line, overrides=[one for one in line.overrides if one not in of_run]).config(schema)
+    if words.print_config and of_run:
+        raise ConfigError("--print-config: data.* keys change what the run was trained with, which is read later")
+    return config, [(one.key_or_group, one.value()) for one in of_run]
+
+
+def _compare(words: Words) -> int:
+    from dpo_cli.config.schema import CompareConfig
+    from dpo_cli.console.text import hydra_quoted
+
+    models = [word for word in words.overrides if "=" not in word or os.path.exists(word)]
+    others = tuple(word for word in words.overrides if word not in models)
+    if models:
+        others = (f"models=[{','.join(map(hydra_quoted, models))}]", *others)
+    line = replace(words, overrides=others).read()
+    config, of_run = _config_and_data_of_run(words, line, CompareConfig)
     if words.print_config:
-        if of_run:
-            raise ConfigError("--print-config: data.* keys change what the run was trained with, which is read later")
         return _print(config)
+    from dpo_cli.commands.compare import compare as run_comparison
+    from dpo_cli.commands.compare import reports_only
 
     def work(reporter: "Reporter") -> object:
-        from dpo_cli.commands.evaluate import evaluate as run_evaluation
+        return run_comparison(config, of_run, reporter)
 
-        return run_evaluation(config, [(one.key_or_group, one.value()) for one in of_run], reporter)
+    if not reports_only(config):
+        return _reporting(work)
+    from dpo_cli.console.reporter import Reporter
 
-    return _reporting(work, "evaluate", config)
+    reporter = Reporter()
+    try:
+        work(reporter)
+    finally:
+        reporter.close()
+    return 0
 
 
 def _sample(words: Words) -> int:

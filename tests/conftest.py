@@ -101,6 +101,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
             "dpo-label": cli.label,
             "dpo-rank": cli.rank,
             "dpo-data": cli.data,
+            "dpo-compare": cli.compare,
         }[name]
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
         capsys.readouterr()

@@ -226,7 +226,7 @@ class Refuse:  # the import of torch or transformers ends the command
 sys.meta_path.insert(0, Refuse())
 sys.argv = sys.argv[1:]
 entry = {"dpo-train": cli.train, "dpo-eval": cli.evaluate, "dpo-sample": cli.sample, "dpo-label": cli.label,
-         "dpo-rank": cli.rank, "dpo-data": cli.data}[sys.argv[0]]
+         "dpo-rank": cli.rank, "dpo-data": cli.data, "dpo-compare": cli.compare}[sys.argv[0]]
 try:
     entry()
 except Import:
@@ -243,6 +243,7 @@ except Import:
         "dpo-label samples=some.jsonl by=rule rule=shorter",
         "dpo-rank games=some.jsonl",
         "dpo-data model=tiny",
+        "dpo-compare run other",
     ],
 )
 def test_the_first_line_is_on_the_screen_before_torch_is_imported(tmp_path: Path, words: str) -> None:
@@ -253,7 +254,7 @@ def test_the_first_line_is_on_the_screen_before_torch_is_imported(tmp_path: Path
     assert (ended.stdout, ended.stderr) == ("loading PyTorch and transformers ...\nimport\n", "")
 
 
-COMMANDS = {name: f"dpo-{name}" for name in ("train", "eval", "sample", "label", "rank", "data")}
+COMMANDS = {name: f"dpo-{name}" for name in ("train", "eval", "sample", "label", "rank", "data", "compare")}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -287,7 +288,10 @@ def test_every_common_key_and_every_example_of_the_help_exists() -> None:
         assert set(page.common) <= key_rows(name).keys()
         for words, _ in page.examples:
             assert words.split()[0] == f"dpo-{name}"
-            check_overrides(parse_overrides([word for word in words.split()[1:] if word != "-m"]), SCHEMAS[name])
+            plain = [word for word in words.split()[1:] if "=" not in word and word != "-m"]
+            assert not plain or name == "compare"
+            keys = [word for word in words.split()[1:] if "=" in word]
+            check_overrides(parse_overrides(keys), SCHEMAS[name])
 
 
 def test_help_marks_the_default_of_each_group(command: Command) -> None:
@@ -455,6 +459,7 @@ PRINTED = {
     "dpo-label": ("samples=s.jsonl", "by=rule", "rule=shorter"),
     "dpo-rank": ("checkpoints=[a,b]", "judge=shorter", "prompts=p.txt"),
     "dpo-data": ("data=jsonl", "data.train=pairs.jsonl", "show=3", "fix=cleaned.jsonl"),
+    "dpo-compare": ("outputs/a", "a b,c", "device=cpu"),
 }  # fmt: skip
 
 
@@ -578,7 +583,7 @@ def test_a_sweep_runs_each_in_a_directory_of_its_own_and_ends_in_a_table(
     assert sorted(folder.iterdir()) == runs
     manifests = [json.loads((run / "manifest.json").read_text()) for run in runs]
     assert len({tuple(one["argv"]) for one in manifests}) == 4
-    *_, heading, first, second, third, fourth, best, loss, margin = ended.out.splitlines()
+    *_, heading, first, second, third, fourth, best, loss, margin, following = ended.out.splitlines()
     assert heading.split() == ["beta", "optimizer.lr", "loss", "accuracy", "margin/beta", "verdict", "run"]
     lines = [line.split() for line in (first, second, third, fourth)]
     assert [line[:2] for line in lines] == [["0.1", "0.001"], ["0.1", "1e+30"], ["0.5", "0.001"], ["0.5", "1e+30"]]
@@ -594,6 +599,8 @@ def test_a_sweep_runs_each_in_a_directory_of_its_own_and_ends_in_a_table(
     assert best.startswith("* has the highest held-out accuracy") and "its 95% interval is" in best
     assert loss == "loss is comparable only between runs of the same loss and beta"
     assert margin == "margin/beta is how far the policy moved the pair apart, in nats, whatever the beta"
+    where = folder.relative_to(tmp_path)
+    assert following == f"which is better, with paired intervals: dpo-compare {where}"
 
 
 def test_of_equal_accuracies_the_lower_loss_is_best_where_losses_compare(tmp_path: Path) -> None:

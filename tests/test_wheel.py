@@ -64,6 +64,7 @@ WORDS = {
     "sample": ["model=mine", "prompts=p.txt"],
     "label": ["samples=s.jsonl", "by=rule", "rule=shorter"],
     "rank": ["games=games.csv"],
+    "compare": ["a", "b", "data=mine"],
 }
 
 
@@ -88,5 +89,5 @@ def test_the_wheel_takes_a_users_folder_and_file_as_the_checkout_does(
     assert wheel.stdout == checkout.stdout
     assert ("device: cpu" if name != "rank" else "prior: 1") in wheel.stdout
     assert ("my/sft" in wheel.stdout) == (name == "sample") and ("eval: x" in wheel.stdout) == (
-        name in ("train", "eval")
+        name in ("train", "eval", "compare")
     )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -124,6 +125,8 @@ def run_sweep(jobs: Sequence[Job], folder: str | None, flags: Sequence[str], rep
             empty.rmdir()
     if any(result.directory is not None for result in results):
         show_table(results, reporter)
+    if sum(not result.code and result.accuracy is not None for result in results) > 1:
+        reporter.say(f"which is better, with paired intervals: dpo-compare {shlex.quote(str(place))}")
     return next((result.code for result in results if result.code in STOPPED), 0) or next(
         (result.code for result in results if result.code), 0
     )

@@ -117,6 +117,20 @@ PAGES = {
         "0 done, 2 command line, 3 data that cannot be read, or from which nothing can be learned, 4 model, 6 memory, "
         "7 storage, 75 stopped by a signal, 130 Ctrl-C",
     ),
+    "compare": Page(
+        "say which of several models is better, by paired differences on the same held-out pairs",
+        "dpo-compare A B [C ...] [data=choice] [key=value ...]\n    dpo-compare SWEEP",
+        ("models", "data.eval", "reference_model", "name", "output_dir"),
+        (
+            ("dpo-compare outputs/a outputs/b", ""),
+            ("dpo-compare outputs/a/checkpoints/step-00000100 outputs/a/final", ""),
+            ("dpo-compare outputs/a/eval/held-out-final outputs/b/eval/held-out-final", "loads no model"),
+            ("dpo-compare outputs/a my-adapter data=jsonl data.eval=pairs.jsonl", ""),
+            ("dpo-compare outputs/multirun/2026-01-31_12-00-00", "which run of a sweep"),
+        ),
+        "The others are compared with A. A model without a report on these pairs is scored first, as by dpo-eval. "
+        "Writes report.json and report.html to outputs/compare/<name>/.",
+    ),
 }  # fmt: skip
 FLAGS = (
     (

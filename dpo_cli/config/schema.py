@@ -689,6 +689,26 @@ class ExamineConfig:
         _require(self.data.train is not None or bool(self.data.sources) or others, "data.train", None, rule)
 
 
+@dataclass(config=STRICT, kw_only=True)
+class CompareConfig:
+    """Models compared on the pairs that all of them were evaluated on."""
+
+    models: list[Text] | None
+    data: DataConfig | None  # null: what each run held out
+    reference_model: Text | None
+    name: Text | None = Field(pattern=r"^[^/\\\x00.][^/\\\x00]*$", description="must be a plain folder name")
+    layout: Layout
+    trust_remote_code: bool
+    device: Text
+    output_dir: Directory | None = Field(description=EMPTY)
+
+    def __post_init__(self) -> None:
+        rule = (
+            "name two or more runs, checkpoints or reports, or the folder of a sweep: dpo-compare outputs/a outputs/b"
+        )
+        _require(bool(self.models), "models", self.models, rule)
+
+
 # The config of each command; conf/ has a file of that name with the defaults.
 SCHEMAS = {
     "train": RunConfig,
@@ -697,6 +717,7 @@ SCHEMAS = {
     "label": LabelConfig,
     "rank": RankConfig,
     "data": ExamineConfig,
+    "compare": CompareConfig,
 }
 
 

@@ -66,7 +66,7 @@ class Clusters:
 
     def mean(self, values: Values) -> Estimate:
         """The mean of N values, (N,). The interval is infinitely wide for one prompt, NaN if a value is not finite."""
-        mean, half = float(np.mean(values)), self.quantile * math.sqrt(self._variance(values))
+        mean, half = float(np.mean(values)), self.quantile * self.standard_error(values)
         return Estimate(mean, mean - half, mean + half, self.pairs)
 
     def share(self, values: Values) -> Estimate:
@@ -94,6 +94,15 @@ class Clusters:
         half = self.quantile * math.sqrt(self._jackknifed(left_out, whole))
         return Estimate(whole, whole - half, whole + half, self.pairs)
 
+    def standard_error(self, values: Values) -> float:
+        """The standard error of the mean of N values, (N,); infinite for one prompt."""
+        return math.sqrt(self._variance(values))
+
+    def sums(self, values: Values) -> NDArray[np.float64]:
+        """The sum of N values over the pairs of each prompt, (G,)."""
+        sums: NDArray[np.float64] = np.bincount(self._of, np.asarray(values, dtype=float), self.prompts).astype(float)
+        return sums
+
     def _variance(self, values: Values) -> float:
         """The variance of the mean by the jackknife: (G-1)/G times the sum of (mean without prompt g - mean)^2.
 
@@ -102,7 +111,7 @@ class Clusters:
         if self.prompts == 1:
             return math.inf
         of_pairs = np.asarray(values, dtype=float)
-        sums = np.bincount(self._of, weights=of_pairs, minlength=self.prompts)
+        sums = self.sums(of_pairs)
         with np.errstate(invalid="ignore"):  # an infinite loss makes the interval NaN
             left_out = (sums.sum() - sums) / (self.pairs - self._sizes)
             return self._jackknifed(left_out, float(of_pairs.mean()))

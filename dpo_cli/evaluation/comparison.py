@@ -1,0 +1,503 @@
+"""Models compared on the pairs that all of them were evaluated on: from their reports to one comparison.
+
+A report is report.json with pairs.jsonl beside it. Nothing here loads a model or imports torch. N shared pairs, in the
+order of the first report.
+"""
+
+import errno
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_cli.config.schema import public_container, read_config
+from dpo_cli.config.versions import flat
+from dpo_cli.console.text import plural, safe_text, significant
+from dpo_cli.errors import CheckpointError, DataError
+from dpo_cli.theory.paired import Difference, holm, paired_difference
+from dpo_cli.theory.statistics import Clusters, Estimate
+
+LEVEL = 0.05  # of the tests
+SAME_REFERENCE = 0.005  # relative: dtypes and layouts move the log-prob of a response by less, other weights by more
+MOST_NEEDED = 1_000_000  # pairs; a difference that takes more is none in practice
+# Keys of a config that say where and how often a run writes, not what it does.
+NOT_COMPARED = (
+    "output_dir", "resume", "replay", "log_every", "eval_every", "save_every", "keep_checkpoints", "dry_run",
+    "verify_resume",
+)  # fmt: skip
+METRICS = ("accuracy", "margin", "loss")
+TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One report: its facts, and its pairs by key, with an array of values for each."""
+
+    name: str
+    path: Path  # of report.json
+    facts: dict[str, Any]
+    places: dict[tuple[Any, ...], int]  # a pair's key, soft label and tokens -> its place
+    prompts: NDArray[np.uint64]  # (pairs,)
+    accuracy: Floats  # (pairs,) 1 where the pair is ranked right, 0.5 for a tie
+    margin: Floats  # (pairs,)
+    loss: Floats | None  # (pairs,); None where a report of an earlier version has none
+    reference: Floats | None  # (pairs, 2) log-probs of the reference; None of a reward model
+    run: Path | None  # the run's directory, where it is known
+
+    @property
+    def beta(self) -> float:
+        """The factor between a log-ratio and a reward."""
+        return float(self.facts["beta"])
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether it was compared with a reference; a reward model has none."""
+        return self.facts["reference"] is not None
+
+    @property
+    def loss_used(self) -> tuple[Any, ...]:
+        """What losses must have in common to be compared."""
+        return self.facts["loss_name"], self.beta, str(self.facts.get("loss_options"))
+
+    def values(self, metric: str, nats: bool) -> Floats | None:
+        """A metric of each pair, (pairs,); `nats`: margins divided by beta."""
+        found: Floats | None = getattr(self, metric)
+        return found / self.beta if metric == "margin" and nats and found is not None else found
+
+
+# Reading
+
+
+def read_report(path: Path, name: str, run: Path | None = None) -> Evaluated:
+    """A report.json and the pairs.jsonl beside it.
+
+    CheckpointError for a file that is no report of dpo-eval, DataError for the line of a damaged pairs.jsonl.
+    """
+    facts = _facts(path)
+    lines = path.with_name("pairs.jsonl")
+    shown = safe_text(lines)
+    try:
+        texts = _content(lines).splitlines()
+    except OSError as error:
+        raise CheckpointError(f"{shown}: cannot be read ({error.strerror}); a report has it beside it") from None
+    rows = [_row(text, f"{shown} line {number}") for number, text in enumerate(texts, start=1)]
+    if len(rows) != facts["pairs"] or not rows:
+        raise DataError(f"{shown}: has {plural(len(rows), 'line')}, and report.json counts {facts['pairs']:,} pairs")
+    places, times = dict[tuple[Any, ...], int](), Counter[tuple[Any, ...]]()
+    for place, row in enumerate(rows):
+        places[(*row.key, times[row.key])] = place  # the same pair may be there again
+        times[row.key] += 1
+    columns = np.array([row.values for row in rows], dtype=float)
+    right, label = (columns[:, 0] > 0) + 0.5 * (columns[:, 0] == 0), columns[:, 4]
+    known = np.isfinite(columns).all(axis=0)
+    return Evaluated(
+        name, path, facts, places, np.array([row.prompt for row in rows], dtype=np.uint64),
+        label * right + (1 - label) * (1 - right), columns[:, 0], columns[:, 1] if known[1] else None,
+        columns[:, 2:4] if known[2] and known[3] else None, run,
+    )  # fmt: skip
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file; OSError where it is none: a pipe has no end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file")
+    return path.read_bytes()
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    shown = safe_text(path)
+    no_report = f"{shown}: is not a report of this version of dpo-eval; evaluate again"
+    try:
+        found = json.loads(_content(path))
+    except OSError as error:
+        raise CheckpointError(f"{shown}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(no_report) from None
+    if not isinstance(found, dict):
+        raise CheckpointError(no_report)
+    beta, reference = found.get("beta"), found.get("reference", 0)
+    holds = (
+        type(found.get("pairs")) is int
+        and isinstance(found.get("loss_name"), str)
+        and isinstance(found.get("checkpoint"), str)
+        and (reference is None or isinstance(reference, str))
+        and type(beta) in (int, float)
+        and 0 < float(beta or 0) < math.inf
+    )
+    if not holds:
+        raise CheckpointError(no_report)
+    return found
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A line of pairs.jsonl; `values` are margin, loss, both log-probs of the reference, and the soft label."""
+
+    key: tuple[Any, ...]
+    prompt: int
+    values: tuple[float, ...]
+
+
+def _row(line: bytes, shown: str) -> _Row:
+    """A line of pairs.jsonl; NaN for a value that it lacks. DataError names the line and what is wrong."""
+    try:
+        found = json.loads(line)
+        key = (found["key"], float(found.get("probability", 1)), *(int(found[name]) for name in TOKENS))
+        row = _Row(key, int(found["prompt"], 16), (
+            _number(found["margin"]),
+            _number(found.get("loss", math.nan)),
+            _number(found.get("reference_logps_chosen", math.nan)),
+            _number(found.get("reference_logps_rejected", math.nan)),
+            float(found.get("probability", 1)),
+        ))  # fmt: skip
+        hash(row.key)
+        if not 0 <= row.values[4] <= 1:
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+        raise DataError(f"{shown}: is not a line of pairs.jsonl; evaluate again") from None
+    if not math.isfinite(row.values[0]):
+        raise DataError(f"{shown}: the margin is not finite, so nothing can be compared: the weights are damaged, or "
+                        "their dtype is too narrow")  # fmt: skip
+    return row
+
+
+def _number(value: Any) -> float:
+    """A number; null is one that was not finite."""
+    return math.inf if value is None else float(value)
+
+
+def sampled_metric(facts: dict[str, Any], run: Path | None, name: str) -> list[float | None] | None:
+    """A metric of generated answers with its interval: of the report, else of the run when it saved these weights."""
+    records = [facts]
+    if name not in facts and run is not None:
+        records = [line for line in _evaluations(run) if line.get("step") == _step(facts["checkpoint"], run)][-1:]
+    for record in records:
+        if type(record.get(name)) in (int, float):
+            low, high = (record.get("intervals95") or {}).get(name) or (None, None)
+            return [record[name], low, high]
+    return None
+
+
+def _evaluations(run: Path) -> list[dict[str, Any]]:
+    """The held-out lines of a run's metrics.jsonl, as far as they can be read."""
+    try:
+        lines = [json.loads(line) for line in _content(run / "metrics.jsonl").splitlines()]
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [line for line in lines if isinstance(line, dict) and line.get("split") == "eval"]
+
+
+def _step(checkpoint: str, run: Path) -> Any:
+    """The step that saved weights: in a checkpoint's name; of `final/` in the manifest, else the last evaluated."""
+    number = Path(checkpoint).name.removeprefix("step-")
+    if number.isdigit():
+        return int(number)
+    try:
+        return json.loads(_content(run / "manifest.json"))["final"]["step"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return next((line.get("step") for line in reversed(_evaluations(run))), None)
+
+
+# Comparing
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The pairs that all models were evaluated on: their places in each model's report, (models, N)."""
+
+    models: Sequence[Evaluated]
+    places: NDArray[np.int64]
+    warnings: list[str] = field(default_factory=list)
+
+    def values(self, model: int, metric: str) -> Floats | None:
+        """A metric of a model on the N shared pairs."""
+        found = self.models[model].values(metric, self.nats)
+        return None if found is None else found[self.places[model]]
+
+    @property
+    def nats(self) -> bool:
+        """Whether margins are divided by beta: those of different beta do not compare."""
+        return len({model.beta for model in self.models}) > 1
+
+    @property
+    def prompts(self) -> Clusters:
+        """Which of the N pairs share a prompt."""
+        return Clusters(self.models[0].prompts[self.places[0]])
+
+
+def shared_pairs(models: Sequence[Evaluated]) -> Shared:
+    """The pairs that two or more models share.
+
+    CheckpointError for models that do not compare (a reward model and a DPO model, other references), DataError for too
+    few shared pairs.
+    """
+    first = models[0]
+    for model in models[1:]:
+        if model.has_reference != first.has_reference:
+            reward, other = (first, model) if model.has_reference else (model, first)
+            raise CheckpointError(f"{reward.name}: is a reward model and {other.name} is not; compare one kind")
+    keys = [key for key in first.places if all(key in model.places for model in models[1:])]
+    if not keys:
+        raise DataError(_nothing_shared(models))
+    places = np.array([[model.places[key] for key in keys] for model in models])
+    shared = Shared(models, places)
+    if shared.prompts.prompts < 2:
+        raise DataError(f"{_names(models)}: share pairs of one prompt only; score all of them on more with data.eval=")
+    for model, of_model in zip(models[1:], places[1:], strict=True):
+        _check_reference(first, places[0], model, of_model)
+    left_out = [
+        f"{len(model.places) - len(keys):,} of {model.name}" for model in models if len(model.places) > len(keys)
+    ]
+    if left_out:
+        shared.warnings.append(f"compared on the {plural(len(keys), 'pair')} that all share; left out {_and(left_out)}")
+    return shared
+
+
+def _nothing_shared(models: Sequence[Evaluated]) -> str:
+    first = models[0]
+    texts = {key[0] for key in first.places}
+    for model in models[1:]:
+        if not first.places.keys() & model.places.keys():
+            if texts & {key[0] for key in model.places}:
+                return (
+                    f"{first.name}, {model.name}: the same texts with other labels or tokens; evaluate both with one "
+                    "template, tokenizer and data.max_length"
+                )
+            return (
+                f"{first.name}, {model.name}: were evaluated on other data and share no pair; name their runs and the "
+                "pairs to score them on, for instance data=jsonl data.eval=pairs.jsonl"
+            )
+    return f"{_names(models)}: no pair is shared by all; compare fewer, or score all on the same pairs with data.eval="
+
+
+def _check_reference(first: Evaluated, of_first: Any, model: Evaluated, of_model: Any) -> None:
+    """CheckpointError where the references of two models give other log-probs on the shared pairs."""
+    if first.reference is None or model.reference is None:
+        return
+    known, other = first.reference[of_first], model.reference[of_model]
+    apart = float(np.abs(other - known).mean() / np.abs(known).mean())
+    if apart > SAME_REFERENCE:
+        raise CheckpointError(
+            f"{model.name}: its reference is not that of {first.name}: their log-probs differ by {100 * apart:.1f}% "
+            f"({safe_text(model.facts['reference'])} and {safe_text(first.facts['reference'])}); rewards compare only "
+            "with one reference"
+        )
+
+
+def compare(models: Sequence[Evaluated], kind: str = "comparison") -> tuple[dict[str, Any], list[list[float]]]:
+    """The comparison for report.json, and each model's margins on the shared pairs.
+
+    Differences are to the first model. In a `sweep` that is the best one: the highest accuracy, then the lowest loss
+    where losses compare.
+    """
+    shared = shared_pairs(models)
+    if kind == "sweep":
+        shared = _best_first(shared)
+        models = shared.models
+    differences, prompts = _differences(shared), shared.prompts
+    keys, rows = config_differences(models)
+    swept = keys if kind == "sweep" else []
+    reported = [
+        {
+            "name": model.name,
+            "source": str(model.path.parent),
+            "swept": {key: rows[key][index] for key in swept},
+            **{name: model.facts[name] for name in ("beta", "loss_name", "reference", "checkpoint")},
+            "metrics": _metrics(shared, index, prompts),
+            **_told(differences[index], models[0].name, prompts),
+        }
+        for index, model in enumerate(models)
+    ]
+    comparison = {
+        "kind": kind,
+        "pairs": prompts.pairs,
+        "prompts": prompts.prompts,
+        "prompts_effective": prompts.effective,
+        "margin": "margin/beta" if shared.nats else "margin",
+        "swept": swept,
+        "models": reported,
+        "best": models[0].name if kind == "sweep" else None,
+        "config_differences": [{"key": key, "values": rows[key]} for key in keys],
+        "warnings": [*shared.warnings, *_limits(shared, reported)],
+    }
+    margins = [shared.values(index, "margin") for index in range(len(models))]
+    return comparison, [values.tolist() for values in margins if values is not None]
+
+
+def _best_first(shared: Shared) -> Shared:
+    """The models from the highest accuracy to the lowest; of equal ones the lower loss first, where losses compare."""
+    comparable = len({model.loss_used for model in shared.models}) == 1
+
+    def rank(index: int) -> tuple[float, float]:
+        loss = shared.values(index, "loss") if comparable else None
+        accuracy = shared.values(index, "accuracy")
+        assert accuracy is not None
+        return -float(accuracy.mean()), 0.0 if loss is None else float(loss.mean())
+
+    order = sorted(range(len(shared.models)), key=rank)
+    return Shared([shared.models[index] for index in order], shared.places[order], shared.warnings)
+
+
+def _differences(shared: Shared) -> list[dict[str, Difference]]:
+    """Of each model its paired differences to the first, by metric; p values by Holm over all models."""
+    first, prompts = shared.models[0], shared.prompts
+    found: list[dict[str, Difference]] = [{}]
+    for index, model in enumerate(shared.models[1:], start=1):
+        of_model = {}
+        for metric in METRICS:
+            before, after = shared.values(0, metric), shared.values(index, metric)
+            compares = metric != "loss" or model.loss_used == first.loss_used
+            if compares and before is not None and after is not None:
+                of_model[metric] = paired_difference(prompts, after - before)
+        found.append(of_model)
+    for metric in METRICS:
+        tested = [one for one in found if metric in one]
+        for one, p in zip(tested, holm([one[metric].p for one in tested]), strict=True):
+            one[metric] = Difference(one[metric].estimate, p, one[metric].prompts_needed)
+    return found
+
+
+def _metrics(shared: Shared, index: int, prompts: Clusters) -> dict[str, Any]:
+    """What is known of a model alone, each as [mean, low, high]."""
+    model, estimates = shared.models[index], dict[str, Any]()
+    for metric in METRICS:
+        values = shared.values(index, metric)
+        mean = prompts.share if metric == "accuracy" else prompts.mean
+        estimates[metric] = None if values is None else _triple(mean(values))
+    for label, name in (("kl", "samples/kl"), ("length_ratio", "samples/length_ratio")):
+        estimates[label] = sampled_metric(model.facts, model.run, name)
+    return estimates
+
+
+def _triple(estimate: Estimate) -> list[float | None]:
+    return [estimate.mean, *estimate.ends()]
+
+
+def _told(differences: dict[str, Difference], first: str, prompts: Clusters) -> dict[str, Any]:
+    """Differences to the first model, and the verdict by accuracy."""
+    if not differences:
+        return {
+            "difference": None,
+            "verdict": "first",
+            "words": "the others are compared with it",
+            "pairs_needed": None,
+        }
+    reported = {
+        metric: {"mean": one.estimate.mean, "low": one.estimate.ends()[0], "high": one.estimate.ends()[1], "p": one.p}
+        for metric, one in differences.items()
+    }
+    verdict, words, needed = _verdict(differences["accuracy"], prompts)
+    return {"difference": dict.fromkeys(METRICS) | reported, "verdict": verdict, "words": words, "pairs_needed": needed}
+
+
+def _verdict(accuracy: Difference, prompts: Clusters) -> tuple[str, str, int | None]:
+    """The verdict, in words, and how many more pairs would tell the models apart.
+
+    Better or worse takes both: the test over prompts, and an interval on the same side of 0.
+    """
+    if accuracy.p <= LEVEL and accuracy.estimate.low > 0:
+        return "better", "better", None
+    if accuracy.p <= LEVEL and accuracy.estimate.high < 0:
+        return "worse", "worse", None
+    apart = "not told apart"
+    if accuracy.estimate.mean == 0:
+        return apart, f"{apart}: no number of held-out pairs would do, the difference is 0", None
+    more = accuracy.prompts_needed - prompts.prompts
+    if not 0 < more < math.inf:
+        return apart, f"{apart}: more held-out pairs would be needed", None
+    pairs = math.ceil(more * prompts.pairs / prompts.prompts)
+    number = "more than a million" if pairs > MOST_NEEDED else f"some {round_up(pairs):,}"
+    return apart, f"{apart}: {number} more held-out pairs would be needed", pairs
+
+
+def round_up(number: int) -> int:
+    """A number to two digits, rounded up: 1,812 is 1,900."""
+    unit = 10 ** max(0, len(str(number)) - 2)
+    return -(-number // unit) * unit
+
+
+def _limits(shared: Shared, reported: Sequence[dict[str, Any]]) -> list[str]:
+    """What the numbers cannot say, in words."""
+    first, said = shared.models[0], []
+    if shared.nats:
+        said.append("margins are divided by beta, in nats: those of different beta do not compare")
+    for one, model in zip(reported[1:], shared.models[1:], strict=True):
+        if one["difference"]["loss"] is None:
+            other = model.loss_used != first.loss_used
+            why = f"{first.name} has another loss or beta" if other else "evaluate again: pairs.jsonl has no losses"
+            said.append(f"the loss of {model.name} is not compared: {why}")
+    unknown = [one["name"] for one in reported if one["metrics"]["kl"] is None]
+    if unknown and first.has_reference:
+        said.append(f"no KL of {_and(unknown)}: dpo-eval checkpoint=PATH kl_samples=64 measures it")
+    return said
+
+
+def config_differences(models: Sequence[Evaluated]) -> tuple[list[str], dict[str, list[str]]]:
+    """The keys that differ in the runs' configs, and under each key the value of each model as text."""
+    configs: list[dict[str, Any] | None] = []
+    for model in models:
+        try:
+            config = read_config(model.run / "config.yaml") if model.run is not None else None
+        except CheckpointError:  # of another version, say: it is not needed to compare
+            config = None
+        configs.append(flat(public_container(config)) if config is not None else None)
+    known = [config for config in configs if config is not None]
+    rows = {}
+    for key in dict.fromkeys(key for config in known for key in config):
+        values = ["unknown" if config is None else _text(config.get(key)) for config in configs]
+        if key not in NOT_COMPARED and not key.startswith("tracker") and len({*values} - {"unknown"}) > 1:
+            rows[key] = values
+    return [*rows], rows
+
+
+def _text(value: Any) -> str:
+    return safe_text("null" if value is None else str(value).lower() if isinstance(value, bool) else value)
+
+
+def _names(models: Sequence[Evaluated]) -> str:
+    return ", ".join(model.name for model in models)
+
+
+def _and(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def sentences(comparison: dict[str, Any]) -> list[str]:
+    """The comparison in words, a sentence each: every difference, how it was tested, and what limits it."""
+    first, *others = comparison["models"]
+    said = []
+    for one in others:
+        parts = [
+            f"{comparison['margin'] if metric == 'margin' else metric} {_signed(found['mean'])}"
+            + ("" if found["low"] is None else f" ({_signed(found['low'])} to {_signed(found['high'])})")
+            for metric, found in one["difference"].items()
+            if found is not None
+        ]
+        said.append(f"{one['name']} against {first['name']}: {', '.join(parts)}; {one['words']}")
+    if comparison["best"] is not None:
+        said += _of_sweep(comparison)
+    tests = "exact McNemar test on prompts" + ("; p values are Holm's, for several models" if len(others) > 1 else "")
+    said.append(f"verdict by accuracy: {tests}")
+    return said
+
+
+def _of_sweep(comparison: dict[str, Any]) -> list[str]:
+    first, *others = comparison["models"]
+    accuracy = first["metrics"]["accuracy"][0]
+    tied = [one["name"] for one in others if one["metrics"]["accuracy"][0] == accuracy]
+    near = [one["name"] for one in others if one["verdict"] == "not told apart"]
+    said = f"best: {first['name']}, with the highest held-out accuracy ({significant(accuracy)})"
+    said += f", shared with {_and(tied)}" if tied else ""
+    said += f"; not told apart from it: {_and(near)}" if near else ""
+    return [said, "the best was chosen by these pairs, which flatters it: confirm it on others with data.eval="]
+
+
+def _signed(value: float) -> str:
+    return f"{'+' if value > 0 else ''}{significant(value)}"
