@@ -17,7 +17,8 @@ from conftest import Ended, records, sample_rows, tiny_words, write_jsonl
 from numpy.typing import NDArray
 
 from dpo_cli.commands.compare import labels
-from dpo_cli.evaluation.comparison import round_up
+from dpo_cli.evaluation.comparison import compare, round_up, sentences
+from dpo_cli.evaluation.evaluated import read_report
 from dpo_cli.theory.paired import holm, mcnemar, paired_difference, prompts_needed
 from dpo_cli.theory.statistics import Clusters
 
@@ -89,6 +90,13 @@ def test_mcnemar_is_the_binomial_test_by_hand() -> None:
     assert mcnemar(3, 7) == 352 / 1024
     assert mcnemar(5, 5) == mcnemar(0, 0) == 1.0
     assert 0 < mcnemar(900, 100) < 1e-100 and mcnemar(5050, 4950) == pytest.approx(0.3222, abs=1e-3)
+
+
+def test_shares_that_are_all_alike_still_have_an_interval() -> None:
+    # None of 20 prompts: Wilson's interval of 0 of 20 with t(19) = 2.093 ends at t^2 / (20 + t^2)
+    found = paired_difference(Clusters(range(20)), [0.0] * 20, share=True)
+    assert (found.estimate.mean, found.p, found.prompts_needed) == (0.0, 1.0, math.inf)
+    assert -found.estimate.low == found.estimate.high == pytest.approx(2.0930**2 / (20 + 2.0930**2), abs=1e-4)
 
 
 def test_holm_by_hand() -> None:
@@ -389,7 +397,7 @@ def test_what_cannot_be_compared_is_refused_by_name(
     assert not Path("outputs").exists()
 
 
-@pytest.mark.parametrize("value", ["NaN", '"x"', "[1]", "{}", "1e999", "true" * 3])
+@pytest.mark.parametrize("value", ["NaN", '"x"', "[1]", "{}", "1e999", '"-1"', f'"{"f" * 40}"', "true" * 3])
 @pytest.mark.parametrize("name", ["margin", "key", "prompt", "probability", "loss", "chosen_tokens"])
 def test_no_damage_of_a_line_is_more_than_one_line_of_error(
     command: Command, tmp_path: Path, name: str, value: str
@@ -402,6 +410,57 @@ def test_no_damage_of_a_line_is_more_than_one_line_of_error(
     ended = command("dpo-compare", a, b, f"output_dir={tmp_path / 'out'}")
     assert ended.code in (0, 3) and ended.err.count("\n") == (ended.code > 0)
     assert ended.code == 0 or "b/pairs.jsonl line 2: " in ended.err or "of a" in ended.err, ended.err
+
+
+@pytest.mark.parametrize("facts", [
+    {"beta": 0}, {"beta": "0.1"}, {"beta": True}, {"loss_name": None}, {"reference": 3}, {"intervals95": []},
+    {"intervals95": {"samples/kl": 3}}, {"data": "x"}, {"pairs": "3"}, {"checkpoint": None},
+])  # fmt: skip
+def test_a_report_json_of_another_form_is_refused(command: Command, tmp_path: Path, facts: dict[str, Any]) -> None:
+    a, b = report_of(tmp_path / "a", [0.1] * 3), report_of(tmp_path / "b", [0.1] * 3, **facts)
+    code, says = refused(command, a, b)
+    assert code == 4 and says == f"{b}/report.json: is not a report of this version of dpo-eval; evaluate again"
+
+
+def test_a_number_that_is_not_finite_in_a_report_is_null_in_the_comparison(command: Command, tmp_path: Path) -> None:
+    facts = {"samples/kl": math.nan, "samples/length_ratio": 1.5, "intervals95": {"samples/length_ratio": [None, "x"]}}
+    a, b = report_of(tmp_path / "a", [0.1] * 3), report_of(tmp_path / "b", [0.1] * 3, **facts)
+    found, _ = compared(command, tmp_path / "out", a, b)
+    assert [found["models"][1]["metrics"][name] for name in ("kl", "length_ratio")] == [None, [1.5, None, None]]
+
+
+def test_pairs_that_a_model_was_trained_on_are_told(command: Command, tmp_path: Path) -> None:
+    a = report_of(tmp_path / "a", [0.1] * 3, data={"leaks": {"pairs": 0, "prompts": 0}})
+    b = report_of(tmp_path / "b", [0.1] * 3, data={"leaks": {"pairs": 0, "prompts": 2}})
+    found, _ = compared(command, tmp_path / "out", a, b)
+    assert found["warnings"][0] == "b was trained on some of its pairs or prompts: data.eval_leaks=drop leaves them out"
+
+
+def test_a_path_with_an_equals_sign_is_a_path_and_models_may_stand_under_their_key(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report_of(Path("beta=0.1"), [0.1] * 3)
+    report_of(Path("it's [b], c"), [0.2] * 3)
+    found, _ = compared(command, tmp_path / "out", "beta=0.1", "it's [b], c")
+    assert [one["name"] for one in found["models"]] == ["beta=0.1", "it's [b], c"]
+    Path("run.yaml").write_text('models: ["beta=0.1", "it\'s [b], c"]\n')
+    assert compared(command, tmp_path / "again", "--config", "run.yaml")[0] == found
+
+
+def test_under_a_launcher_it_is_refused(
+    command: Command, two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    code, says = refused(command, *two)
+    assert (code, says) == (2, "dpo-compare is one process; under a launcher run dpo-eval, then compare its reports")
 
 
 def test_a_reference_in_another_dtype_is_the_same_one(command: Command, tmp_path: Path) -> None:
@@ -590,8 +649,6 @@ def test_a_sweep_names_its_best_run_and_its_unfinished_ones(command: Command, tm
 
 
 def test_of_equal_runs_of_a_sweep_the_lower_loss_is_best_and_the_tie_is_told(command: Command, tmp_path: Path) -> None:
-    from dpo_cli.evaluation.comparison import compare, read_report, sentences
-
     margins = {"low": [0.2, 0.4, -0.1, 0.3], "high": [2.0, 4.0, -0.1, 3.0], "wrong": [-0.2, 0.4, -0.1, 0.3]}
     models = [read_report(report_of(tmp_path / name, one) / "report.json", name) for name, one in margins.items()]
     comparison, of_models = compare(models, "sweep")

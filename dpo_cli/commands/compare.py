@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from dpo_cli.config.schema import CompareConfig
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text, significant
+from dpo_cli.engine.ranks import place_of_process
 from dpo_cli.errors import CheckpointError, ConfigError, DpoError, StorageError
-from dpo_cli.evaluation.comparison import Evaluated, read_report, sentences
 from dpo_cli.evaluation.comparison import compare as compared
+from dpo_cli.evaluation.comparison import sentences
+from dpo_cli.evaluation.evaluated import Evaluated, read_report
 from dpo_cli.pages.pages import comparison_page
 from dpo_cli.paths import user_path
 from dpo_cli.storage.durable import write_together
@@ -50,6 +52,8 @@ def compare(config: CompareConfig, overrides: list[tuple[str, Any]], reporter: R
     ConfigError for less than two models or one named twice.
     """
     assert config.models is not None
+    if place_of_process().world_size > 1:
+        raise ConfigError("dpo-compare is one process; under a launcher run dpo-eval, then compare its reports")
     words, kind = [*config.models], "comparison"
     sweeps = [word for word in words if _is_sweep(user_path(word, ConfigError, "models"))]
     unfinished: list[str] = []
@@ -174,7 +178,7 @@ def _score(
     from dpo_cli.config.schema import EvalConfig, config_of
 
     options = ("reference_model", "layout", "trust_remote_code", "device")
-    given = {"checkpoint": word, "processes": 1} | {option: getattr(config, option) for option in options}
+    given = {"checkpoint": word} | {option: getattr(config, option) for option in options}
     wanted = config_of({**composed("eval", [], EvalConfig).container, **given}, EvalConfig)
     in_run = ref.directory is not None
     try:

@@ -1,16 +1,11 @@
 """Models compared on the pairs that all of them were evaluated on: from their reports to one comparison.
 
-A report is report.json with pairs.jsonl beside it. Nothing here loads a model or imports torch. N shared pairs, in the
-order of the first report.
+Nothing here loads a model or imports torch. N shared pairs, in the order of the first report.
 """
 
-import errno
-import json
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +15,7 @@ from dpo_cli.config.schema import public_container, read_config
 from dpo_cli.config.versions import flat
 from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.errors import CheckpointError, DataError
+from dpo_cli.evaluation.evaluated import Evaluated, Floats, sampled_metric
 from dpo_cli.theory.paired import Difference, holm, paired_difference
 from dpo_cli.theory.statistics import Clusters, Estimate
 
@@ -32,180 +28,6 @@ NOT_COMPARED = (
     "verify_resume",
 )  # fmt: skip
 METRICS = ("accuracy", "margin", "loss")
-TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """One report: its facts, and its pairs by key, with an array of values for each."""
-
-    name: str
-    path: Path  # of report.json
-    facts: dict[str, Any]
-    places: dict[tuple[Any, ...], int]  # a pair's key, soft label and tokens -> its place
-    prompts: NDArray[np.uint64]  # (pairs,)
-    accuracy: Floats  # (pairs,) 1 where the pair is ranked right, 0.5 for a tie
-    margin: Floats  # (pairs,)
-    loss: Floats | None  # (pairs,); None where a report of an earlier version has none
-    reference: Floats | None  # (pairs, 2) log-probs of the reference; None of a reward model
-    run: Path | None  # the run's directory, where it is known
-
-    @property
-    def beta(self) -> float:
-        """The factor between a log-ratio and a reward."""
-        return float(self.facts["beta"])
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether it was compared with a reference; a reward model has none."""
-        return self.facts["reference"] is not None
-
-    @property
-    def loss_used(self) -> tuple[Any, ...]:
-        """What losses must have in common to be compared."""
-        return self.facts["loss_name"], self.beta, str(self.facts.get("loss_options"))
-
-    def values(self, metric: str, nats: bool) -> Floats | None:
-        """A metric of each pair, (pairs,); `nats`: margins divided by beta."""
-        found: Floats | None = getattr(self, metric)
-        return found / self.beta if metric == "margin" and nats and found is not None else found
-
-
-# Reading
-
-
-def read_report(path: Path, name: str, run: Path | None = None) -> Evaluated:
-    """A report.json and the pairs.jsonl beside it.
-
-    CheckpointError for a file that is no report of dpo-eval, DataError for the line of a damaged pairs.jsonl.
-    """
-    facts = _facts(path)
-    lines = path.with_name("pairs.jsonl")
-    shown = safe_text(lines)
-    try:
-        texts = _content(lines).splitlines()
-    except OSError as error:
-        raise CheckpointError(f"{shown}: cannot be read ({error.strerror}); a report has it beside it") from None
-    rows = [_row(text, f"{shown} line {number}") for number, text in enumerate(texts, start=1)]
-    if len(rows) != facts["pairs"] or not rows:
-        raise DataError(f"{shown}: has {plural(len(rows), 'line')}, and report.json counts {facts['pairs']:,} pairs")
-    places, times = dict[tuple[Any, ...], int](), Counter[tuple[Any, ...]]()
-    for place, row in enumerate(rows):
-        places[(*row.key, times[row.key])] = place  # the same pair may be there again
-        times[row.key] += 1
-    columns = np.array([row.values for row in rows], dtype=float)
-    right, label = (columns[:, 0] > 0) + 0.5 * (columns[:, 0] == 0), columns[:, 4]
-    known = np.isfinite(columns).all(axis=0)
-    return Evaluated(
-        name, path, facts, places, np.array([row.prompt for row in rows], dtype=np.uint64),
-        label * right + (1 - label) * (1 - right), columns[:, 0], columns[:, 1] if known[1] else None,
-        columns[:, 2:4] if known[2] and known[3] else None, run,
-    )  # fmt: skip
-
-
-def _content(path: Path) -> bytes:
-    """The bytes of a file; OSError where it is none: a pipe has no end."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "not a file")
-    return path.read_bytes()
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    shown = safe_text(path)
-    no_report = f"{shown}: is not a report of this version of dpo-eval; evaluate again"
-    try:
-        found = json.loads(_content(path))
-    except OSError as error:
-        raise CheckpointError(f"{shown}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(no_report) from None
-    if not isinstance(found, dict):
-        raise CheckpointError(no_report)
-    beta, reference = found.get("beta"), found.get("reference", 0)
-    holds = (
-        type(found.get("pairs")) is int
-        and isinstance(found.get("loss_name"), str)
-        and isinstance(found.get("checkpoint"), str)
-        and (reference is None or isinstance(reference, str))
-        and type(beta) in (int, float)
-        and 0 < float(beta or 0) < math.inf
-    )
-    if not holds:
-        raise CheckpointError(no_report)
-    return found
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A line of pairs.jsonl; `values` are margin, loss, both log-probs of the reference, and the soft label."""
-
-    key: tuple[Any, ...]
-    prompt: int
-    values: tuple[float, ...]
-
-
-def _row(line: bytes, shown: str) -> _Row:
-    """A line of pairs.jsonl; NaN for a value that it lacks. DataError names the line and what is wrong."""
-    try:
-        found = json.loads(line)
-        key = (found["key"], float(found.get("probability", 1)), *(int(found[name]) for name in TOKENS))
-        row = _Row(key, int(found["prompt"], 16), (
-            _number(found["margin"]),
-            _number(found.get("loss", math.nan)),
-            _number(found.get("reference_logps_chosen", math.nan)),
-            _number(found.get("reference_logps_rejected", math.nan)),
-            float(found.get("probability", 1)),
-        ))  # fmt: skip
-        hash(row.key)
-        if not 0 <= row.values[4] <= 1:
-            raise ValueError
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
-        raise DataError(f"{shown}: is not a line of pairs.jsonl; evaluate again") from None
-    if not math.isfinite(row.values[0]):
-        raise DataError(f"{shown}: the margin is not finite, so nothing can be compared: the weights are damaged, or "
-                        "their dtype is too narrow")  # fmt: skip
-    return row
-
-
-def _number(value: Any) -> float:
-    """A number; null is one that was not finite."""
-    return math.inf if value is None else float(value)
-
-
-def sampled_metric(facts: dict[str, Any], run: Path | None, name: str) -> list[float | None] | None:
-    """A metric of generated answers with its interval: of the report, else of the run when it saved these weights."""
-    records = [facts]
-    if name not in facts and run is not None:
-        records = [line for line in _evaluations(run) if line.get("step") == _step(facts["checkpoint"], run)][-1:]
-    for record in records:
-        if type(record.get(name)) in (int, float):
-            low, high = (record.get("intervals95") or {}).get(name) or (None, None)
-            return [record[name], low, high]
-    return None
-
-
-def _evaluations(run: Path) -> list[dict[str, Any]]:
-    """The held-out lines of a run's metrics.jsonl, as far as they can be read."""
-    try:
-        lines = [json.loads(line) for line in _content(run / "metrics.jsonl").splitlines()]
-    except (OSError, ValueError, RecursionError):
-        return []
-    return [line for line in lines if isinstance(line, dict) and line.get("split") == "eval"]
-
-
-def _step(checkpoint: str, run: Path) -> Any:
-    """The step that saved weights: in a checkpoint's name; of `final/` in the manifest, else the last evaluated."""
-    number = Path(checkpoint).name.removeprefix("step-")
-    if number.isdigit():
-        return int(number)
-    try:
-        return json.loads(_content(run / "manifest.json"))["final"]["step"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return next((line.get("step") for line in reversed(_evaluations(run))), None)
-
-
-# Comparing
 
 
 @dataclass(frozen=True)
@@ -355,7 +177,7 @@ def _differences(shared: Shared) -> list[dict[str, Difference]]:
             before, after = shared.values(0, metric), shared.values(index, metric)
             compares = metric != "loss" or model.loss_used == first.loss_used
             if compares and before is not None and after is not None:
-                of_model[metric] = paired_difference(prompts, after - before)
+                of_model[metric] = paired_difference(prompts, after - before, share=metric == "accuracy")
         found.append(of_model)
     for metric in METRICS:
         tested = [one for one in found if metric in one]
@@ -433,6 +255,12 @@ def _limits(shared: Shared, reported: Sequence[dict[str, Any]]) -> list[str]:
             other = model.loss_used != first.loss_used
             why = f"{first.name} has another loss or beta" if other else "evaluate again: pairs.jsonl has no losses"
             said.append(f"the loss of {model.name} is not compared: {why}")
+    for model in shared.models:
+        leaks = model.facts.get("data", {}).get("leaks")
+        if isinstance(leaks, dict) and any(leaks.values()):
+            said.append(
+                f"{model.name} was trained on some of its pairs or prompts: data.eval_leaks=drop leaves them out"
+            )
     unknown = [one["name"] for one in reported if one["metrics"]["kl"] is None]
     if unknown and first.has_reference:
         said.append(f"no KL of {_and(unknown)}: dpo-eval checkpoint=PATH kl_samples=64 measures it")

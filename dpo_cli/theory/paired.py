@@ -25,9 +25,16 @@ class Difference:
     prompts_needed: float  # in all, for a test of 80% power; infinite where the mean is 0
 
 
-def paired_difference(prompts: Clusters, differences: Values) -> Difference:
-    """The mean of d, tested prompt by prompt: each is won by the model with the higher sum, or tied and dropped."""
+def paired_difference(prompts: Clusters, differences: Values, share: bool = False) -> Difference:
+    """The mean of d, tested prompt by prompt: each is won by the model with the higher sum, or tied and dropped.
+
+    `share`: of shares, such as accuracies. Where no pair differs the jackknife finds no spread; the interval then goes
+    as far as Wilson's of a share of 0.
+    """
     estimate = prompts.mean(differences)
+    if share and not np.any(differences):
+        reach = prompts.share(differences).high
+        estimate = Estimate(0.0, -reach, reach, prompts.pairs)
     sums = prompts.sums(differences)
     p = mcnemar(int((sums > TIE).sum()), int((sums < -TIE).sum()))
     needed = prompts_needed(estimate.mean, prompts.standard_error(differences), prompts.prompts)
