@@ -230,6 +230,7 @@ def tiny_words(pairs: Path, folder: Path) -> list[str]:
         "max_steps=3",
         "optimizer.lr=1e-3",
         "samples.n=4",
+        "page=false",
         "samples.max_new_tokens=8",
         f"output_dir={folder}",
     ]

@@ -230,13 +230,14 @@ def test_the_monitor_stops_a_run_where_it_is_told_to(
     far = AlarmRule("far", lambda d: d.pairs >= 8, lambda d: "too far", ruins=True)
     monkeypatch.setattr(preference, "preference_alarms", lambda loss: (far,))
     words = tiny_words(pairs_file, tmp_path / "run")
-    ended = command("dpo-train", *words, "monitor=stop")
+    ended = command("dpo-train", *words, "monitor=stop", "page=true")
     saved = tmp_path / "run" / "checkpoints" / "step-00000002"
     assert ended.code == 5
     assert ended.err == f"error: step 2: stopped by the monitor (monitor=stop), saved as {saved}: too far\n"
     assert "warning: step 2: too far" in ended.out and "verdict  " in ended.out
     assert records(tmp_path / "run")[-1]["alarms"] == {"far": "too far"}
     assert saved.is_dir() and not (tmp_path / "run" / "final").exists()
+    assert "<h2>Alarms</h2>" in (tmp_path / "run" / "report.html").read_text()
     other = [word for word in words if not word.startswith("output_dir")]
     assert command("dpo-train", *other, f"output_dir={tmp_path / 'warned'}", "monitor=warn").code == 0
 

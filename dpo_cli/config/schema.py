@@ -461,6 +461,7 @@ class RunConfig:
     early_stop: EarlyStopConfig
     keep_best: bool = Field(json_schema_extra=LOUD)
     budget: BudgetConfig
+    page: bool = Field(json_schema_extra=FREE)
     max_grad_norm: float = Field(gt=0, description="1.0 is usual")
     device: Text = Field(json_schema_extra=LOUD)
     output_dir: Directory | None = Field(json_schema_extra=FREE, description=EMPTY)

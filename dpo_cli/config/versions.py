@@ -142,6 +142,7 @@ MIGRATIONS: dict[int, tuple[Change, ...]] = {
         Added("keep_best", False),
         Added("budget.kl", None),
         Added("budget.length", None),
+        Added("page", False),
     ),
 }  # fmt: skip
 VERSION = max(MIGRATIONS)

@@ -83,6 +83,7 @@ class RunDirectory:
         self.config = path / "config.yaml"
         self.manifest = path / "manifest.json"
         self.log = path / "train.log"
+        self.page = path / "report.html"
         self.reference = path / "reference_logps.bin"
         self.trained_on = path / "trained_on.safetensors"
         self.lock = path / ".lock"

@@ -14,7 +14,7 @@ from dpo_cli.console.text import duration, plural, safe_text, significant
 from dpo_cli.data.leaks import NO_LEAKS
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.engine.engine import SINGLE
-from dpo_cli.errors import DivergedError, StorageError
+from dpo_cli.errors import DivergedError, DpoError, StorageError
 from dpo_cli.evaluation.scores import ScoredPairs, Scorer, by_source, prompts_of, score_pairs, summarize, with_sources
 from dpo_cli.generation.answers import MeasuredAnswers
 from dpo_cli.models.adapters import START_FILE
@@ -37,11 +37,13 @@ from dpo_cli.runs.checkpoint import (
 )
 from dpo_cli.runs.manifest import weights_sha256
 from dpo_cli.runs.model_card import model_card
+from dpo_cli.runs.page import write_page
 from dpo_cli.runs.replay import describe_replay
 from dpo_cli.runs.tensor_files import gather
 from dpo_cli.storage.durable import write_folder
 from dpo_cli.theory.losses import ResponseScores
 from dpo_cli.theory.metrics import MeanOverPairs
+from dpo_cli.trackers.tables import evaluation_table, samples_table
 from dpo_cli.trackers.trackers import Trackers
 from dpo_cli.training.choice import Choice, choose
 from dpo_cli.training.guard import require_finite
@@ -140,6 +142,7 @@ class Recorder:
             checkpoint = self.save()
             self.reporter.stop()
             self._show(self._assess())
+            self._write_page()
             raise DivergedError(
                 f"step {progress.step}: stopped by the monitor (monitor=stop), saved as {checkpoint}: {ruin.text}"
             )
@@ -168,17 +171,17 @@ class Recorder:
         )
         if not math.isfinite(means["loss"]):
             self.reporter.warn(f"step {step}: the held-out loss is not finite")
+        self.trackers.table(step, "evaluation", *evaluation_table(estimates | answers.estimates))
         if answers.rows:
             self._show_answers(answers)
         if self.choice.step == step < self.material.total_steps:
             self.save()
 
     def _show_answers(self, answers: MeasuredAnswers) -> None:
-        step, columns = self.progress.step, ["prompt", "reference", "policy"]
+        step = self.progress.step
         self.engine.same(lambda: self.samples.write(step, answers.rows))
         self.reporter.say(describe_samples(step, answers.estimates))
-        if hasattr(self.trackers, "table"):
-            self.trackers.table(step, "samples", columns, [[row[key] for key in columns] for row in answers.rows])
+        self.trackers.table(step, "samples", *samples_table(answers.rows))
 
     def _score(self, what: str, pairs: Sequence[TokenizedPair]) -> ScoredPairs:
         learner, context = self.learner, self.context
@@ -280,6 +283,7 @@ class Recorder:
         verdict = self._assess(weights, final)
         tensors = trained_weights(learner.policy, self.engine)
         self.engine.same(lambda: self._write_final(tensors, means, final))
+        self._write_page()
         self.reporter.say()
         memory = f"peak memory {describe_peak_memory(learner.batcher.device)}"
         skipped = (
@@ -292,12 +296,21 @@ class Recorder:
                 *([("final", f"step {final.step} of {total}: {final.reason}")] if config.choosing() else []),
                 *self._best(final.step),
                 *describe_replay(config, weights),
+                *([("page", str(self.directory.page))] if config.page and self.directory.page.is_file() else []),
                 ("next", learner.objective.next_command(context.directory.path)),
             ]
         )
         self._show(verdict)
         ended = {"status": "finished", "final": str(self.directory.final), "verdict": verdict.as_dict()}
         self.trackers.finish({**ended, "held_out": means, "final_step": final.step, "final_reason": final.reason})
+
+    def _write_page(self) -> None:
+        """Write report.html; a run that could not is as good without."""
+        if self.context.config.page and self.engine.rank == 0:
+            try:
+                write_page(self.directory)
+            except DpoError as error:
+                self.reporter.warn(str(error))
 
     def _finish_objective(self) -> None:
         said = self.learner.objective.finish(self.learner.policy, self._first_scores)
@@ -313,6 +326,7 @@ class Recorder:
             return Final(choice.step, choice.reason)
         self.reporter.stop()
         self._show(self._assess())
+        self._write_page()
         raise DivergedError(
             f"step {step}: {choice.reason}; so there is no final/. Start again with a smaller optimizer.lr "
             f"({config.optimizer.lr / 10:g}), or with a smaller eval_every, which stops earlier"
