@@ -33,6 +33,8 @@ QUANTIZATION = "dpo_cli/models/quantization.py"
 LOCKS = "dpo_cli/storage/locks.py"
 MAPPING, DECODING = "dpo_cli/data/mapping.py", "dpo_cli/generation/decoding.py"
 STATISTICS, HISTORY = "dpo_cli/theory/statistics.py", "dpo_cli/objectives/history.py"
+CHOICE, ANSWERS = "dpo_cli/training/choice.py", "dpo_cli/generation/answers.py"
+OF_ENDING, OF_ANSWERS = "tests/test_early_stop.py", "tests/test_answers.py"
 OF_REWARDS, OF_DECODING = "tests/test_reward.py", "tests/test_decoding.py"
 OF_STATISTICS, OF_VERDICTS = "tests/test_statistics.py", "tests/test_monitor.py"
 OF_FAULTS, OF_RANKS = "-m faults tests/faults/", "tests/test_engine.py"
@@ -314,6 +316,20 @@ MUTANTS = [
            "tests/test_reference_cache.py"),
     Mutant("the best checkpoint is pruned", CHECKPOINT, "[] if best is None else [best[0]]", "[]",
            "tests/test_reproduce.py"),
+    Mutant("the chosen checkpoint is pruned", CHECKPOINT, "[] if chosen is None else [folder / checkpoint_name(chosen)]", "[]",
+           OF_ENDING + " -k pruned"),
+    Mutant("no budget is exceeded", CHOICE, "not line[metric] <= limit", "line[metric] < 0", OF_ENDING + " -k beyond_its_budget"),
+    Mutant("the best loss is the highest", "dpo_cli/config/schema.py", '"loss": ("loss", -1)', '"loss": ("loss", 1)', OF_ENDING + " -k best_metric"),
+    Mutant("patience never ends", CHOICE, "            waited += 1", "            waited += 0", OF_ENDING + " -k patience_counts"),
+    Mutant("final is the last step, whatever was chosen", RECORDS, "if final.step != progress.step:", "if False:",
+           OF_ENDING + " -k ends_the_run"),
+    Mutant("the verdict is of the last step", RECORDS, 'if final is None or record["step"] <= final.step]', "]", OF_ENDING + " -k ends_the_run"),
+    Mutant("what ended an answer is not scored", ANSWERS, "[*completion.token_ids, *ended_by]", "[*completion.token_ids, *ended_by][:1]",
+           OF_ANSWERS + " -k log_ratio"),
+    Mutant("the policy answers for the reference", ANSWERS, "    with adapter_off(reference.policy):", "    if True:", OF_ANSWERS + " -k base_whose"),
+    Mutant("the answers' length ratio upside down", ANSWERS, "ours[kept].sum() / theirs[kept].sum()", "theirs[kept].sum() / ours[kept].sum()",
+           OF_ANSWERS + " -k by_hand"),
+    Mutant("a model that loops is green", "dpo_cli/objectives/findings.py", "lambda h: _repeats(h) or _alike(h)", "lambda h: False", OF_VERDICTS),
     Mutant("reference values of another run", REFERENCE_LOGPS, "resumed and not cache.adopt(own)",
            "resumed and not own.exists()", OF_FAULTS + "test_storage.py -k another_run_left"),
     Mutant("reference values beside other pairs", PRECOMPUTE, "(how.batcher, batch, compute, how.engine)",

@@ -229,9 +229,8 @@ def tiny_words(pairs: Path, folder: Path) -> list[str]:
         "batch_size=4",
         "max_steps=3",
         "optimizer.lr=1e-3",
-        "samples.n=4",
+        "samples.max_new_tokens=4",
         "page=false",
-        "samples.max_new_tokens=8",
         f"output_dir={folder}",
     ]
 

@@ -14,7 +14,8 @@ from dpo_cli.data.formats import FinishReason
 from dpo_cli.evaluation.scores import Scorer
 from dpo_cli.generation.answers import Answer, AskedPrompt, compare_answers, measure_answers
 from dpo_cli.models.adapters import attach_lora
-from dpo_cli.models.logps import MicroBatcher
+from dpo_cli.models.loading import compile_layers
+from dpo_cli.models.logps import MicroBatcher, causal_model
 from dpo_cli.models.reference import AdapterOffReference, FrozenReference
 from dpo_cli.objectives.preference import Preference
 from dpo_cli.theory.repetition import distinct, repetition
@@ -170,3 +171,19 @@ def test_each_answer_s_log_ratio_is_that_of_its_tokens_with_what_ended_it() -> N
         with policy.disable_adapter():
             scores.append(logp(policy, asked.ids, ids))
         assert row["kl"] == pytest.approx(scores[0] - scores[1], abs=1e-3)
+
+
+# Torch's compiler touches deprecated paths of its own while it traces.
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_layers_generate_as_they_are_written() -> None:
+    from torch._dynamo.utils import counters
+
+    policy = moved(attach_lora(tiny(), LORA))
+    plain = measured(policy, AdapterOffReference(policy), number=12)
+    counters.clear()
+    compile_layers(causal_model(policy), backend="aot_eager")
+    compiled = measured(policy, AdapterOffReference(policy), number=12)
+    assert [row["policy"] for row in compiled.rows] == [row["policy"] for row in plain.rows]
+    assert compiled.estimates["samples/kl"].mean == pytest.approx(plain.estimates["samples/kl"].mean, abs=1e-4)
+    # Two kinds of code, the layers' with the adapter and without it: of scoring, and none of generating.
+    assert counters["stats"]["unique_graphs"] == 2

@@ -214,7 +214,7 @@ def test_the_first_update_moves_the_head_alone_the_second_b_and_the_third_a(
 ) -> None:
     # dL/dh = -sigmoid(-m) w, which is 0 while w is: no adapter has a gradient. With w it reaches B; the gradient of A
     # is multiplied by B, and B is 0 until the second update.
-    run = assembled(*LEARNING, "beta=1")
+    run = assembled(*LEARNING, "beta=1", "samples.n=0")
     for movers in ({"head"}, {"head", "B"}, {"head", "B", "A"}):
         before = {name: weight.detach().clone() for name, weight in run.learner.policy.named_parameters()}
         run.step(run.material.data.train[:4])
@@ -544,7 +544,7 @@ def subject_of(run: Assembled) -> Any:
 
 @pytest.fixture
 def subject(assembled: Callable[..., Assembled]) -> Any:
-    return subject_of(assembled(*LEARNING, "beta=1"))
+    return subject_of(assembled(*LEARNING, "beta=1", "samples.n=0"))
 
 
 def test_the_preflight_passes_and_leaves_the_head_at_zero_without_a_gradient(subject: Any) -> None:

@@ -120,6 +120,7 @@ def dry_run(context: Context, learner: Learner, material: Material, forward_back
                 f"about {duration(seconds * steps + evaluation)}: {plural(steps, 'step')} of "
                 f"{duration(seconds)}, and {plural(evaluations, 'evaluation')} of "
                 f"{plural(len(held_out), 'held-out pair')}"
+                + (", and their generated answers on top" if config.samples.n and held_out else "")
                 + ("; less where reference log-probs are on disk" if config.reference.cache != "off" else ""),
             ),
             ("dry run", "nothing was trained, and only tokens were kept in the cache; leave dry_run out to start"),

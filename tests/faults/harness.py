@@ -30,7 +30,7 @@ TIMINGS = ("seconds", "pairs_per_second", "tokens_per_second", "peak_memory_gib"
 WORDS = [
     "model=tiny", "model.dtype=float32", "data=jsonl", "data.eval_fraction=0.3", "batch_size=4", "micro_batch_size=2",
     "max_steps=6", "eval_every=2", "save_every=2", "log_every=3", "lora.dropout=0.1", "optimizer.lr=1e-3",
-    "optimizer.warmup_steps=1", "samples.n=2", "samples.max_new_tokens=3", "page=false",
+    "optimizer.warmup_steps=1", "samples.max_new_tokens=3", "page=false",
 ]  # fmt: skip
 
 
