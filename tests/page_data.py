@@ -286,3 +286,49 @@ def comparison(
         "warnings": [f"{word}-2: another dtype (float32) than the first (bfloat16)"],
     }
     return report, [draw.normal(0.5 + 0.1 * place, 1.0, 512).tolist() for place in range(number)]
+
+
+def examination(word: str = "train.jsonl") -> dict[str, Any]:
+    """The report.json of dpo-data."""
+    estimate = {"mean": 0.52, "interval95": [0.5, 0.54], "pairs": 900}
+    row = {"location": f"{word} line 3", "prompt": f"{word} or tea?", "chosen": word, "rejected": "Neither. " * 9}
+    side = {
+        "source": word,
+        "rows": 1000,
+        "pairs": 1000,
+        "dropped": {"duplicate": 40},
+        "kept": 960,
+        "near_duplicates": 7,
+        "examples": {"duplicate": [row, row]},
+        "soft_labels": 3,
+        "not_used": {word: 9},
+        "not_used_form": "",
+    }
+    edges = [1, 2, 3, 4, 6, 8, 11, 16, 23, 33, 47, 66, 93, 132]
+    counts = [0, 1, 3, 9, 20, 60, 120, 200, 190, 150, 90, 40, 17]
+    sides = ("prompt", "chosen", "rejected")
+    tokens = {
+        "pairs": 900,
+        "of": 960,
+        "lengths": {one: {"mean": 40.0, "median": 31.0, "longest": 130.0} for one in sides},
+        "histogram": {"edges": edges, **dict.fromkeys(sides, counts)},
+        "max_length": [
+            {"max_length": 512, "prompt_too_long": 3, "prompts_cut": 0, "responses_cut": 12, "tokens_per_epoch": 90_000}
+        ],
+    }
+    phrase = {"phrase": word, "weight": -0.21, "in_chosen": 0.08, "in_rejected": 0.2}
+    means = ("nats_per_token_chosen", "nats_per_token_rejected", "ordered_by_sum", "ordered_per_token", "token_overlap")
+    return {
+        "train": side,
+        "held_out": side | {"source": "test.jsonl"},
+        "pointless": None,
+        "data": {"max_length": 512},
+        "findings": [{"text": f"{word}: 40 duplicates", "next": f"dpo-data data.train={word} fix=cleaned.jsonl"}],
+        "tokens": tokens,
+        "bias": {
+            "longer_preferred": estimate,
+            "by_source": [{"source": word, "longer_preferred": estimate}],
+            "words": {"accuracy": estimate, "phrases": [phrase]},
+        },
+        "score": {"pairs": 900, "overlapping": 4, "alike": 0, **dict.fromkeys(means, estimate)},
+    }

@@ -325,7 +325,7 @@ def test_untrusted_text_does_nothing_on_the_page_and_the_console(examined: Exami
     page = report["page"].lower()
     assert page.count("&lt;script&gt;") >= 2 and "<script" not in page and "<img" not in page
     assert "default-src 'none'" in page and "http" not in page.replace("http-equiv", "")
-    assert "prefers-color-scheme:dark" in page and "@media print" in page
+    assert "prefers-color-scheme: dark" in page and "@media print" in page
     for shown in (report["page"], report["out"], json.dumps(report["train"], ensure_ascii=False)):
         assert "\x1b" not in shown and "\u202e" not in shown
 

@@ -15,6 +15,7 @@ import page_data
 import pytest
 
 from dpo_cli.console.text import safe_text
+from dpo_cli.examination.page import page as examination_page
 from dpo_cli.pages import figures
 from dpo_cli.pages import run as of_run
 from dpo_cli.pages.evaluation import colored
@@ -87,6 +88,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "run": run,
     "comparison": lambda: comparison_page(*page_data.comparison()),
     "sweep": lambda: comparison_page(*page_data.comparison("sweep", 9)),
+    "examination": lambda: examination_page(page_data.examination()),
 }
 
 
@@ -123,7 +125,7 @@ def test_ids_stand_once_and_what_a_figure_uses_is_its_own(name: str) -> None:
 def test_every_figure_is_named_and_explained_and_takes_its_colors_from_the_page(name: str) -> None:
     page = PAGES[name]()
     drawn = re.findall(r"<figure><h3>(.*?)</h3>(<svg.*?</svg>)<figcaption>(.*?)</figcaption>", page, re.DOTALL)
-    assert len(drawn) == page.count("<svg") >= 5
+    assert len(drawn) == page.count("<svg") >= 3
     for title, svg, caption in drawn:
         assert title and caption.endswith(".")
         assert unescape(f'role="img" aria-label="{title}. {caption}"') in unescape(svg)
@@ -350,6 +352,7 @@ def pages_of(words: list[str]) -> list[str]:
         evaluation_page(report, pairs, examples, answers),
         run_page(every, {word: {word: [word]} for word in words}, manifest, records, answers),
         comparison_page(comparison, margins),
+        examination_page(page_data.examination(every)),
     ]
 
 
@@ -420,3 +423,58 @@ def test_ticks_have_the_digits_that_tell_them_apart() -> None:
     ticks = re.findall(r"text-anchor: end[^>]*>([\d.]+)<", svg)
     assert len(ticks) == len(set(ticks)) >= 3
     assert re.findall(r"text-anchor: middle[^>]*>([\d.]+)<", svg) == ["0", "1"]  # there is no half step
+
+
+def dots(svg: str) -> list[tuple[float, float]]:
+    """The markers of a figure, from left to right; the second number grows downwards."""
+    return sorted((float(x), float(y)) for x, y in re.findall(r'<use href="#\w+" x="([\d.]+)" y="([\d.]+)"', svg))
+
+
+def of_pairs(*, chosen_tokens: int, rejected_tokens: int, margin: float, number: int) -> list[dict[str, Any]]:
+    tokens = {"chosen_tokens": chosen_tokens, "rejected_tokens": rejected_tokens, "margin": margin}
+    return [pair | tokens | {"prompt": f"{place:x}"} for place, pair in enumerate(page_data.pairs(number))]
+
+
+def test_the_length_gap_grows_with_the_chosen_response_and_accuracy_upwards() -> None:
+    short = of_pairs(chosen_tokens=10, rejected_tokens=90, margin=-1.0, number=40)
+    long = of_pairs(chosen_tokens=90, rejected_tokens=10, margin=1.0, number=40)
+    page = evaluation_page({"checkpoint": "x"}, [*short, *long], [], [])
+    (left, wrong), (right, well) = dots(figure(page, "Accuracy by length gap"))
+    assert left < right and well < wrong
+
+
+def test_a_pair_stands_where_its_log_ratios_are() -> None:
+    pair = page_data.pairs(1)[0]
+    moved = [pair | {"policy_logps_chosen": pair["reference_logps_chosen"] + 8.0,
+                     "policy_logps_rejected": pair["reference_logps_rejected"] - 2.0, "margin": 1.0}] * 9  # fmt: skip
+    svg = figure(evaluation_page({"checkpoint": "x"}, moved, [], []), "Change of chosen against rejected")
+    (cell,) = re.findall(r'<path d="([^"]*)"[^>]*style="fill: var\(--series-1\)', svg)
+    corner = [tuple(map(float, one)) for one in re.findall(r"[ML] (\S+) (\S+)", cell)]
+    frame = [
+        tuple(map(float, one)) for one in re.findall(r'<rect x="(\S+)" y="(\S+)" width="(\S+)" height="(\S+)"', svg)
+    ]
+    left, top, wide, high = frame[0]
+    assert max(x for x, _ in corner) == pytest.approx(left + wide, abs=1)  # chosen +8 is the right end
+    assert max(y for _, y in corner) == pytest.approx(top + high, abs=1)  # rejected -2 is the lower end
+
+
+def test_a_difference_above_0_stands_right_of_the_line() -> None:
+    for sign in (1, -1):
+        svg = figures.rows("t", "c.", "x", ["a"], [(sign * 0.1, sign * 0.1 - 0.05, sign * 0.1 + 0.05)], level=0.0).svg
+        ((x, _),) = dots(svg)
+        (zero,) = re.findall(r'<path d="M (\S+) [^"]*"[^>]*stroke-dasharray', svg)
+        assert (x > float(zero)) == (sign > 0)
+
+
+def test_chosen_and_rejected_keep_their_colors_and_their_values() -> None:
+    page = run(records=page_data.records(40))
+    for title in ("Rewards", "Drift"):
+        svg = figure(page, title)
+        lines = {
+            shade: path
+            for path, shade in re.findall(r'<path d="([^"]*)"[^>]*fill: none; stroke: var\(--(series-[12])\)', svg)
+            if len(re.findall("[ML] ", path)) > 9
+        }
+        lowest = {shade: max(float(y) for y in re.findall(r"[ML] \S+ (\S+)", path)) for shade, path in lines.items()}
+        assert lowest["series-2"] > lowest["series-1"]  # rejected falls below chosen
+        assert svg.index(">chosen<") < svg.index(">rejected<")

@@ -10,6 +10,7 @@ from typing import Any
 import page_data
 import pytest
 
+from dpo_cli.examination.page import page as examination_page
 from dpo_cli.pages.pages import comparison_page, evaluation_page, run_page
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -60,6 +61,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "comparison": lambda: comparison_page(*page_data.comparison()),
     "comparison-long": lambda: comparison_page(*page_data.comparison("comparison", 4, LONG)),
     "sweep": lambda: comparison_page(*page_data.comparison("sweep", 30)),
+    "examination": lambda: examination_page(page_data.examination(LONG)),
 }
 
 

@@ -121,6 +121,13 @@ def _figure(
     return Drawing(title, svg, caption)
 
 
+def _logarithmic(axes: Any, which: str) -> None:
+    """A logarithmic axis, x or y, with ticks at 1, 3, 10, 30."""
+    axes.set(**{f"{which}scale": "log"})
+    axes.minorticks_off()
+    getattr(axes, f"{which}axis").get_major_locator().set_params(subs=(1.0, 3.0))
+
+
 def _told_apart(axis: Any) -> Callable[[float, int], str]:
     """The text of a tick, in as many digits as neighbors need to differ."""
 
@@ -240,6 +247,17 @@ def histogram(
     return _figure(title, caption, labels, draw, legend=[one for one, _ in series] if len(series) > 1 else ())
 
 
+def counted(title: str, caption: str, labels: tuple[str, str], edges: Values, counts: Values) -> Drawing:
+    """A histogram over a logarithmic axis whose counts are known: one fewer than the edges of its bars."""
+
+    def draw(axes: Any, _: Any) -> None:
+        axes.stairs(counts, edges, fill=True, color=color(SERIES[0]))
+        _logarithmic(axes, "x")
+        axes.set_ylim(bottom=0)
+
+    return _figure(title, caption, labels, draw)
+
+
 def density(title: str, caption: str, labels: tuple[str, str], across: Values, up: Values) -> Drawing:
     """How often two values occur together: the deeper a cell, the more; with a line along which both are equal."""
     pairs = np.column_stack([across, up]).astype(float)
@@ -288,8 +306,7 @@ def curves(
 
     def draw(axes: Any, name: Callable[[str], str]) -> None:
         if log:
-            axes.set_yscale("log", subs=())
-            axes.yaxis.get_major_locator().set_params(subs=(1.0, 3.0))
+            _logarithmic(axes, "y")
         if level is not None:
             axes.axhline(level, color=color("dim"), linewidth=1, linestyle=(0, (4, 3)))
         if limit is not None:

@@ -117,10 +117,10 @@ def _shown(text: str) -> str:
     return "\n".join(safe_text(line) for line in text.split("\n"))
 
 
-def _significant(value: Any) -> str:
-    """Three significant digits; a dash for what is not known."""
+def _significant(value: Any, digits: int = 3) -> str:
+    """A number in so many digits; a dash for what is not known."""
     known = number(value)
-    return significant(known) if math.isfinite(known) else "–"
+    return significant(known, digits) if math.isfinite(known) else "–"
 
 
 def _ends(one: Triple) -> str:
