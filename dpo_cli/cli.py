@@ -56,6 +56,11 @@ def compare() -> NoReturn:
     _run("compare", _compare)
 
 
+def export() -> NoReturn:
+    """The command dpo-export."""
+    _run("export", _export)
+
+
 def _run(name: str, command: Callable[["Words"], int]) -> NoReturn:
     code = 1
     _open_standard_streams()
@@ -459,6 +464,22 @@ def _examine(words: Words) -> int:
             find_suspects(config, reporter)
         else:
             examine(config, given, reporter)
+
+    return _reporting(work)
+
+
+def _export(words: Words) -> int:
+    from dpo_cli.config.schema import ExportConfig
+
+    line = words.read()
+    config = line.config(ExportConfig)
+    if words.print_config:
+        return _print(config)
+
+    def work(reporter: "Reporter") -> None:
+        from dpo_cli.commands.export import export as run_export
+
+        run_export(config, reporter)
 
     return _reporting(work)
 

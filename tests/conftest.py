@@ -102,6 +102,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
             "dpo-rank": cli.rank,
             "dpo-data": cli.data,
             "dpo-compare": cli.compare,
+            "dpo-export": cli.export,
         }[name]
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
         capsys.readouterr()

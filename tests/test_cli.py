@@ -226,7 +226,7 @@ class Refuse:  # the import of torch or transformers ends the command
 sys.meta_path.insert(0, Refuse())
 sys.argv = sys.argv[1:]
 entry = {"dpo-train": cli.train, "dpo-eval": cli.evaluate, "dpo-sample": cli.sample, "dpo-label": cli.label,
-         "dpo-rank": cli.rank, "dpo-data": cli.data, "dpo-compare": cli.compare}[sys.argv[0]]
+         "dpo-rank": cli.rank, "dpo-data": cli.data, "dpo-compare": cli.compare, "dpo-export": cli.export}[sys.argv[0]]
 try:
     entry()
 except Import:
@@ -244,6 +244,7 @@ except Import:
         "dpo-rank games=some.jsonl",
         "dpo-data model=tiny",
         "dpo-compare run other",
+        "dpo-export checkpoint=run to=folder",
     ],
 )
 def test_the_first_line_is_on_the_screen_before_torch_is_imported(tmp_path: Path, words: str) -> None:
@@ -254,7 +255,7 @@ def test_the_first_line_is_on_the_screen_before_torch_is_imported(tmp_path: Path
     assert (ended.stdout, ended.stderr) == ("loading PyTorch and transformers ...\nimport\n", "")
 
 
-COMMANDS = {name: f"dpo-{name}" for name in ("train", "eval", "sample", "label", "rank", "data", "compare")}
+COMMANDS = {name: f"dpo-{name}" for name in ("train", "eval", "sample", "label", "rank", "data", "compare", "export")}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -460,6 +461,7 @@ PRINTED = {
     "dpo-rank": ("checkpoints=[a,b]", "judge=shorter", "prompts=p.txt"),
     "dpo-data": ("data=jsonl", "data.train=pairs.jsonl", "show=3", "fix=cleaned.jsonl"),
     "dpo-compare": ("outputs/a", "a b,c", "device=cpu"),
+    "dpo-export": ("checkpoint=run", "to=folder", "scale=0.5", "max_shard_size=500MB"),
 }  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def test_every_command_in_the_guides_composes(
         Path("my_conf", group, "mine.yaml").write_text(f"defaults: [_base, _self_]\n{line}\n")
     shown = [words for page in PAGES for words in commands(page)]
     assert len(shown) > 30 and {words[0] for words in shown} == {f"dpo-{name}" for name in (
-        "train", "eval", "sample", "label", "rank", "data", "compare"
+        "train", "eval", "sample", "label", "rank", "data", "compare", "export"
     )}  # fmt: skip
     made = {
         "loss=cubic",

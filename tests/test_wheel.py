@@ -65,6 +65,7 @@ WORDS = {
     "label": ["samples=s.jsonl", "by=rule", "rule=shorter"],
     "rank": ["games=games.csv"],
     "compare": ["a", "b", "data=mine"],
+    "export": ["checkpoint=run", "to=folder"],
 }
 
 

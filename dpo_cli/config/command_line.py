@@ -42,7 +42,7 @@ Config = TypeVar("Config")
 class CommandLine:
     """What a user gave: overrides, from a file of --config and from the command line itself, and a folder of groups."""
 
-    command: str  # train, eval, sample, label, rank, data
+    command: str  # train, eval, sample, label, rank, data, export
     overrides: list[Override]
     places: dict[str, str] = field(default_factory=dict)  # keys that stand in the file of --config -> file and line
     own: Path | None = None  # the folder of --config-dir

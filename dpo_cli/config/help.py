@@ -131,6 +131,23 @@ PAGES = {
         "The others are compared with A. A model without a report on these pairs is scored first, as by dpo-eval. "
         "Writes report.json and report.html to outputs/compare/<name>/.",
     ),
+    "export": Page(
+        "hand a trained model over: a folder that transformers, vLLM, llama.cpp and Ollama read, or a repository",
+        "dpo-export checkpoint=PATH to=DIR|hub:owner/name [key=value ...]",
+        ("checkpoint", "to", "what", "scale", "dtype", "yes", "private", "device"),
+        (
+            ("dpo-export checkpoint=outputs/a to=my-model", ""),
+            ("dpo-export checkpoint=outputs/a to=my-adapter what=adapter", ""),
+            ("dpo-export checkpoint=outputs/a to=half scale=0.5", ""),
+            ("dpo-export checkpoint=outputs/a to=hub:me/my-model", "lists what would go"),
+            ("dpo-export checkpoint=outputs/a to=hub:me/my-model yes=true", "uploads it"),
+        ),
+        "The folder is reloaded with transformers and compared with the checkpoint before it gets its name. "
+        "to=hub: without yes=true makes and checks the folder in a temporary place, lists its files, uploads nothing "
+        "and removes it. The token is that of HF_TOKEN or of `hf auth login`.",
+        "0 done, 2 command line, 4 checkpoint or model, or the folder does not answer as the checkpoint does, "
+        "6 memory, 7 storage or hub, 75 stopped by a signal, 130 Ctrl-C",
+    ),
 }  # fmt: skip
 FLAGS = (
     (

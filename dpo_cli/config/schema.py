@@ -710,6 +710,40 @@ class CompareConfig:
         _require(bool(self.models), "models", self.models, rule)
 
 
+@dataclass(config=STRICT, kw_only=True)
+class ExportConfig:
+    """A trained model as a folder for other programs, or on the hub."""
+
+    checkpoint: Text | None
+    to: Directory | None = Field(description=EMPTY)
+    what: Literal["merged", "adapter"]
+    scale: float
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    max_shard_size: Text = Field(
+        pattern=r"^[1-9]\d*(\.\d+)?(KB|MB|GB|TB)$", description="must be a size, for instance 5GB or 500MB"
+    )
+    check: int = Field(ge=1)
+    yes: bool
+    private: bool
+    trust_remote_code: bool
+    device: Text
+
+    def __post_init__(self) -> None:
+        rule = "name a run directory, a checkpoint, an adapter or a model, for instance checkpoint=outputs/..."
+        _require(bool(self.checkpoint), "checkpoint", self.checkpoint, rule)
+        assert self.checkpoint is not None
+        _require(self.to is not None, "to", self.to, "name a new folder, or hub:owner/name")
+        assert self.to is not None
+        on_hub = self.to.startswith("hub:")
+        named = re.fullmatch(r"hub:[\w-][\w.-]*/[\w-][\w.-]*", self.to)
+        _require(not on_hub or named is not None, "to", self.to, "must be hub:owner/name")
+        of_adapter = "an adapter keeps the dtype it is stored in; leave it out with what=adapter"
+        _require(self.what == "merged" or self.dtype == "auto", "dtype", self.dtype, of_adapter)
+        for key, usual in (("yes", False), ("private", True)):
+            value = getattr(self, key)
+            _require(on_hub or value is usual, key, value, "is for to=hub:owner/name; leave it out")
+
+
 # The config of each command; conf/ has a file of that name with the defaults.
 SCHEMAS = {
     "train": RunConfig,
@@ -719,6 +753,7 @@ SCHEMAS = {
     "rank": RankConfig,
     "data": ExamineConfig,
     "compare": CompareConfig,
+    "export": ExportConfig,
 }
 
 

@@ -106,7 +106,7 @@ def adapter_scale(policy: Any, scale: float) -> Iterator[None]:
 
 def load_adapter(model: Any, adapter: str) -> Any:
     """A PEFT adapter on a model; CheckpointError where it is missing or does not fit in every tensor."""
-    folder = _adapter_folder(adapter)
+    folder = adapter_folder(adapter)
     _check_kind(folder)
     try:
         with warnings.catch_warnings():
@@ -128,7 +128,7 @@ def load_adapter(model: Any, adapter: str) -> Any:
     return loaded
 
 
-def _adapter_folder(adapter: str) -> Path:
+def adapter_folder(adapter: str) -> Path:
     """The local folder of an adapter, fetched from the hub if it is not here; its weights must be safetensors.
 
     PEFT would fall back to a pickle, which can run code when it is read.

@@ -72,7 +72,7 @@ def model_card(
     lines[-1] += ", and `path/to/` is where you keep what it names:" if "path/to/" in "".join(card.code) else ":"
     lines += ["", "```python", *card.code, "```", ""]
     if objective.generates:
-        lines += ["Ask it:", "", "```python", *_asking_code(encoder), "```", ""]
+        lines += ["Ask it:", "", "```python", *asking_code(encoder), "```", ""]
     return "\n".join(lines)
 
 
@@ -96,8 +96,11 @@ def portable(place: str, name: str | None = None) -> str:
     return f"path/to/{re.sub(r'[^A-Za-z0-9._-]+', '-', safe_text(Path(name).name))}"
 
 
-def _asking_code(encoder: PairEncoder) -> list[str]:
-    """Python that asks `model` as it was trained: with the same template, up to the token that ended its responses."""
+def asking_code(encoder: PairEncoder, folder: str = "final") -> list[str]:
+    """Python that asks `model` as it was trained: with the same template, up to the token that ended its responses.
+
+    `folder` is where its tokenizer lies.
+    """
     question = "What is a rainbow?"
     ask = [f'inputs = tokenizer("{question}", return_tensors="pt")']
     if encoder.kind == "chat":
@@ -110,7 +113,7 @@ def _asking_code(encoder: PairEncoder) -> list[str]:
     return [
         "from transformers import AutoTokenizer",
         "",
-        'tokenizer = AutoTokenizer.from_pretrained("final")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
         *ask,
         f"answer = model.generate(**inputs, max_new_tokens=100, do_sample=False, eos_token_id={encoder.closing})",
         'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
