@@ -329,7 +329,7 @@ MUTANTS = [
     Mutant("the policy answers for the reference", ANSWERS, "    with adapter_off(reference.policy):", "    if True:", OF_ANSWERS + " -k base_whose"),
     Mutant("the answers' length ratio upside down", ANSWERS, "ours[kept].sum() / theirs[kept].sum()", "theirs[kept].sum() / ours[kept].sum()",
            OF_ANSWERS + " -k by_hand"),
-    Mutant("a model that loops is green", "dpo_cli/objectives/findings.py", "lambda h: _repeats(h) or _alike(h)", "lambda h: False", OF_VERDICTS),
+    Mutant("a model that loops is green", "dpo_cli/objectives/answers.py", "lambda of: _repeats(of) or _alike(of)", "lambda of: False", OF_VERDICTS),
     Mutant("reference values of another run", REFERENCE_LOGPS, "resumed and not cache.adopt(own)",
            "resumed and not own.exists()", OF_FAULTS + "test_storage.py -k another_run_left"),
     Mutant("reference values beside other pairs", PRECOMPUTE, "(how.batcher, batch, compute, how.engine)",

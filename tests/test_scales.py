@@ -138,6 +138,23 @@ def test_an_evaluation_says_in_a_sentence_what_its_intervals_allow(
     assert summary_of(found, Clusters(range(50)), None, 3)["color"] == "red"
 
 
+def test_a_model_that_loops_is_red_however_right_it_is() -> None:
+    def measured(**means: float) -> dict[str, Estimate]:
+        usual = {"kl": 3.0, "length": 40.0, "length_ratio": 1.0, "ends": 0.9, "repetition": 0.02, "distinct_2": 0.6}
+        usual |= {f"reference_{name}": value for name, value in usual.items() if name not in ("kl", "length_ratio")}
+        values = {f"samples/{name}": value for name, value in (usual | means).items()}
+        values |= {"rewards/accuracies": 0.8, "loss/improvement": 0.2}
+        return {name: Estimate(mean, mean * 0.95, mean * 1.05, 50) for name, mean in values.items()}
+
+    def color(**means: float) -> str:
+        return summary_of(measured(**means), Clusters(range(50)), None, 0)["color"]
+
+    assert color() == "green"
+    assert color(repetition=0.5) == "red" and color(distinct_2=0.1) == "red"
+    assert color(length_ratio=2.0) == color(ends=0.2) == color(kl=60.0) == "yellow"
+    assert color(ends=0.02, reference_ends=0.02, kl=19.0) == "green"
+
+
 def test_the_best_and_worst_pairs_of_a_run_add_up_to_their_margins(
     trained: Trained, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from dpo_cli.console.text import interval, significant
 from dpo_cli.data.leaks import CONSEQUENCE, REMEDY
 from dpo_cli.objectives.alarms import LIMITS, USUAL, of_length
+from dpo_cli.objectives.answers import ANSWER_RULES, LONGER, AnswerRule
 from dpo_cli.objectives.drift import SATURATED
 from dpo_cli.objectives.history import ACCURACY, IMPROVEMENT, MATTERS, WITH_INTERVALS, History
 from dpo_cli.theory.statistics import Estimate
@@ -100,37 +101,37 @@ def _of_length(h: History) -> str | None:
     )
 
 
-# What generated answers show: by intervals, and by the reference's own answers, since a base model seldom ends.
-LONGER = 1.5  # times the reference's length
-REPEATED = 0.1  # share of repeated 4-grams beyond the reference's
-FAR = (20.0, 0.3)  # nats a response and nats a token from the reference, both
-
-
-def _repeats(h: History) -> bool:
-    return h.answered and h.of_answers("repetition").low > h.of_answers("reference_repetition").high + REPEATED
-
-
-def _alike(h: History) -> bool:
-    return h.answered and h.of_answers("distinct_2").high < h.of_answers("reference_distinct_2").low / 2
-
-
-def _never_ends(h: History) -> bool:
-    return h.answered and h.of_answers("ends").high < h.of_answers("reference_ends").low / 2
-
-
-def _answers_far(h: History) -> bool:
-    low = h.of_answers("kl").low if h.answered else 0.0
-    return low > FAR[0] and low > FAR[1] * h.of_answers("length").mean
-
-
-def _with_range(estimate: Estimate) -> str:
-    return f"{significant(estimate.mean, 2)} ({_range(estimate)})"
-
-
 def _next_of_size(h: History) -> str:
     if h.margin >= MATTERS[0]:
         return f"beta={significant(h.beta / 10)}: a large beta holds the policy at the reference"
     return f"optimizer.lr={5 * h.lr:g}, or more steps"
+
+
+# What to try next where generated answers show a fault.
+OF_ANSWERS: dict[str, Callable[[History], str]] = {
+    "repetitive": lambda h: f"optimizer.lr={h.lr / 10:g}; read the answers in samples/ before trusting the accuracy",
+    "rambling": lambda h: (
+        f"budget.length={LONGER:g} keeps the last step before; loss=sigmoid_norm beta=2 counts log-ratios a token"
+    ),
+    "unending": lambda h: (
+        "read the answers in samples/; a larger samples.max_new_tokens shows whether they end later; "
+        f"optimizer.lr={h.lr / 5:g}"
+    ),
+    "answers_far": lambda h: (
+        f"budget.kl=10 keeps the last step before; or beta={2 * h.beta:g}; read the answers in samples/"
+    ),
+}
+
+
+def _of_answers(rule: AnswerRule, next_step: Callable[[History], str]) -> FindingRule:
+    """A rule on generated answers as one on the run that has generated them at its end."""
+    return FindingRule(
+        rule.name,
+        rule.color,
+        lambda h: bool(h.answers) and rule.holds(h.answers),
+        lambda h: rule.reason(h.answers),
+        next_step,
+    )
 
 
 _RULES = (
@@ -257,55 +258,7 @@ _RULES = (
             else "balance the lengths of the pairs"
         ),
     ),
-    FindingRule(
-        "repetitive",
-        "red",
-        lambda h: _repeats(h) or _alike(h),
-        lambda h: (
-            f"generated answers repeat themselves: {_percent(h.of_answers('repetition').mean)} of their 4-grams stand "
-            f"in them before ({_percent(h.of_answers('reference_repetition').mean)} in the reference's answers), and "
-            f"{_percent(h.of_answers('distinct_2').mean)} of all pairs of tokens are distinct "
-            f"({_percent(h.of_answers('reference_distinct_2').mean)})"
-        ),
-        lambda h: f"optimizer.lr={h.lr / 10:g}; read the answers in samples/ before trusting the accuracy",
-    ),
-    FindingRule(
-        "rambling",
-        "yellow",
-        lambda h: h.answered and h.of_answers("length_ratio").low > LONGER,
-        lambda h: (
-            f"generated answers are {_with_range(h.of_answers('length_ratio'))} times as long as the reference's: "
-            f"{significant(h.of_answers('length').mean)} tokens, the reference's "
-            f"{significant(h.of_answers('reference_length').mean)}"
-        ),
-        lambda h: (
-            f"budget.length={LONGER:g} keeps the last step before; loss=sigmoid_norm beta=2 counts log-ratios a token"
-        ),
-    ),
-    FindingRule(
-        "unending",
-        "yellow",
-        _never_ends,
-        lambda h: (
-            f"{_percent(h.of_answers('ends').mean)} of the generated answers end by themselves "
-            f"({_range(h.of_answers('ends'))}), of the reference's {_percent(h.of_answers('reference_ends').mean)}"
-        ),
-        lambda h: (
-            "read the answers in samples/; a larger samples.max_new_tokens shows whether they end later; "
-            f"optimizer.lr={h.lr / 5:g}"
-        ),
-    ),
-    FindingRule(
-        "answers_far",
-        "yellow",
-        _answers_far,
-        lambda h: (
-            f"generated answers are {_with_range(h.of_answers('kl'))} nats each from the reference, "
-            f"{significant(h.of_answers('kl').mean / h.of_answers('length').mean, 2)} a token: over-optimised, "
-            "whatever the accuracy"
-        ),
-        lambda h: f"budget.kl=10 keeps the last step before; or beta={2 * h.beta:g}; read the answers in samples/",
-    ),
+    *(_of_answers(rule, OF_ANSWERS[rule.name]) for rule in ANSWER_RULES),
     FindingRule(
         "saturated",
         "yellow",

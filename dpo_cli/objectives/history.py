@@ -6,6 +6,7 @@ from typing import Any
 from dpo_cli.console.text import plural
 from dpo_cli.data.leaks import NO_LEAKS, Leaks
 from dpo_cli.objectives.alarms import preference_alarms
+from dpo_cli.objectives.answers import Answers, answers_in
 from dpo_cli.theory.statistics import Estimate, proportion_estimate
 
 MOVED = (
@@ -77,13 +78,12 @@ class History:
         return proportion_estimate(mean * n, n) if name == ACCURACY else Estimate(mean, -float("inf"), float("inf"), n)
 
     @property
-    def answered(self) -> bool:
-        """Whether policy and reference have answered held-out prompts at the end."""
-        return self.evaluated and "samples/kl" in self.held_out[-1]
-
-    def of_answers(self, name: str) -> Estimate:
-        """A metric of the generated answers at the end, with its 95% interval: `kl`, `reference_ends` and so on."""
-        return self.at_end(f"samples/{name}")
+    def answers(self) -> Answers:
+        """The metrics of the answers that were generated at the end, with 95% intervals; empty where none were."""
+        if not self.evaluated or "samples/kl" not in self.held_out[-1]:
+            return {}
+        measured = self.held_out[-1]["intervals95"]
+        return answers_in({name: self.at_end(name) for name in measured})
 
     @property
     def better(self) -> bool:
