@@ -39,8 +39,8 @@ PAGES = {
         "dpo-train [group=choice ...] [key=value ...]",
         (
             "model.name_or_path", "data.train", "data.eval", "data.max_length", "objective", "beta", "optimizer.lr",
-            "batch_size", "epochs", "max_steps", "lora.r", "eval_every", "budget.kl", "keep_best", "save_every",
-            "output_dir", "resume", "dry_run",
+            "batch_size", "epochs", "max_steps", "lora.r", "eval_every", "save_every", "output_dir", "resume",
+            "dry_run",
         ),
         (
             ("dpo-train", "the embedded model and pairs"),
