@@ -23,6 +23,7 @@ LOSSES, METRICS = "dpo_cli/theory/losses.py", "dpo_cli/theory/metrics.py"
 LOGPS, HEAD, TOKENS = "dpo_cli/models/logps.py", "dpo_cli/models/head.py", "dpo_cli/data/tokens.py"
 ATTENTION, CACHE = "dpo_cli/models/attention.py", "dpo_cli/models/reference_cache.py"
 LOGPS_FILE, PRECOMPUTE = "dpo_cli/storage/logps_file.py", "dpo_cli/models/precompute.py"
+MERGING, EXPORT, OF_EXPORT = "dpo_cli/models/merging.py", "dpo_cli/commands/export.py", "tests/test_export.py"
 RUNNER, SCORES = "dpo_cli/training/runner.py", "dpo_cli/evaluation/scores.py"
 BUILD, START = "dpo_cli/training/build.py", "dpo_cli/training/start.py"
 REFERENCE_LOGPS = "dpo_cli/training/reference_logps.py"
@@ -396,6 +397,16 @@ MUTANTS = [
            ".digest()[0] & 0 else", "tests/test_annotate.py"),
     Mutant("confidence counted from 0", "dpo_cli/theory/calibration.py", "(confidence - 0.5) * 2 * BINS", "confidence * BINS",
            "tests/test_calibration.py"),
+    Mutant("a joined adapter without its scaling", MERGING, "LoraMatrices(a.detach().float().cpu(), scaling * b.detach().float().cpu(), False)",
+           "LoraMatrices(a.detach().float().cpu(), b.detach().float().cpu(), False)", OF_EXPORT),
+    Mutant("merged weights rounded to the nearest", MERGING, "if at_random and dtype != torch.float32:", "if False:", OF_EXPORT),
+    Mutant("a tied weight merged", MERGING, "holders.get(id(weight), 0) > 1", "holders.get(id(weight), 0) > 9", OF_EXPORT),
+    Mutant("an export that is never refused", "dpo_cli/evaluation/agreement.py", "        if not fits:", "        if False:", OF_EXPORT),
+    Mutant("the stop token of training left out", EXPORT, "    if closing not in stops:", "    if False:", OF_EXPORT),
+    Mutant("an upload without yes", EXPORT, "            if not config.yes:", "            if False:", OF_EXPORT),
+    Mutant("a repository that is public", "dpo_cli/commands/hub.py", "private=private", "private=False", OF_EXPORT),
+    Mutant("metrics of other weights on the card", "dpo_cli/runs/export_card.py",
+           ' and report.get("weights_sha256") == weights', "", OF_EXPORT),
     *(Mutant(*one) for one in MUTANTS_OF_FILES),
 ]  # fmt: skip
 
