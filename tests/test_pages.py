@@ -478,3 +478,13 @@ def test_chosen_and_rejected_keep_their_colors_and_their_values() -> None:
         lowest = {shade: max(float(y) for y in re.findall(r"[ML] \S+ (\S+)", path)) for shade, path in lines.items()}
         assert lowest["series-2"] > lowest["series-1"]  # rejected falls below chosen
         assert svg.index(">chosen<") < svg.index(">rejected<")
+
+
+def test_the_reference_stands_above_the_policy_with_its_own_length() -> None:
+    (left, reference), (right, policy) = dots(figure(evaluation(), "Length of answers"))
+    assert left < right and reference < policy  # 130 tokens of the reference, 183 of the policy
+
+
+def test_the_margin_against_kl_is_in_nats() -> None:
+    heights = [y for _, y in dots(figure(comparison_page(*page_data.comparison()), "Margin against KL"))]
+    assert heights == sorted(heights, reverse=True)  # 0.54/0.4 at KL 4, 0.54/0.2 at 6, 0.5/0.1 at 12
