@@ -39,7 +39,7 @@ OF_ENDING, OF_ANSWERS = "tests/test_early_stop.py", "tests/test_answers.py"
 OF_REWARDS, OF_DECODING = "tests/test_reward.py", "tests/test_decoding.py"
 OF_STATISTICS, OF_VERDICTS = "tests/test_statistics.py", "tests/test_monitor.py"
 OF_FAULTS, OF_RANKS = "-m faults tests/faults/", "tests/test_engine.py"
-DDP = "dpo_cli/engine/ddp.py"
+DDP, HARNESS = "dpo_cli/engine/ddp.py", "dpo_cli/commands/harness.py"
 OF_LOSSES = "tests/test_losses.py tests/test_theorem.py"
 OF_RUNS = "tests/test_training.py tests/test_evaluate.py tests/test_preflight.py"
 
@@ -208,6 +208,10 @@ MUTANTS = [
            "highest = max(0.0, min(", "tests/test_compare.py -k holm"),
     Mutant("report of other weights", "dpo_cli/commands/compare.py", "known is not None and known ==",
            "known is not None or known ==", "tests/test_compare.py -k scored_once"),
+    Mutant("benchmarks of a reference with its adapter", HARNESS, 'with adapter_off(policy) if role == "reference"',
+           'with adapter_off(policy) if role == "neither"', "tests/test_harness.py -k answers"),
+    Mutant("benchmarks the wrong way round", HARNESS, 'compared(found["policy"], found["reference"])',
+           'compared(found["reference"], found["policy"])', "tests/test_harness.py -k answers"),
     Mutant("calibration of any loss", "dpo_cli/commands/evaluate.py", " if objective.is_calibrated else []", "",
            "tests/test_evaluate.py -k calibration"),
     Mutant("softmax part of the head's gradient lost", HEAD, ".exp_().neg_()", ".exp_().mul_(0.0)",

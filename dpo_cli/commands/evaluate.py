@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dpo_cli.commands.harness import Harness
 from dpo_cli.commands.on_ranks import on_every_rank
 from dpo_cli.config.schema import FOR_EACH, DataConfig, EvalConfig, data_config, to_container
 from dpo_cli.console.reporter import Reporter
@@ -87,6 +88,7 @@ class Subject:
     policy: Any
     reference: Reference
     batcher: MicroBatcher
+    harness: Harness | None  # None: no benchmark is asked for
 
     @property
     def objective(self) -> Objective:
@@ -133,6 +135,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         show_measured(reporter, measured.estimates, len(measured.rows), config.max_new_tokens)
         scales = [_at_scale(scale, config, subject, scorer, measured, reporter, signals) for scale in config.scales]
         show_scales(reporter, scales)
+        measured = _measured(subject, engine, signals)
         summary = summary_of(estimates, prompts, leaks, unknown)
         reporter.say(f"verdict  {summary['color']}: {summary['text']}", style=summary["color"])
         held_out_by_run = config.data is None and not overrides
@@ -158,6 +161,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
             **({"calibration": calibration_facts(bins)} if bins else {}),
             **({"samples/n": len(measured.rows)} if measured.rows else {}),
             **({"scales": scales} if scales else {}),
+            **measured,
         }
         report = report_of(facts, estimates | with_sources(of_sources), len(pairs))
         lines = lines_of(pairs, scores, objective)
@@ -183,6 +187,9 @@ def _load(
     _check_generation(config, ref)
     options = _data_options(config, ref, overrides)
     check_sources(options)
+    harness = Harness(config, reporter) if config.harness else None
+    if harness is not None:
+        engine.same(harness.load)
     device = choose_device(config.device)
     dtype = engine.same(lambda: ref_dtype(ref, device.value))
     source = find_model(ref.base, reporter.say)
@@ -203,17 +210,27 @@ def _load(
     policy, reference = _load_models(ref, base, dtype.value, device.value)
     layout = _layout(config, ref, policy, base, data.held_out, fingerprint, engine)
     batcher = MicroBatcher(device.value, layout, _split(config, device.value, layout))
-    return Subject(ref, source, device, dtype, encoder, options, data, fingerprint, policy, reference, batcher)
+    return Subject(ref, source, device, dtype, encoder, options, data, fingerprint, policy, reference, batcher, harness)
 
 
 def _check_generation(config: EvalConfig, ref: ModelRef) -> None:
     """ConfigError for what a reward model or a whole model cannot do."""
-    for key in ("samples", "scales"):
+    for key in ("samples", "scales", "harness"):
         if getattr(config, key) and not ref.objective.generates:
             why = "a reward model gives no answers, and its head has no scale; leave it out"
             raise ConfigError(f"{key}={getattr(config, key)}: {why}")
     if config.scales and not ref.is_adapter:
         raise ConfigError(f"scales={config.scales}: a whole model has no adapter to scale; leave it out")
+
+
+def _measured(subject: Subject, engine: Engine, signals: StopSignals) -> dict[str, Any]:
+    """What the benchmarks find, for report.json; rank 0 alone runs them, and the others wait."""
+    if subject.harness is None:
+        return {}
+    measure, poll = subject.harness.measure, signals.poll if engine.alone else signals.poll_here
+    found: dict[str, Any] = engine.same(lambda: measure(subject.policy, subject.reference, subject.encoder, poll))
+    signals.poll()
+    return found
 
 
 def _about_data(subject: Subject) -> list[str]:

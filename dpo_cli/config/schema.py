@@ -568,6 +568,9 @@ class EvalConfig:
     micro_batch_size: WholeOrAuto = Field(description=WHOLE_OR_AUTO)
     layout: Layout
     reference_cache: Literal["auto", "off"]
+    harness: list[Text] = Field(description="must be a list of task names, for instance [ifeval,gsm8k]")
+    harness_limit: int | None = Field(ge=1)
+    harness_tasks: Text | None
     trust_remote_code: bool
     device: Text
     processes: WholeOrAuto = Field(description=WHOLE_OR_AUTO)
@@ -576,6 +579,12 @@ class EvalConfig:
     def __post_init__(self) -> None:
         rule = "name a run directory, a checkpoint, an adapter or a model, for instance checkpoint=outputs/..."
         _require(bool(self.checkpoint), "checkpoint", self.checkpoint, rule)
+        for key in ("harness_limit", "harness_tasks"):
+            needed = bool(self.harness) or getattr(self, key) is None
+            _require(needed, key, getattr(self, key), "needs tasks, for instance harness=[ifeval,gsm8k]")
+        # By !function and class, by Jinja templates, which lm_eval renders without a sandbox, and by metrics it loads.
+        rule = "its YAML can run Python; read it, then add trust_remote_code=true"
+        _require(self.harness_tasks is None or self.trust_remote_code, "harness_tasks", self.harness_tasks, rule)
 
 
 @dataclass(config=STRICT, kw_only=True)
