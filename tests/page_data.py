@@ -102,7 +102,18 @@ def report(lines: list[dict[str, Any]], name: str = NAME) -> dict[str, Any]:
         "prompts_effective": prompts.effective,
         "calibration": {"error": 0.0431, "bins": []},
         "scales": scales,
-        "harness": {"arc_easy": {"acc": 0.613, "acc_stderr": 0.01}, "hellaswag": {"acc_norm": 0.4312}},
+        "harness": {
+            "arc_easy": {
+                "policy": {"acc,none": 0.613, "acc_stderr,none": 0.01},
+                "reference": {"acc,none": 0.6},
+                "difference": {"acc,none": [0.013, -0.01, 0.036]},
+            },
+            "hellaswag": {
+                "policy": {"acc,flexible": 0.4312},
+                "reference": {"acc,flexible": 0.4412},
+                "difference": {"acc,flexible": [-0.01, None, None]},
+            },
+        },
         **{name: estimate.mean for name, estimate in estimates.items()},
         **{name: one[0] for name, one in samples.items()},
         "intervals95": {

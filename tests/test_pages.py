@@ -142,7 +142,8 @@ def test_the_numbers_of_an_evaluation_are_those_of_its_report() -> None:
     assert ["loss", "–", ""] in found.rows
     assert "Calibration error 0.0567" in found.words
     assert ["length, tokens", "183", "160 to 206", "130", "118 to 142"] in found.rows
-    assert ["arc_easy", "acc", "0.613", "0.01"] in found.rows and ["hellaswag", "acc_norm", "0.431", "–"] in found.rows
+    assert ["arc_easy", "acc", "0.613", "0.6", "0.013", "-0.01 to 0.036"] in found.rows
+    assert ["hellaswag", "acc,flexible", "0.431", "0.441", "-0.01", ""] in found.rows
     assert ["0", "0.5", "0.46 to 0.54", "0", "-0.1 to 0.1", "0.69", "0.6 to 0.7", "–", ""] in found.rows
     harmless = [pair["margin"] for pair in pairs if pair["source"] == "harmless"]
     row = next(row for row in found.rows if row[0] == "harmless")
@@ -335,7 +336,12 @@ def pages_of(words: list[str]) -> list[str]:
     every = " ".join(words)
     pairs = page_data.pairs(20 * len(words), tuple(words))
     report = page_data.report(pairs, every)
-    report |= {"harness": {word: {word: 0.5} for word in words}, "summary": {"color": every, "text": every}}
+    report |= {
+        "harness": {
+            word: {"policy": {word: 0.5}, "reference": {}, "difference": {word: [0.1, 0, 0.2]}} for word in words
+        },
+        "summary": {"color": every, "text": every},
+    }
     answers = [{"prompt": word, "reference": word, "policy": word} for word in words]
     examples = [example for word in words for example in page_data.examples(1, 2, word)]
     findings = [{"name": word, "color": word, "reason": word, "next_step": word} for word in words]

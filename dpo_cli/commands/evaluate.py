@@ -135,7 +135,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         show_measured(reporter, measured.estimates, len(measured.rows), config.max_new_tokens)
         scales = [_at_scale(scale, config, subject, scorer, measured, reporter, signals) for scale in config.scales]
         show_scales(reporter, scales)
-        measured = _measured(subject, engine, signals)
+        benchmarks = _benchmarks(subject, engine, signals)
         summary = summary_of(estimates, prompts, leaks, unknown)
         reporter.say(f"verdict  {summary['color']}: {summary['text']}", style=summary["color"])
         held_out_by_run = config.data is None and not overrides
@@ -161,7 +161,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
             **({"calibration": calibration_facts(bins)} if bins else {}),
             **({"samples/n": len(measured.rows)} if measured.rows else {}),
             **({"scales": scales} if scales else {}),
-            **measured,
+            **benchmarks,
         }
         report = report_of(facts, estimates | with_sources(of_sources), len(pairs))
         lines = lines_of(pairs, scores, objective)
@@ -223,7 +223,7 @@ def _check_generation(config: EvalConfig, ref: ModelRef) -> None:
         raise ConfigError(f"scales={config.scales}: a whole model has no adapter to scale; leave it out")
 
 
-def _measured(subject: Subject, engine: Engine, signals: StopSignals) -> dict[str, Any]:
+def _benchmarks(subject: Subject, engine: Engine, signals: StopSignals) -> dict[str, Any]:
     """What the benchmarks find, for report.json; rank 0 alone runs them, and the others wait."""
     if subject.harness is None:
         return {}

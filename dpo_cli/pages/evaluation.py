@@ -217,14 +217,15 @@ def sample_rows(report: Mapping[str, Any]) -> list[tuple[str, Triple, Triple]]:
     ]
 
 
-def harness_rows(report: Mapping[str, Any]) -> list[tuple[str, str, float, float]]:
-    """Task, metric, value and standard error of every result of the harness."""
-    return [
-        (task, metric, number(value), number(metrics.get(f"{metric}_stderr")))
-        for task, metrics in (report.get("harness") or {}).items()
-        for metric, value in metrics.items()
-        if not metric.endswith("_stderr")
-    ]
+def harness_rows(report: Mapping[str, Any]) -> list[tuple[str, str, Triple, Triple, Triple]]:
+    """Of every result of the benchmarks: task, metric, policy, reference and their difference."""
+    found = []
+    for task, scores in (report.get("harness") or {}).items():
+        for metric, apart in scores["difference"].items():
+            measure, _, way = metric.partition(",")
+            both = [(number(scores[who].get(metric)), math.nan, math.nan) for who in ("policy", "reference")]
+            found.append((task, measure if way == "none" else metric, *both, triple(apart)))
+    return found
 
 
 def colored(examples: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[float]]:

@@ -412,7 +412,7 @@ def test_the_page_of_a_report_holds_no_mark_that_is_not_its_own(text: str) -> No
     def read(words: str) -> Reader:
         reader = Reader()
         report = {"checkpoint": "run", "reference": words, "summary": {"color": "green", "text": words}}
-        report["harness"] = {words: {words: 0.5}}
+        report["harness"] = {words: {"policy": {words: 0.5}, "reference": {}, "difference": {words: [0.5, 0.4, 0.6]}}}
         pieces = {"chosen": [[words, 0.5]], "rejected": [[words, -0.5]]}
         examples = [{"kind": "best", "margin": 1.0, "prompt": words, "source": words, **pieces}]
         answers = [{"prompt": words, "reference": words, "policy": words}]
