@@ -299,7 +299,7 @@ def test_mistakes_are_said_before_a_model_is_loaded(
 def test_a_reward_model_has_no_benchmarks(trained: Trained, command: Command, tasks: Callable[..., Path]) -> None:
     run, folder = trained("reward", "objective=reward"), tasks(CHOICES)
     ended = command("dpo-eval", *words(run, folder, "tiny_choice"))
-    said = "harness=['tiny_choice']: a reward model gives no answers, and its head has no scale; leave it out"
+    said = "harness=['tiny_choice']: a reward model gives no answers; leave it out"
     assert (ended.code, ended.err) == (2, f"error: {said}\n")
 
 

@@ -217,8 +217,7 @@ def _check_generation(config: EvalConfig, ref: ModelRef) -> None:
     """ConfigError for what a reward model or a whole model cannot do."""
     for key in ("samples", "scales", "harness"):
         if getattr(config, key) and not ref.objective.generates:
-            why = "a reward model gives no answers, and its head has no scale; leave it out"
-            raise ConfigError(f"{key}={getattr(config, key)}: {why}")
+            raise ConfigError(f"{key}={getattr(config, key)}: a reward model gives no answers; leave it out")
     if config.scales and not ref.is_adapter:
         raise ConfigError(f"scales={config.scales}: a whole model has no adapter to scale; leave it out")
 
