@@ -263,7 +263,7 @@ def _limits(shared: Shared, reported: Sequence[dict[str, Any]]) -> list[str]:
             )
     unknown = [one["name"] for one in reported if one["metrics"]["kl"] is None]
     if unknown and first.has_reference:
-        said.append(f"no KL of {_and(unknown)}: dpo-eval checkpoint=PATH kl_samples=64 measures it")
+        said.append(f"no KL of {_and(unknown)}: dpo-eval checkpoint=PATH measures it")
     return said
 
 
