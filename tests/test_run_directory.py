@@ -92,7 +92,7 @@ def test_a_sweep_resumes_each_of_its_runs(command: Command, tmp_path: Path) -> N
     assert f"already complete: {folder / 'seed-1' / 'final'}" in ended.out
     assert f"resuming from {folder / 'seed-2' / 'checkpoints' / 'step-00000002'} at step 2" in ended.out
     assert f"no checkpoint in {folder / 'seed-3'} yet: starting from the beginning" in ended.out
-    assert [line.split()[0] for line in ended.out.splitlines()[-4:-1]] == ["1", "2", "3"]
+    assert [line.split()[0] for line in ended.out.splitlines()[-5:-2]] == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize(
