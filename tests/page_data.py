@@ -75,6 +75,7 @@ def report(lines: list[dict[str, Any]], name: str = NAME) -> dict[str, Any]:
             "rewards/margins": [scale, scale - 0.1, scale + 0.1],
             "loss": [0.69 - 0.1 * scale, 0.6, 0.7],
             "samples/kl": [7 * scale**2, 6 * scale**2, 8 * scale**2] if scale else None,
+            "answers": [f"At {scale:g} boat {place} is the {name}." for place in range(3)],
         }
         for scale in (0, 0.25, 0.5, 0.75, 1, 1.25)
     ]

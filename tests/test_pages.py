@@ -144,6 +144,7 @@ def test_the_numbers_of_an_evaluation_are_those_of_its_report() -> None:
     assert ["length, tokens", "183", "160 to 206", "130", "118 to 142"] in found.rows
     assert ["arc_easy", "acc", "0.613", "0.6", "0.013", "-0.01 to 0.036"] in found.rows
     assert ["hellaswag", "acc,flexible", "0.431", "0.441", "-0.01", ""] in found.rows
+    assert ["0.25", "At 0.25 boat 2 is the outputs/run."] in found.rows
     assert ["0", "0.5", "0.46 to 0.54", "0", "-0.1 to 0.1", "0.69", "0.6 to 0.7", "–", ""] in found.rows
     harmless = [pair["margin"] for pair in pairs if pair["source"] == "harmless"]
     row = next(row for row in found.rows if row[0] == "harmless")
