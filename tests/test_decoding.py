@@ -157,7 +157,7 @@ def test_any_stop_token_stops_a_completion_also_those_of_the_models_config() -> 
         ended = generate_completions(
             model, [CompletionRequest(PROMPTS[0])], SamplingParams(6), {-1, VOCABULARY, token}, CPU
         )[0]
-        assert ended == Completion(free[: free.index(token)], FinishReason.STOP)
+        assert ended == Completion(free[: free.index(token)], FinishReason.STOP, token)
 
 
 def test_a_completion_finishes_at_a_stop_token_or_at_the_limit() -> None:

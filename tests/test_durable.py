@@ -86,7 +86,7 @@ def test_an_evaluation_that_fails_leaves_the_earlier_report_whole(
     assert command("dpo-eval", f"checkpoint={run}", "name=x").code == 0
     folder = run / "eval" / "x"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert sorted(before) == ["pairs.jsonl", "report.html", "report.json"]
+    assert sorted(before) == ["pairs.jsonl", "report.html", "report.json", "samples.jsonl"]
     opened = os.open
 
     def no_room(path: object, *rest: int, **more: int) -> int:
