@@ -297,12 +297,15 @@ def test_the_best_is_kept_though_only_the_newest_checkpoints_are(home: Path, top
 
 @pytest.mark.parametrize("more", [("lora.dropout=0.1",), ("lora=off", "optimizer.lr=1e-3")], ids=["adapters", "all"])
 def test_weights_are_the_same_with_answers_and_without(home: Path, more: tuple[str, ...]) -> None:
-    runs = [run_of(*words(home, f"n-{n}-{len(more)}", *more, f"samples.n={n}", "save_every=4")) for n in (0, 8)]
-    name = WEIGHTS if len(more) == 1 else "model.safetensors"
+    more = (*more, "save_every=4", "tracker=tensorboard")
+    runs = [run_of(*words(home, f"n-{n}-{len(more)}", *more, f"samples.n={n}")) for n in (0, 8)]
+    name = "model.safetensors" if "lora=off" in more else WEIGHTS
     for file in (f"final/{name}", *(f"checkpoints/step-0000000{step}/{part}" for step in (4, 8)
                                      for part in (name, "optimizer.safetensors", "rng.safetensors"))):  # fmt: skip
         assert (runs[0] / file).read_bytes() == (runs[1] / file).read_bytes(), file
     without, answered = (held_out(run)[-1] for run in runs)
+    sent = [b"".join(file.read_bytes() for file in run.glob("tensorboard/*")) for run in runs]
+    assert [b"Tell me" in records for records in sent] == [False, True]  # samples.n=0 sends no text of the data
     assert not (runs[0] / "samples").exists() and not [key for key in without if key.startswith("samples/")]
     assert answered["samples/n"] == 6  # there are no more
     assert math.isfinite(answered["samples/kl"]) and answered["samples/kl"] != 0
