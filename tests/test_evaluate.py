@@ -99,11 +99,12 @@ def test_scores_that_are_not_finite_are_said_and_are_null(trained: Trained, comm
     tensors = load_file(file)
     first = min(tensors)
     save_file({**tensors, first: tensors[first] * math.nan}, file, {"format": "pt"})
-    ended = command("dpo-eval", f"checkpoint={run}")
+    ended = command("dpo-eval", f"checkpoint={run}", "scales=[1]")
     folder = next((run / "eval").iterdir())
     found, pairs = report(folder), lines(folder)
     assert f"warning: the scores of {len(pairs)} of {len(pairs)} pairs are not finite, so no mean above " in ended.out
     assert found["loss"] is None and found["intervals95"]["loss"] == [None, None] and pairs[0]["margin"] is None
+    assert found["scales"][0]["loss"] == [None, None, None]
     assert "NaN" not in (folder / "report.json").read_text() + (folder / "pairs.jsonl").read_text()
 
 

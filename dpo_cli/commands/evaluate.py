@@ -318,7 +318,7 @@ def _at_scale(
         answers = _greedy(config, subject, subject.policy, scorer.engine, signals)
     return {
         "scale": scale,
-        **{name: [found[name].mean, *found[name].ends()] for _, name in OF_SCALES if name in found},
+        **{name: found[name].triple() for _, name in OF_SCALES if name in found},
         **({"answers": answers} if answers else {}),
     }
 

@@ -163,9 +163,8 @@ class Harness:
         self.reporter.say(about)
         rows = []
         for name, task in tasks.items():
-            for metric, (difference, *ends) in task["difference"].items():
+            for metric, (difference, low, high) in task["difference"].items():
                 measure, _, way = metric.partition(",")
-                low, high = (math.nan if end is None else end for end in ends)
                 scores = [_with_stderr(task[role], measure, way) for role in ("reference", "policy")]
                 lower = " (lower is better)" if task["higher_is_better"].get(measure) is False else ""
                 label = f"{measure}{'' if way == 'none' else f' {way}'}{lower}"
@@ -201,7 +200,7 @@ def compared(policy: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[st
                 # Where all examples differ alike, their spread says nothing of the interval.
                 known = math.isclose(paired.mean, apart.mean, abs_tol=1e-9) and paired.high > paired.low
                 apart = paired if known else apart
-            difference[metric] = [apart.mean, *apart.ends()]
+            difference[metric] = apart.triple()
         tasks[name] = {
             "n": policy.get("n-samples", {}).get(name, {}).get("effective", 0), "version": policy["versions"].get(name),
             "higher_is_better": policy["higher_is_better"].get(name, {}),

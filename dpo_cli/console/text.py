@@ -115,9 +115,9 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
-def interval(low: float, high: float, digits: int = 3) -> str:
-    """`0.63 to 0.76`; `no interval` where an end is not known."""
-    if not (math.isfinite(low) and math.isfinite(high)):
+def interval(low: float | None, high: float | None, digits: int = 3) -> str:
+    """`0.63 to 0.76`; `no interval` where an end is not known: not finite, or None as in JSON."""
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         return "no interval"
     return f"{significant(low, digits)} to {significant(high, digits)}"
 

@@ -17,7 +17,7 @@ from dpo_cli.console.text import plural, safe_text, significant
 from dpo_cli.errors import CheckpointError, DataError
 from dpo_cli.evaluation.evaluated import Evaluated, Floats, sampled_metric
 from dpo_cli.theory.paired import Difference, holm, paired_difference
-from dpo_cli.theory.statistics import Clusters, Estimate
+from dpo_cli.theory.statistics import Clusters
 
 LEVEL = 0.05  # of the tests
 SAME_REFERENCE = 0.005  # relative: dtypes and layouts move the log-prob of a response by less, other weights by more
@@ -192,14 +192,10 @@ def _metrics(shared: Shared, index: int, prompts: Clusters) -> dict[str, Any]:
     for metric in METRICS:
         values = shared.values(index, metric)
         mean = prompts.share if metric == "accuracy" else prompts.mean
-        estimates[metric] = None if values is None else _triple(mean(values))
+        estimates[metric] = None if values is None else mean(values).triple()
     for label, name in (("kl", "samples/kl"), ("length_ratio", "samples/length_ratio")):
         estimates[label] = sampled_metric(model.facts, model.run, name)
     return estimates
-
-
-def _triple(estimate: Estimate) -> list[float | None]:
-    return [estimate.mean, *estimate.ends()]
 
 
 def _told(differences: dict[str, Difference], first: str, prompts: Clusters) -> dict[str, Any]:
@@ -211,8 +207,9 @@ def _told(differences: dict[str, Difference], first: str, prompts: Clusters) -> 
             "words": "the others are compared with it",
             "pairs_needed": None,
         }
+    names = ("mean", "low", "high")
     reported = {
-        metric: {"mean": one.estimate.mean, "low": one.estimate.ends()[0], "high": one.estimate.ends()[1], "p": one.p}
+        metric: {**dict(zip(names, one.estimate.triple(), strict=True)), "p": one.p}
         for metric, one in differences.items()
     }
     verdict, words, needed = _verdict(differences["accuracy"], prompts)

@@ -98,7 +98,7 @@ def calibration_facts(bins: list[Bin]) -> dict[str, Any]:
         {
             "confidence": one.confidence,
             "right": one.right.mean,
-            "interval95": [one.right.low, one.right.high],
+            "interval95": one.right.ends(),
             "pairs": one.right.n,
         }
         for one in bins

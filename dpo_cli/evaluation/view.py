@@ -162,16 +162,13 @@ def show_scales(reporter: Reporter, scales: list[dict[str, Any]]) -> None:
     headings = [cell for label, _ in columns for cell in (label, "95% interval")]
     rows = []
     for one in scales:
-        cells = [[significant(mean), _interval(ends)] for mean, *ends in (one[name] for _, name in columns)]
-        rows.append([significant(one["scale"]), *(cell for pair in cells for cell in pair)])
+        row = [significant(one["scale"])]
+        for mean, low, high in (one[name] for _, name in columns):
+            row += [significant(math.nan if mean is None else mean), interval(low, high)]
+        rows.append(row)
     reporter.say("the policy with its adapter at a scale: 0 is the reference, 1 the policy as trained")
     reporter.grid(["scale", *headings], rows)
     for number, _ in enumerate(scales[0].get("answers", [])):
         reporter.say(f"answer {number + 1} at each scale")
         reporter.facts([(significant(one["scale"]), safe_text(one["answers"][number], 700)) for one in scales])
     reporter.say()
-
-
-def _interval(ends: list[float | None]) -> str:
-    low, high = (math.nan if end is None else end for end in ends)
-    return interval(low, high)

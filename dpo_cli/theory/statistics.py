@@ -28,7 +28,11 @@ class Estimate:
 
     def ends(self) -> list[float | None]:
         """The interval for JSON: an end that is not known is None."""
-        return [end if math.isfinite(end) else None for end in (self.low, self.high)]
+        return self.triple()[1:]
+
+    def triple(self) -> list[float | None]:
+        """[mean, low, high] for JSON: a number that is not finite is None."""
+        return [number if math.isfinite(number) else None for number in (self.mean, self.low, self.high)]
 
 
 class Clusters:
