@@ -5,6 +5,7 @@ import re
 import resource
 import shutil
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -186,6 +187,27 @@ def test_a_folder_that_reloads_as_another_model_is_refused(
     monkeypatch.setattr(export_module, "_plain", damaged)
     said = refused(command, 4, f"checkpoint={run}", f"to={tmp_path / 'model'}", "dtype=bfloat16")
     assert "the reloaded folder differs" in said and nothing_beside(tmp_path / "model")
+
+
+@pytest.mark.parametrize("words", [[], ["model.quantization=nf4"]], ids=["alike", "packed"])
+def test_the_adapter_is_reloaded_when_no_other_model_is_in_memory(
+    trained: Trained, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    run, load, plain_model = trained("run", FAST, *words), export_module.load_model, export_module._plain
+    loaded: list[weakref.ref[Any]] = []
+
+    def noted(*what: Any) -> Any:
+        model = load(*what)
+        loaded.append(weakref.ref(model))
+        return model
+
+    def alone(*what: Any) -> Any:
+        assert loaded and not [one for one in loaded if one() is not None]
+        return plain_model(*what)
+
+    monkeypatch.setattr(export_module, "load_model", noted)
+    monkeypatch.setattr(export_module, "_plain", alone)
+    exported(command, run, tmp_path / "adapter", "what=adapter")
 
 
 def test_another_chat_template_is_refused(

@@ -444,12 +444,12 @@ def _write_adapter(subject: Subject, beside: Path, trained: Trained, reporter: R
     local = Path(subject.source.name).expanduser()
     base = str(local.resolve()) if local.is_dir() else subject.source.name
     rank = write_adapter(beside, model, subject.adapters, base, ref.base.revision)
+    del model
+    subject.free()
     expected = trained.policy
     if subject.base_differs:
-        del model
+        expected = _unmerged(subject, subject.load(), trained)[1]
         subject.free()
-        _, expected = _unmerged(subject, subject.load(), trained)
-    subject.free()
     reporter.doing("reloading the adapter with transformers and PEFT")
     reloaded = PeftModel.from_pretrained(_plain(subject.source.path, ref.base.revision, subject), str(beside))
     found = subject.logps(reloaded)
