@@ -23,7 +23,8 @@ LOSSES, METRICS = "dpo_cli/theory/losses.py", "dpo_cli/theory/metrics.py"
 LOGPS, HEAD, TOKENS = "dpo_cli/models/logps.py", "dpo_cli/models/head.py", "dpo_cli/data/tokens.py"
 ATTENTION, CACHE = "dpo_cli/models/attention.py", "dpo_cli/models/reference_cache.py"
 LOGPS_FILE, PRECOMPUTE = "dpo_cli/storage/logps_file.py", "dpo_cli/models/precompute.py"
-MERGING, EXPORT, OF_EXPORT = "dpo_cli/models/merging.py", "dpo_cli/commands/export.py", "tests/test_export.py"
+MERGING, OF_EXPORT = "dpo_cli/models/merging.py", "tests/test_export.py"
+EXPORT, EXPORTED_FOLDER = "dpo_cli/commands/export.py", "dpo_cli/commands/exported_folder.py"
 RUNNER, SCORES = "dpo_cli/training/runner.py", "dpo_cli/evaluation/scores.py"
 BUILD, START = "dpo_cli/training/build.py", "dpo_cli/training/start.py"
 REFERENCE_LOGPS = "dpo_cli/training/reference_logps.py"
@@ -406,8 +407,8 @@ MUTANTS = [
     Mutant("merged weights rounded to the nearest", MERGING, "if at_random and dtype != torch.float32:", "if False:", OF_EXPORT),
     Mutant("a tied weight merged", MERGING, "holders.get(id(weight), 0) > 1", "holders.get(id(weight), 0) > 9", OF_EXPORT),
     Mutant("an export that is never refused", "dpo_cli/evaluation/agreement.py", "        if not fits:", "        if False:", OF_EXPORT),
-    Mutant("the stop token of training left out", EXPORT, "    if closing not in stops:", "    if False:", OF_EXPORT),
-    Mutant("an upload without yes", EXPORT, "            if not config.yes:", "            if False:", OF_EXPORT),
+    Mutant("the stop token of training left out", EXPORTED_FOLDER, "    if closing not in stops:", "    if False:", OF_EXPORT),
+    Mutant("an upload without yes", EXPORT, "        elif config.yes:", "        elif True:", OF_EXPORT),
     Mutant("a repository that is public", "dpo_cli/commands/hub.py", "private=private", "private=False", OF_EXPORT),
     Mutant("metrics of other weights on the card", "dpo_cli/runs/export_card.py",
            ' and report.get("weights_sha256") == weights', "", OF_EXPORT),

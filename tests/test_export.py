@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dpo_cli.commands import export as export_module
+from dpo_cli.commands import exported_folder
 from dpo_cli.commands.serving import Served, serving_commands
 from dpo_cli.errors import CheckpointError
 from dpo_cli.evaluation.agreement import Difference, agree, difference
@@ -95,7 +96,7 @@ def test_tokenizer_template_and_stop_tokens_are_those_of_training(
 def test_a_stop_token_of_training_that_the_base_lacks_is_added() -> None:
     for before, after in ((None, 7), (1, [7, 1]), ([1, 2], [7, 1, 2]), ([7, 1], [7, 1])):
         model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=before))
-        export_module._set_stops(model, 7)
+        exported_folder._set_stops(model, 7)
         assert model.generation_config.eos_token_id == after
 
 
@@ -141,7 +142,7 @@ def test_an_export_without_the_sft_adapter_is_refused(
 ) -> None:
     run, _ = with_sft(trained)
     last = property(lambda self: [Adapter(self.ref.weights)])
-    monkeypatch.setattr(export_module.Subject, "adapters", last)
+    monkeypatch.setattr(exported_folder.Subject, "adapters", last)
     said = refused(command, 4, f"checkpoint={run}", f"to={tmp_path / 'model'}", f"what={what}")
     assert said.startswith("the export is not the checkpoint: the ") and nothing_beside(tmp_path / "model")
 
@@ -167,7 +168,7 @@ def test_a_wrong_merge_is_refused_whatever_the_dtype(
     trained: Trained, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Any, dtype: str
 ) -> None:
     run = trained("run", FAST)
-    monkeypatch.setattr(export_module, "merge", how)
+    monkeypatch.setattr(exported_folder, "merge", how)
     said = refused(command, 4, f"checkpoint={run}", f"to={tmp_path / 'model'}", f"dtype={dtype}")
     assert "the merged model differs by up to" in said and nothing_beside(tmp_path / "model")
 
@@ -175,7 +176,7 @@ def test_a_wrong_merge_is_refused_whatever_the_dtype(
 def test_a_folder_that_reloads_as_another_model_is_refused(
     trained: Trained, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, original = trained("run", FAST), export_module._plain
+    run, original = trained("run", FAST), exported_folder._plain
 
     def damaged(place: Any, *rest: Any) -> Any:
         file = Path(place) / "model.safetensors"
@@ -184,7 +185,7 @@ def test_a_folder_that_reloads_as_another_model_is_refused(
         save_file(tensors, file, {"format": "pt"})
         return original(place, *rest)
 
-    monkeypatch.setattr(export_module, "_plain", damaged)
+    monkeypatch.setattr(exported_folder, "_plain", damaged)
     said = refused(command, 4, f"checkpoint={run}", f"to={tmp_path / 'model'}", "dtype=bfloat16")
     assert "the reloaded folder differs" in said and nothing_beside(tmp_path / "model")
 
@@ -193,7 +194,7 @@ def test_a_folder_that_reloads_as_another_model_is_refused(
 def test_the_adapter_is_reloaded_when_no_other_model_is_in_memory(
     trained: Trained, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
-    run, load, plain_model = trained("run", FAST, *words), export_module.load_model, export_module._plain
+    run, load, plain_model = trained("run", FAST, *words), exported_folder.load_model, exported_folder._plain
     loaded: list[weakref.ref[Any]] = []
 
     def noted(*what: Any) -> Any:
@@ -205,22 +206,22 @@ def test_the_adapter_is_reloaded_when_no_other_model_is_in_memory(
         assert loaded and not [one for one in loaded if one() is not None]
         return plain_model(*what)
 
-    monkeypatch.setattr(export_module, "load_model", noted)
-    monkeypatch.setattr(export_module, "_plain", alone)
+    monkeypatch.setattr(exported_folder, "load_model", noted)
+    monkeypatch.setattr(exported_folder, "_plain", alone)
     exported(command, run, tmp_path / "adapter", "what=adapter")
 
 
 def test_another_chat_template_is_refused(
     trained: Trained, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, original = trained("run", FAST), export_module.load_tokenizer
+    run, original = trained("run", FAST), exported_folder.load_tokenizer
 
     def other(source: Any) -> Any:
         tokenizer = original(source)
         tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "bot")
         return tokenizer
 
-    monkeypatch.setattr(export_module, "load_tokenizer", other)
+    monkeypatch.setattr(exported_folder, "load_tokenizer", other)
     said = refused(command, 4, f"checkpoint={run}", f"to={tmp_path / 'model'}")
     assert "the reloaded tokenizer has another chat template" in said and nothing_beside(tmp_path / "model")
 
@@ -247,7 +248,7 @@ def test_the_adapter_of_a_packed_base_is_merged_into_the_unpacked_one(
     assert f"the adapter trained on the base packed to {method}" in out
     expected = PeftModel.from_pretrained(plain(tiny_path), str(run / "final")).eval()
     assert (logits(plain(tmp_path / "model"), 200) - logits(expected, 200)).abs().max() < 1e-5
-    monkeypatch.setattr(export_module, "merge", not_at_all)
+    monkeypatch.setattr(exported_folder, "merge", not_at_all)
     said = refused(command, 4, f"checkpoint={run}", f"to={tmp_path / 'other'}")
     assert "the merged model differs" in said
 
@@ -481,7 +482,7 @@ def test_too_little_disk_or_memory_is_said_before_anything_is_loaded(
     trained: Trained, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, words = trained("run", FAST), [f"to={tmp_path / 'model'}"]
-    monkeypatch.setattr(export_module, "load_model", None)
+    monkeypatch.setattr(exported_folder, "load_model", None)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         assert "1e-06 GB are free" in refused(command, 7, f"checkpoint={run}", *words)

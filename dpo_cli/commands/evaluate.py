@@ -39,7 +39,7 @@ from dpo_cli.evaluation.view import (
 from dpo_cli.generation.answers import Answer, MeasuredAnswers, asked_prompts, measure_answers
 from dpo_cli.generation.generate import greedy_completions
 from dpo_cli.models.adapters import adapter_off, adapter_scale
-from dpo_cli.models.dtype import Decision, choose_device
+from dpo_cli.models.dtype import Decision, choose_device, dtype_name
 from dpo_cli.models.loading import (
     ModelSource,
     check_positions,
@@ -151,7 +151,7 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
             "loss_name": ref.run.loss.name if ref.run else "sigmoid",
             "loss_options": _loss_options(ref),
             "device": str(subject.device.value),
-            "dtype": str(subject.dtype.value).removeprefix("torch."),
+            "dtype": dtype_name(subject.dtype.value),
             "layout": subject.batcher.layout.value,
             "prompts": prompts.prompts,
             "prompts_effective": prompts.effective,
@@ -392,7 +392,7 @@ def _warn_of_other_weights(
     facts = ref.directory.read_manifest() if ref.directory else {}
     model = facts.get("model")
     known = model.get("fingerprint") if isinstance(model, dict) else None
-    same_dtype = facts.get("dtype") == str(dtype).removeprefix("torch.")
+    same_dtype = facts.get("dtype") == dtype_name(dtype)
     if (
         isinstance(known, str)
         and same_dtype

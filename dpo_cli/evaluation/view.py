@@ -5,7 +5,7 @@ from typing import Any
 
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import interval, plural, safe_text, significant
-from dpo_cli.models.dtype import Decision
+from dpo_cli.models.dtype import Decision, dtype_name
 from dpo_cli.models.loading import ModelSource
 from dpo_cli.runs.model_ref import ModelRef
 from dpo_cli.theory.calibration import Bin, calibration_error
@@ -94,7 +94,7 @@ def show_header(
         rows = [("policy", safe_text(ref.weights)), ("reference", f"{reference} ({of_model})")]
     rows += [
         ("device", f"{device.value}: {device.reason}"),
-        ("dtype", f"{str(dtype.value).removeprefix('torch.')}: {dtype.reason}"),
+        ("dtype", f"{dtype_name(dtype.value)}: {dtype.reason}"),
     ]
     if ref.objective.needs_reference:
         known = "" if ref.run else " (the checkpoint does not say)"

@@ -22,6 +22,11 @@ class Decision:
     reason: str
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` of torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def choose_device(requested: str) -> Decision:
     """The device a run is computed on; ConfigError where the one requested is not there."""
     if requested == "auto":

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dpo_cli.console.text import first_line, safe_text
 from dpo_cli.errors import CheckpointError
 from dpo_cli.models.adapters import ADAPTER_FILE, adapter_folder, adapter_scale, load_adapter
+from dpo_cli.models.dtype import dtype_name
 
 # Options of LoRA with which an adapter is more than B A on a layer.
 BEYOND_LORA = (
@@ -113,8 +114,8 @@ def round_weights(model: Any, dtype: torch.dtype, at_random: bool) -> None:
         weight = parameter.detach().cpu()
         rounded = weight.to(dtype)
         if not torch.isfinite(rounded).all():
-            shown = str(dtype).removeprefix("torch.")
-            raise CheckpointError(f"dtype={shown}: {safe_text(name)} has weights beyond its range; choose bfloat16")
+            shown = f"dtype={dtype_name(dtype)}: {safe_text(name)}"
+            raise CheckpointError(f"{shown} has weights beyond its range; choose bfloat16")
         if at_random and dtype != torch.float32:
             rounded = _one_step_off(weight, rounded, random)
         parameter.data = rounded.to(parameter.device)

@@ -5,6 +5,7 @@ and YAML.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class Exported:
     what: str  # merged or adapter
     scale: float
     dtype: str  # of the weights
-    checks: list[str]  # sentences: what was compared before the export was done
+    checks: Sequence[str] = ()  # sentences: what was compared before the export was done
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def export_card(exported: Exported, ref: ModelRef, source: ModelSource, encoder:
         _metrics(exported, found),
         _verdict(manifest),
         ["## Before it was handed over", "", *(f"- {escaped(check)}" for check in exported.checks), ""],
-        _limits(exported, shown_base),
+        _limits(shown_base),
     ]
     return "\n".join(line for part in parts for line in part)
 
@@ -290,7 +291,7 @@ def _verdict(manifest: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _limits(exported: Exported, base: str) -> list[str]:
+def _limits(base: str) -> list[str]:
     return [
         "## Limits", "",
         "- It was not evaluated on other data than named above, nor on general abilities.",
