@@ -22,7 +22,16 @@ from dpo_cli.data.tokens import PairEncoder, TokenizedPair
 from dpo_cli.engine.engine import Engine
 from dpo_cli.errors import CheckpointError, ConfigError, StorageError
 from dpo_cli.evaluation.report import calibration_facts, lines_of, report_of, write_report
-from dpo_cli.evaluation.scores import Scorer, by_source, prompts_of, score_pairs, summarize, windows, with_sources
+from dpo_cli.evaluation.scores import (
+    ScoredPairs,
+    Scorer,
+    by_source,
+    prompts_of,
+    score_pairs,
+    summarize,
+    windows,
+    with_sources,
+)
 from dpo_cli.evaluation.summary import summary_of
 from dpo_cli.evaluation.token_ratios import best_and_worst, pieces_of, token_ratios
 from dpo_cli.evaluation.view import (
@@ -59,7 +68,7 @@ from dpo_cli.models.reference_cache import CachedReference, ReferenceCache, cach
 from dpo_cli.objectives.objective import Objective
 from dpo_cli.pages.pages import evaluation_page
 from dpo_cli.paths import user_path
-from dpo_cli.runs.manifest import settings_in, weights_sha256
+from dpo_cli.runs.manifest import base_fingerprint, settings_in, weights_sha256
 from dpo_cli.runs.model_ref import (
     ModelName,
     ModelRef,
@@ -68,15 +77,20 @@ from dpo_cli.runs.model_ref import (
     ref_dtype,
 )
 from dpo_cli.signals import StopSignals
-from dpo_cli.theory.calibration import reliability
+from dpo_cli.theory.calibration import Bin, reliability
+from dpo_cli.theory.statistics import Clusters, Estimate
 
 REPORTS = (("report", "report.json"), ("pairs", "pairs.jsonl"), ("page", "report.html"))
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated, loaded: a policy with its reference, and the pairs."""
+    """What is evaluated, loaded: a policy with its reference, and the pairs; and what the work is done with."""
 
+    config: EvalConfig
+    engine: Engine
+    reporter: Reporter
+    signals: StopSignals
     ref: ModelRef
     source: ModelSource
     device: Decision
@@ -88,7 +102,7 @@ class Subject:
     policy: Any
     reference: Reference
     batcher: MicroBatcher
-    harness: Harness | None  # None: no benchmark is asked for
+    harness: Harness | None  # None: no benchmark is requested
 
     @property
     def objective(self) -> Objective:
@@ -96,75 +110,52 @@ class Subject:
         return self.ref.objective
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What the scores of the pairs say."""
+
+    scorer: Scorer
+    scores: ScoredPairs
+    prompts: Clusters
+    estimates: dict[str, Estimate]
+    of_sources: dict[str, tuple[int, dict[str, Estimate]]]
+    bins: list[Bin]  # of the calibration; none where rewards claim no probability
+    unknown: int  # pairs whose margin is not finite
+    seconds: float  # that scoring took, with the reference log-probs that were not on disk
+
+
 def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Reporter) -> Path:
     """Evaluate as the config says, with `overrides` of the run's own data options; returns the report's folder."""
     with on_every_rank(config, reporter) as (engine, reporter, signals):
         subject = _load(config, overrides, engine, reporter, signals)
-        ref, objective, data = subject.ref, subject.objective, subject.data
-        pairs, sentences = data.held_out, _about_data(subject)
-        show_header(reporter, ref, subject.source, (subject.device, subject.dtype), sentences)
-        leaks = data.held_out_report.leaks
-        if leaks:
-            reporter.warn(leaks.warning)
-        started = time.monotonic()
-        scorer = _scorer(config, subject, engine, reporter, signals)
-        reporter.start("pair", len(pairs))
-        scores = score_pairs(scorer, pairs, signals.poll, reporter.advance)
-        reporter.stop()
-        seconds = time.monotonic() - started
-        prompts = prompts_of(pairs)
-        estimates = summarize(scores, objective, prompts)
-        of_sources = by_source(scores, objective, pairs)
-        margins = (objective.beta * scores.ratios.margin).tolist()
-        labels = [pair.probability for pair in pairs]
-        bins = reliability(margins, [pair.group for pair in pairs], labels) if objective.is_calibrated else []
-        show_estimates(reporter, estimates)
-        show_sources(reporter, of_sources)
-        if unknown := sum(not math.isfinite(margin) for margin in margins):
-            reporter.warn(
-                f"the scores of {unknown:,} of {plural(len(margins), 'pair')} are not finite, so no mean above holds: "
-                "weights are damaged, or their dtype is too narrow"
-            )
-        reporter.say(describe_clusters(prompts))
-        reporter.say()
-        show_calibration(reporter, bins)
-        answers = _answers(config, subject, engine, signals)
+        report_of_data = subject.data.held_out_report
+        show_header(reporter, subject.ref, subject.source, (subject.device, subject.dtype), _about_data(subject))
+        if report_of_data.leaks:
+            reporter.warn(report_of_data.leaks.warning)
+        found = _score(subject)
+        _show_scored(reporter, found)
+        answers = _answers(subject)
         show_answers(reporter, answers, config.max_new_tokens)
-        measured = _measure(config, subject, engine, reporter, signals)
-        estimates |= measured.estimates
+        measured = _measure(subject)
         show_measured(reporter, measured.estimates, len(measured.rows), config.max_new_tokens)
-        scales = [_at_scale(scale, config, subject, scorer, measured, reporter, signals) for scale in config.scales]
+        scales = [_at_scale(scale, subject, found.scorer, measured) for scale in config.scales]
         show_scales(reporter, scales)
-        benchmarks = _benchmarks(subject, engine, signals)
-        summary = summary_of(estimates, prompts, leaks, unknown)
+        benchmarks = _benchmarks(subject)
+        estimates = found.estimates | measured.estimates
+        summary = summary_of(estimates, found.prompts, report_of_data.leaks, found.unknown)
         reporter.say(f"verdict  {summary['color']}: {summary['text']}", style=summary["color"])
-        held_out_by_run = config.data is None and not overrides
-        folder = _folder(config, ref, "held-out" if held_out_by_run else data.held_out_report.source)
-        named = data.held_out_parts
         facts = {
-            "checkpoint": ref.weights,
-            "weights_sha256": weights_sha256(Path(ref.weights)),
-            "reference": subject.source.name if objective.needs_reference else None,
-            "data": data.held_out_report.as_dict(),
-            **({"data_by_source": {name: report.as_dict() for name, report in named.items()}} if named else {}),
-            "beta": objective.beta,
-            "loss_name": ref.run.loss.name if ref.run else "sigmoid",
-            "loss_options": _loss_options(ref),
-            "device": str(subject.device.value),
-            "dtype": dtype_name(subject.dtype.value),
-            "layout": subject.batcher.layout.value,
-            "prompts": prompts.prompts,
-            "prompts_effective": prompts.effective,
-            "pairs_per_second": len(pairs) / seconds,
-            "seconds": seconds,
+            **_facts(subject, found),
             "summary": summary,
-            **({"calibration": calibration_facts(bins)} if bins else {}),
+            **({"calibration": calibration_facts(found.bins)} if found.bins else {}),
             **({"samples/n": len(measured.rows)} if measured.rows else {}),
             **({"scales": scales} if scales else {}),
             **benchmarks,
         }
-        report = report_of(facts, estimates | with_sources(of_sources), len(pairs))
-        lines = lines_of(pairs, scores, objective)
+        report = report_of(facts, estimates | with_sources(found.of_sources), len(subject.data.held_out))
+        lines = lines_of(subject.data.held_out, found.scores, subject.objective)
+        held_out_by_run = config.data is None and not overrides
+        folder = _folder(config, subject.ref, "held-out" if held_out_by_run else report_of_data.source)
 
         def write() -> None:
             page = evaluation_page(report, lines, _examples(subject, lines), answers)
@@ -175,6 +166,60 @@ def evaluate(config: EvalConfig, overrides: list[tuple[str, Any]], reporter: Rep
         engine.same(write)
     reporter.facts([(name, str(folder / file)) for name, file in REPORTS])
     return folder
+
+
+def _score(subject: Subject) -> Scored:
+    """Score the pairs, and everything that follows from their scores."""
+    pairs, objective, reporter = subject.data.held_out, subject.objective, subject.reporter
+    started = time.monotonic()
+    scorer = _scorer(subject)
+    reporter.start("pair", len(pairs))
+    scores = score_pairs(scorer, pairs, subject.signals.poll, reporter.advance)
+    reporter.stop()
+    seconds = time.monotonic() - started
+    prompts = prompts_of(pairs)
+    margins = (objective.beta * scores.ratios.margin).tolist()
+    labels = [pair.probability for pair in pairs]
+    bins = reliability(margins, [pair.group for pair in pairs], labels) if objective.is_calibrated else []
+    unknown = sum(not math.isfinite(margin) for margin in margins)
+    estimates, of_sources = summarize(scores, objective, prompts), by_source(scores, objective, pairs)
+    return Scored(scorer, scores, prompts, estimates, of_sources, bins, unknown, seconds)
+
+
+def _show_scored(reporter: Reporter, found: Scored) -> None:
+    show_estimates(reporter, found.estimates)
+    show_sources(reporter, found.of_sources)
+    if found.unknown:
+        reporter.warn(
+            f"the scores of {found.unknown:,} of {plural(found.prompts.pairs, 'pair')} are not finite, so no mean "
+            "above holds: weights are damaged, or their dtype is too narrow"
+        )
+    reporter.say(describe_clusters(found.prompts))
+    reporter.say()
+    show_calibration(reporter, found.bins)
+
+
+def _facts(subject: Subject, found: Scored) -> dict[str, Any]:
+    """What was evaluated, on what and how, for report.json."""
+    ref, data = subject.ref, subject.data
+    parts = {name: report.as_dict() for name, report in data.held_out_parts.items()}
+    return {
+        "checkpoint": ref.weights,
+        "weights_sha256": weights_sha256(Path(ref.weights)),
+        "reference": subject.source.name if subject.objective.needs_reference else None,
+        "data": data.held_out_report.as_dict(),
+        **({"data_by_source": parts} if parts else {}),
+        "beta": subject.objective.beta,
+        "loss_name": ref.run.loss.name if ref.run else "sigmoid",
+        "loss_options": _loss_options(ref),
+        "device": str(subject.device.value),
+        "dtype": dtype_name(subject.dtype.value),
+        "layout": subject.batcher.layout.value,
+        "prompts": found.prompts.prompts,
+        "prompts_effective": found.prompts.effective,
+        "pairs_per_second": len(data.held_out) / found.seconds,
+        "seconds": found.seconds,
+    }
 
 
 def _load(
@@ -210,7 +255,10 @@ def _load(
     policy, reference = _load_models(ref, base, dtype.value, device.value)
     layout = _layout(config, ref, policy, base, data.held_out, fingerprint, engine)
     batcher = MicroBatcher(device.value, layout, _split(config, device.value, layout))
-    return Subject(ref, source, device, dtype, encoder, options, data, fingerprint, policy, reference, batcher, harness)
+    return Subject(
+        config, engine, reporter, signals, ref, source, device, dtype, encoder, options, data, fingerprint, policy,
+        reference, batcher, harness,
+    )  # fmt: skip
 
 
 def _check_generation(config: EvalConfig, ref: ModelRef) -> None:
@@ -222,11 +270,12 @@ def _check_generation(config: EvalConfig, ref: ModelRef) -> None:
         raise ConfigError(f"scales={config.scales}: a whole model has no adapter to scale; leave it out")
 
 
-def _benchmarks(subject: Subject, engine: Engine, signals: StopSignals) -> dict[str, Any]:
+def _benchmarks(subject: Subject) -> dict[str, Any]:
     """What the benchmarks find, for report.json; rank 0 alone runs them, and the others wait."""
     if subject.harness is None:
         return {}
-    measure, poll = subject.harness.measure, signals.poll if engine.alone else signals.poll_here
+    engine, signals, measure = subject.engine, subject.signals, subject.harness.measure
+    poll = signals.poll if engine.alone else signals.poll_here
     found: dict[str, Any] = engine.same(lambda: measure(subject.policy, subject.reference, subject.encoder, poll))
     signals.poll()
     return found
@@ -248,15 +297,12 @@ def _about_data(subject: Subject) -> list[str]:
     return sentences
 
 
-def _scorer(config: EvalConfig, subject: Subject, engine: Engine, reporter: Reporter, signals: StopSignals) -> Scorer:
+def _scorer(subject: Subject) -> Scorer:
     """What scores the pairs: with the reference's log-probs from disk, where they may be kept."""
     objective, reference = subject.objective, subject.reference
-    if objective.needs_reference and config.reference_cache == "auto":
-        dtype, device, layout = subject.dtype.value, subject.batcher.device, subject.batcher.layout
-        key = cache_key(subject.fingerprint, dtype, device, layout)
-        command = (reporter, signals.poll, engine)
-        reference = _known(key, subject.data.held_out, subject.batcher, dtype, reference, command)
-    return Scorer(subject.policy, objective, reference, subject.batcher, engine)
+    if objective.needs_reference and subject.config.reference_cache == "auto":
+        reference = _cached_reference(subject)
+    return Scorer(subject.policy, objective, reference, subject.batcher, subject.engine)
 
 
 def _examples(subject: Subject, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -282,40 +328,36 @@ def _examples(subject: Subject, lines: list[dict[str, Any]]) -> list[dict[str, A
     return found
 
 
-def _measure(
-    config: EvalConfig,
-    subject: Subject,
-    engine: Engine,
-    reporter: Reporter,
-    signals: StopSignals,
-    of_reference: Sequence[Answer] | None = None,
-) -> MeasuredAnswers:
-    """What the policy writes beside the reference, on the first prompts; empty where it is not asked for."""
+def _measure(subject: Subject, of_reference: Sequence[Answer] | None = None) -> MeasuredAnswers:
+    """What the policy writes beside the reference, on the first prompts; empty where it is not requested.
+
+    `of_reference` are the reference's answers where they are known: it never moves.
+    """
+    config, reporter = subject.config, subject.reporter
     limit = position_limit(causal_model(subject.policy))
     longest = None if limit is None else limit + 1 - config.max_new_tokens
     asked = config.kl_samples if subject.objective.generates else 0
     prompts = asked_prompts(subject.data, subject.encoder, asked, longest)
     if not prompts:
         return MeasuredAnswers({})
-    scorer = Scorer(subject.policy, subject.objective, subject.reference, subject.batcher, engine)
+    scorer = Scorer(subject.policy, subject.objective, subject.reference, subject.batcher, subject.engine)
     seed = subject.ref.run.seed if subject.ref.run else 0
     advance = reporter.bar("answer", len(prompts) * (1 if of_reference else 2))
-    how = (scorer, subject.encoder, prompts, config.max_new_tokens, seed, signals.poll, of_reference, advance)
-    measured = measure_answers(*how)
+    poll = subject.signals.poll
+    measured = measure_answers(
+        scorer, subject.encoder, prompts, config.max_new_tokens, seed, poll, of_reference, advance
+    )
     reporter.stop()
     return measured
 
 
-def _at_scale(
-    scale: float, config: EvalConfig, subject: Subject, scorer: Scorer, as_trained: MeasuredAnswers,
-    reporter: Reporter, signals: StopSignals,
-) -> dict[str, Any]:  # fmt: skip
+def _at_scale(scale: float, subject: Subject, scorer: Scorer, as_trained: MeasuredAnswers) -> dict[str, Any]:
     """The metrics and answers of the policy with its adapter at a scale, for report.json."""
     with adapter_scale(subject.policy, scale):
-        scores = score_pairs(scorer, subject.data.held_out, signals.poll)
+        scores = score_pairs(scorer, subject.data.held_out, subject.signals.poll)
         found = summarize(scores, subject.objective, prompts_of(subject.data.held_out))
-        found |= _measure(config, subject, scorer.engine, reporter, signals, as_trained.of_reference).estimates
-        answers = _greedy(config, subject, subject.policy, scorer.engine, signals)
+        found |= _measure(subject, as_trained.of_reference).estimates
+        answers = _greedy(subject, subject.policy)
     return {
         "scale": scale,
         **{name: found[name].triple() for _, name in OF_SCALES if name in found},
@@ -389,16 +431,9 @@ def _warn_of_other_weights(
     ref: ModelRef, config: EvalConfig, dtype: torch.dtype, fingerprint: str, reporter: Reporter
 ) -> None:
     """Say so where the model under a run's adapter is not the one that the run was trained on."""
-    facts = ref.directory.read_manifest() if ref.directory else {}
-    model = facts.get("model")
-    known = model.get("fingerprint") if isinstance(model, dict) else None
-    same_dtype = facts.get("dtype") == dtype_name(dtype)
-    if (
-        isinstance(known, str)
-        and same_dtype
-        and config.reference_model is None
-        and not same_weights(known, fingerprint)
-    ):
+    manifest = ref.directory.read_manifest() if ref.directory else {}
+    known, same_dtype = base_fingerprint(manifest), manifest.get("dtype") == dtype_name(dtype)
+    if known and same_dtype and config.reference_model is None and not same_weights(known, fingerprint):
         reporter.warn(f"{safe_text(ref.base.name_or_path)} holds other weights than when this run was trained on it")
 
 
@@ -426,18 +461,13 @@ def _split(config: EvalConfig, device: torch.device, layout: Layout) -> Split:
     return SplitByTokens(enough_tokens(device), layout)
 
 
-def _known(
-    key: str,
-    pairs: Sequence[TokenizedPair],
-    batcher: MicroBatcher,
-    dtype: torch.dtype,
-    reference: Reference,
-    command: tuple[Reporter, Callable[[], None], Engine],
-) -> Reference:
+def _cached_reference(subject: Subject) -> Reference:
     """The reference's log-probs, read from disk where a training run or an earlier evaluation has left them."""
-    reporter, poll, engine = command
-    cache = ReferenceCache(cache_path(key), engine)
-    how = FillOptions(batcher, dtype, lambda: reference, reference, reporter, poll, engine)
+    pairs, batcher, dtype, reference = subject.data.held_out, subject.batcher, subject.dtype.value, subject.reference
+    key = cache_key(subject.fingerprint, dtype, batcher.device, batcher.layout)
+    cache = ReferenceCache(cache_path(key), subject.engine)
+    reporter, poll = subject.reporter, subject.signals.poll
+    how = FillOptions(batcher, dtype, lambda: reference, reference, reporter, poll, subject.engine)
     there = len(pairs) - complete(cache, list(windows(pairs)), how)
     reporter.say(f"reference log-probs: those of {there:,} of {len(pairs):,} pairs were in {cache.path}")
     return CachedReference(cache)
@@ -466,21 +496,22 @@ def _folder(config: EvalConfig, ref: ModelRef, data: str) -> Path:
     return Path("outputs") / "eval" / name
 
 
-def _answers(config: EvalConfig, subject: Subject, engine: Engine, signals: StopSignals) -> list[dict[str, str]]:
+def _answers(subject: Subject) -> list[dict[str, str]]:
     """Held-out prompts with the greedy answers of reference and policy to them, as they are."""
-    after = _greedy(config, subject, subject.policy, engine, signals)
+    after = _greedy(subject, subject.policy)
     if isinstance(subject.reference, AdapterOffReference):
         with adapter_off(subject.policy):
-            before = _greedy(config, subject, subject.policy, engine, signals)
+            before = _greedy(subject, subject.policy)
     else:
-        before = _greedy(config, subject, getattr(subject.reference, "model", None), engine, signals)
-    prompts = [text.pair.messages[-1].content for text in subject.data.held_out_texts[: config.samples]]
+        before = _greedy(subject, getattr(subject.reference, "model", None))
+    prompts = [text.pair.messages[-1].content for text in subject.data.held_out_texts[: subject.config.samples]]
     rows = zip(prompts, before, after, strict=True)
     return [{"prompt": prompt, "reference": old, "policy": new} for prompt, old, new in rows]
 
 
-def _greedy(config: EvalConfig, subject: Subject, model: Any, engine: Engine, signals: StopSignals) -> list[str]:
+def _greedy(subject: Subject, model: Any) -> list[str]:
     """The model's greedy answers to the first `samples` held-out prompts."""
+    config = subject.config
     pairs = [text.pair for text in subject.data.held_out_texts[: config.samples]]
-    how = config.max_new_tokens, subject.batcher.device, signals.poll, engine
+    how = config.max_new_tokens, subject.batcher.device, subject.signals.poll, subject.engine
     return greedy_completions(model, subject.encoder, pairs, *how) if pairs else []

@@ -44,7 +44,7 @@ from dpo_cli.models.loading import (
 from dpo_cli.models.memory import give_memory_back, make_room
 from dpo_cli.models.merging import Adapter, at_scale, merge, put_on, round_weights, write_adapter
 from dpo_cli.runs.export_card import Exported, export_card
-from dpo_cli.runs.manifest import settings_in
+from dpo_cli.runs.manifest import base_fingerprint, settings_in
 from dpo_cli.runs.model_ref import ModelRef, load_policy
 from dpo_cli.storage.durable import write_folder
 
@@ -200,9 +200,8 @@ def _trained(subject: Subject) -> Trained:
 
 def _check_base(ref: ModelRef, base: Any) -> None:
     """CheckpointError where the base holds other weights than when the run trained on it."""
-    model = (ref.directory.read_manifest() if ref.directory else {}).get("model")
-    known = model.get("fingerprint") if isinstance(model, dict) else None
-    if isinstance(known, str) and not same_weights(known, model_fingerprint(base)):
+    known = base_fingerprint(ref.directory.read_manifest()) if ref.directory else None
+    if known and not same_weights(known, model_fingerprint(base)):
         raise CheckpointError(
             f"{safe_text(ref.base.name_or_path)}: holds other weights than when {safe_text(ref.weights)} was trained "
             "on it; put the earlier ones there, or name their model.revision in the run's config.yaml"

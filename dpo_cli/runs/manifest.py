@@ -65,6 +65,13 @@ def _git_revision() -> str | None:
         return None
 
 
+def base_fingerprint(manifest: dict[str, Any]) -> str | None:
+    """The fingerprint of the weights that the run of a manifest trained on; None where it does not say."""
+    model = manifest.get("model")
+    known = model.get("fingerprint") if isinstance(model, dict) else None
+    return known if isinstance(known, str) else None
+
+
 def settings_in(manifest: dict[str, Any]) -> ResolvedSettings | None:
     """What was measured when the run of a manifest began; None where the manifest does not say."""
     batches, device = manifest.get("batches"), str(manifest.get("device")).split(":")[0]
