@@ -145,7 +145,7 @@ def test_the_numbers_of_an_evaluation_are_those_of_its_report() -> None:
     assert ["arc_easy", "acc", "0.613", "0.6", "0.013", "-0.01 to 0.036"] in found.rows
     assert ["hellaswag", "acc,flexible", "0.431", "0.441", "-0.01", ""] in found.rows
     assert ["0.25", "At 0.25 boat 2 is the outputs/run."] in found.rows
-    assert ["0", "0.5", "0.46 to 0.54", "0", "-0.1 to 0.1", "0.69", "0.6 to 0.7", "–", ""] in found.rows
+    assert ["0", "0.5", "0.46 to 0.54", "0", "-0.1 to 0.1", "0.69", "0.6 to 0.7", "–", "", "–", ""] in found.rows
     harmless = [pair["margin"] for pair in pairs if pair["source"] == "harmless"]
     row = next(row for row in found.rows if row[0] == "harmless")
     assert row[1] == f"{np.mean(np.asarray(harmless) > 0):.3g}" and row[3] == f"{np.mean(harmless):.3g}"

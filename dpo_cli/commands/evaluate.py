@@ -13,6 +13,7 @@ import torch
 from dpo_cli.commands.harness import Harness
 from dpo_cli.commands.on_ranks import on_every_rank
 from dpo_cli.config.schema import FOR_EACH, DataConfig, EvalConfig, data_config, to_container
+from dpo_cli.console.labels import SCALES
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import plural, safe_text
 from dpo_cli.data.batches import Layout, Split, SplitByPairs, SplitByTokens, longest_side
@@ -35,7 +36,6 @@ from dpo_cli.evaluation.scores import (
 from dpo_cli.evaluation.summary import summary_of
 from dpo_cli.evaluation.token_ratios import best_and_worst, pieces_of, token_ratios
 from dpo_cli.evaluation.view import (
-    OF_SCALES,
     describe_clusters,
     show_answers,
     show_calibration,
@@ -360,7 +360,7 @@ def _at_scale(scale: float, subject: Subject, scorer: Scorer, as_trained: Measur
         answers = _greedy(subject, subject.policy)
     return {
         "scale": scale,
-        **{name: found[name].triple() for _, name in OF_SCALES if name in found},
+        **{name: found[name].triple() for _, name in SCALES if name in found},
         **({"answers": answers} if answers else {}),
     }
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from dpo_cli.console.labels import MAIN, METRICS, SAMPLES, SCALES
 from dpo_cli.console.reporter import Reporter
 from dpo_cli.console.text import interval, plural, safe_text, significant
 from dpo_cli.models.dtype import Decision, dtype_name
@@ -11,32 +12,16 @@ from dpo_cli.runs.model_ref import ModelRef
 from dpo_cli.theory.calibration import Bin, calibration_error
 from dpo_cli.theory.statistics import Clusters, Estimate
 
-SHOWN = (
-    ("accuracy", "rewards/accuracies"),
-    ("margin", "rewards/margins"),
-    ("loss", "loss"),
-    ("loss, lower than at the start by", "loss/improvement"),
-    ("reward of chosen", "rewards/chosen"),
-    ("reward of rejected", "rewards/rejected"),
-    ("log-prob change a token, chosen", "logps_change_per_token/chosen"),
-    ("log-prob change a token, rejected", "logps_change_per_token/rejected"),
-    ("chosen more likely than rejected, by the policy", "accuracy_without_reference/policy"),
-    ("chosen more likely than rejected, by the reference", "accuracy_without_reference/reference"),
-)
-
 
 def show_estimates(reporter: Reporter, estimates: dict[str, Estimate]) -> None:
     """Each metric that is shown, with its interval."""
     rows = []
-    for label, name in SHOWN:
+    for label, name in METRICS:
         if name not in estimates:
             continue
         estimate = estimates[name]
         rows.append([label, significant(estimate.mean), interval(estimate.low, estimate.high)])
     reporter.grid(["metric", "mean", "95% interval"], rows)
-
-
-OF_SOURCES = (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins"), ("loss", "loss"))
 
 
 def show_sources(reporter: Reporter, of_sources: dict[str, tuple[int, dict[str, Estimate]]]) -> None:
@@ -45,7 +30,7 @@ def show_sources(reporter: Reporter, of_sources: dict[str, tuple[int, dict[str, 
         return
     rows = []
     for source, (pairs, estimates) in of_sources.items():
-        accuracy, margin, loss = (estimates[name] for _, name in OF_SOURCES)
+        accuracy, margin, loss = (estimates[name] for _, name in MAIN)
         row = [source, f"{pairs:,}", significant(accuracy.mean), interval(accuracy.low, accuracy.high)]
         rows.append([*row, significant(margin.mean), interval(margin.low, margin.high), significant(loss.mean)])
     reporter.say()
@@ -119,46 +104,26 @@ def show_answers(reporter: Reporter, answers: list[dict[str, str]], limit: int) 
     reporter.say()
 
 
-OF_SAMPLES = (
-    ("KL from the reference, nats an answer", "samples/kl"),
-    ("tokens an answer", "samples/length"),
-    ("tokens, times those of the reference", "samples/length_ratio"),
-    ("answers that end by themselves", "samples/ends"),
-    ("the reference's", "samples/reference_ends"),
-    ("repeated 4-grams in an answer", "samples/repetition"),
-    ("the reference's", "samples/reference_repetition"),
-    ("distinct 2-grams", "samples/distinct_2"),
-    ("the reference's", "samples/reference_distinct_2"),
-)
-
-
 def show_measured(reporter: Reporter, estimates: dict[str, Estimate], answers: int, limit: int) -> None:
     """What the policy writes beside the reference."""
     if not answers:
         return
     reporter.say(f"sampled answers to {plural(answers, 'held-out prompt')}, temperature 1, at most {limit} tokens")
-    rows = [
-        [label, significant(estimates[name].mean), interval(estimates[name].low, estimates[name].high)]
-        for label, name in OF_SAMPLES
-    ]
+    rows = []
+    for label, of_policy, of_reference in SAMPLES:
+        for text, name in ((label, of_policy), ("the reference's", of_reference)):
+            if name is not None:
+                one = estimates[name]
+                rows.append([text, significant(one.mean), interval(one.low, one.high)])
     reporter.grid(["metric", "mean", "95% interval"], rows)
     reporter.say()
-
-
-OF_SCALES = (
-    ("accuracy", "rewards/accuracies"),
-    ("margin", "rewards/margins"),
-    ("loss", "loss"),
-    ("KL", "samples/kl"),
-    ("length", "samples/length_ratio"),
-)
 
 
 def show_scales(reporter: Reporter, scales: list[dict[str, Any]]) -> None:
     """A row for each scale of the adapter, then the answers at each."""
     if not scales:
         return
-    columns = [(label, name) for label, name in OF_SCALES if name in scales[0]]
+    columns = [(label, name) for label, name in SCALES if name in scales[0]]
     headings = [cell for label, _ in columns for cell in (label, "95% interval")]
     rows = []
     for one in scales:

@@ -23,10 +23,10 @@ def drawings(comparison: Mapping[str, Any], margins: Sequence[Sequence[float]]) 
     """The figures, as many as there is data for."""
     models, names = comparison["models"], short_names(comparison)
     found = []
-    others = [place for place, model in enumerate(models) if model.get("difference")][:MOST_ROWS]
+    others = [index for index, model in enumerate(models) if model.get("difference")][:MOST_ROWS]
     more = f" The first {MOST_ROWS} are shown." if sum(bool(m.get("difference")) for m in models) > MOST_ROWS else ""
     for what in ("accuracy", "margin", "loss"):
-        differences = [models[place]["difference"].get(what) for place in others]
+        differences = [models[index]["difference"].get(what) for index in others]
         estimates = [triple([one["mean"], one["low"], one["high"]] if one else None) for one in differences]
         if any(math.isfinite(one[0]) for one in estimates):
             found.append(
@@ -35,15 +35,15 @@ def drawings(comparison: Mapping[str, Any], margins: Sequence[Sequence[float]]) 
                     f"Each model minus {models[0]['name']} on the same pairs, with its 95% interval. An interval that "
                     f"crosses the dashed 0 does not tell the two apart.{more}",
                     f"difference in {what}",
-                    [names[place] for place in others],
+                    [names[index] for index in others],
                     estimates,
                     level=0.0,
-                    colors=[WORDS.get(models[place]["verdict"], "dim") for place in others],
+                    colors=[WORDS.get(models[index]["verdict"], "dim") for index in others],
                 )
             )
     # The first and the best model are always among the outlines.
-    order = sorted(range(len(models)), key=lambda place: (place > 0, models[place]["name"] != comparison["best"]))
-    shown = [(names[place], [number(value) for value in margins[place]]) for place in sorted(order[:MOST_OUTLINES])]
+    order = sorted(range(len(models)), key=lambda index: (index > 0, models[index]["name"] != comparison["best"]))
+    shown = [(names[index], [number(value) for value in margins[index]]) for index in sorted(order[:MOST_OUTLINES])]
     if any(math.isfinite(value) for _, values in shown for value in values):
         few = f" {MOST_OUTLINES} of {len(models)} models are shown." if len(models) > MOST_OUTLINES else ""
         caption = "Reward of chosen minus reward of rejected. Further right is better; what lies left of 0 is wrong."
@@ -74,7 +74,7 @@ def _frontiers(comparison: Mapping[str, Any], names: Sequence[str]) -> list[Draw
         beta = number(model.get("beta")) or math.nan
         mean, low, high = triple(model["metrics"]["margin"])
         nats.append((name, kl, (mean / beta, low / beta, high / beta)))
-    unit = "KL, nats an answer"
+    unit = "KL, nats a response"
     found = [figures.frontier("Accuracy against KL", caption, (unit, "accuracy"), accuracy, best)]
     if any(math.isfinite(one[2][0]) for one in nats):
         found.append(figures.frontier("Margin against KL", caption, (unit, "margin / beta, nats"), nats, best))

@@ -6,31 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from dpo_cli.console.labels import MAIN, METRICS, SAMPLES
 from dpo_cli.pages import figures
 from dpo_cli.pages.figures import Drawing
 from dpo_cli.pages.reading import Triple, accuracy_by, column, ends, estimate_in, number, prompts_of, right, triple
 from dpo_cli.theory.statistics import Clusters
 
-METRICS = (  # label, name
-    ("accuracy", "rewards/accuracies"),
-    ("margin", "rewards/margins"),
-    ("loss", "loss"),
-    ("loss, lower than at the start by", "loss/improvement"),
-    ("reward of chosen", "rewards/chosen"),
-    ("reward of rejected", "rewards/rejected"),
-    ("log-prob change of chosen, nats a token", "logps_change_per_token/chosen"),
-    ("log-prob change of rejected, nats a token", "logps_change_per_token/rejected"),
-    ("chosen more likely than rejected, by the policy", "accuracy_without_reference/policy"),
-    ("chosen more likely than rejected, by the reference", "accuracy_without_reference/reference"),
-)
-SAMPLES = (  # label, metric of the policy's answers, metric of the reference's
-    ("sequence KL(policy || reference), nats an answer", "samples/kl", None),
-    ("length, tokens", "samples/length", "samples/reference_length"),
-    ("length, of the reference's", "samples/length_ratio", None),
-    ("share that ends by itself", "samples/ends", "samples/reference_ends"),
-    ("repeated 4-grams within an answer", "samples/repetition", "samples/reference_repetition"),
-    ("distinct 2-grams of all 2-grams", "samples/distinct_2", "samples/reference_distinct_2"),
-)
 FACTS = (  # label, name
     ("checkpoint", "checkpoint"),
     ("reference", "reference"),
@@ -41,7 +22,7 @@ FACTS = (  # label, name
     ("layout", "layout"),
     ("weights (sha256)", "weights_sha256"),
 )
-STEPS = 4  # depths of a token's color, each way
+STEPS = 4  # depths of a token's color, for each sign
 SHOWN = 3  # best and worst pairs that are not folded
 MOST_SOURCES = 12
 
@@ -185,7 +166,7 @@ def _scales(report: Mapping[str, Any]) -> list[Drawing]:
     found = []
     for title, name, unit, level in (
         ("Accuracy by adapter scale", "rewards/accuracies", "accuracy", 0.5),
-        ("KL by adapter scale", "samples/kl", "KL, nats an answer", None),
+        ("KL by adapter scale", "samples/kl", "KL, nats a response", None),
     ):
         estimates = [triple(one.get(name)) for one in scales]
         if any(math.isfinite(one[0]) for one in estimates):
@@ -203,9 +184,8 @@ def metric_rows(report: Mapping[str, Any]) -> list[tuple[str, Triple]]:
 
 def source_rows(report: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Triple]]]:
     """Accuracy, margin and loss of each source that the report has."""
-    names = ("rewards/accuracies", "rewards/margins", "loss")
     sources = [source for source in sources_of(pairs) if f"loss/{source}" in report]
-    return [(source, [estimate_in(report, f"{name}/{source}") for name in names]) for source in sources]
+    return [(source, [estimate_in(report, f"{name}/{source}") for _, name in MAIN]) for source in sources]
 
 
 def sample_rows(report: Mapping[str, Any]) -> list[tuple[str, Triple, Triple]]:
@@ -222,9 +202,9 @@ def harness_rows(report: Mapping[str, Any]) -> list[tuple[str, str, Triple, Trip
     found = []
     for task, scores in (report.get("harness") or {}).items():
         for metric, apart in scores["difference"].items():
-            measure, _, way = metric.partition(",")
+            measure, _, filter_name = metric.partition(",")
             both = [(number(scores[who].get(metric)), math.nan, math.nan) for who in ("policy", "reference")]
-            found.append((task, measure if way == "none" else metric, *both, triple(apart)))
+            found.append((task, measure if filter_name == "none" else metric, *both, triple(apart)))
     return found
 
 

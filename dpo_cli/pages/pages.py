@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from dpo_cli.console.labels import SCALES
 from dpo_cli.console.text import interval, safe_text, significant
 from dpo_cli.pages import comparison as of_comparison
 from dpo_cli.pages import evaluation as of_evaluation
@@ -39,6 +40,7 @@ def evaluation_page(
         sources=of_evaluation.source_rows(report, pairs),
         samples=of_evaluation.sample_rows(report),
         scales=report.get("scales") or [],
+        scale_columns=SCALES,
         harness=of_evaluation.harness_rows(report),
         calibration=report.get("calibration"),
         figures=of_evaluation.drawings(report, pairs),

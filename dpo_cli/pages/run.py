@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_cli.console.labels import METRICS
 from dpo_cli.console.text import significant
 from dpo_cli.pages import figures
-from dpo_cli.pages.evaluation import METRICS
 from dpo_cli.pages.figures import MOST_POINTS, Drawing, Series, binned
 from dpo_cli.pages.reading import Triple, column, estimate_in, number
 from dpo_cli.theory.statistics import proportion_estimate
@@ -51,7 +51,7 @@ CURVES = (
     Curve("Speed", "pairs a second", (("training", "pairs_per_second"),), None, "Training alone, without evaluation."),
 )  # fmt: skip
 SAMPLE_CURVES = (
-    ("KL of generated answers", "nats an answer", "samples/kl", None, 0.0, "kl",
+    ("KL of generated answers", "nats a response", "samples/kl", None, 0.0, "kl",
      "How far the policy's own answers are from the reference: the price of the margin."),
     ("Length of generated answers", "of the reference's", "samples/length_ratio", None, 1.0, "length",
      "Mean length, where 1 is the length of the reference's answers."),
