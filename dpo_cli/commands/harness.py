@@ -164,19 +164,19 @@ class Harness:
         rows = []
         for name, task in tasks.items():
             for metric, (difference, low, high) in task["difference"].items():
-                measure, _, way = metric.partition(",")
-                scores = [_with_stderr(task[role], measure, way) for role in ("reference", "policy")]
+                measure, _, filter_name = metric.partition(",")
+                scores = [_with_stderr(task[role], measure, filter_name) for role in ("reference", "policy")]
                 lower = " (lower is better)" if task["higher_is_better"].get(measure) is False else ""
-                label = f"{measure}{'' if way == 'none' else f' {way}'}{lower}"
+                label = f"{measure}{'' if filter_name == 'none' else f' {filter_name}'}{lower}"
                 rows.append([name, label, f"{task['n']:,}", *scores, f"{difference:+.3g}", interval(low, high, 2)])
         headings = ["task", "metric", "n", "reference", "policy", "difference", "95% interval"]
         self.reporter.grid(headings, rows, left=2)
         self.reporter.say()
 
 
-def _with_stderr(scores: Mapping[str, float], measure: str, way: str) -> str:
-    stderr = scores.get(f"{measure}_stderr,{way}")
-    return significant(scores[f"{measure},{way}"]) + ("" if stderr is None else f" ({significant(stderr, 2)})")
+def _with_stderr(scores: Mapping[str, float], measure: str, filter_name: str) -> str:
+    stderr = scores.get(f"{measure}_stderr,{filter_name}")
+    return significant(scores[f"{measure},{filter_name}"]) + ("" if stderr is None else f" ({significant(stderr, 2)})")
 
 
 def compared(policy: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -210,7 +210,7 @@ def compared(policy: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[st
 
 
 def _scores(results: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of one task, by lm_eval's names: `acc,none`, `acc_stderr,none`."""
+    """The numbers of one task, by lm_eval's names, metric and filter: `acc,none`, `acc_stderr,none`."""
     return {
         name: float(value)
         for name, value in results.items()
@@ -220,8 +220,8 @@ def _scores(results: Mapping[str, Any]) -> dict[str, float]:
 
 def _values(found: Mapping[str, Any], task: str, metric: str) -> list[float]:
     """A metric of each example, in their order; [] where an example has no number."""
-    measure, _, way = metric.partition(",")
-    samples = [one for one in found.get("samples", {}).get(task, []) if one["filter"] == way]
+    measure, _, filter_name = metric.partition(",")
+    samples = [one for one in found.get("samples", {}).get(task, []) if one["filter"] == filter_name]
     try:
         return [float(one[measure]) for one in sorted(samples, key=lambda one: int(one["doc_id"]))]
     except (KeyError, TypeError, ValueError):

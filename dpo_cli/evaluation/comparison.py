@@ -24,7 +24,7 @@ SAME_REFERENCE = 0.005  # relative: dtypes and layouts move the log-prob of a re
 MOST_NEEDED = 1_000_000  # pairs; a difference that takes more is none in practice
 # Keys of a config that say where and how often a run writes, not what it does.
 NOT_COMPARED = (
-    "output_dir", "resume", "replay", "log_every", "eval_every", "save_every", "keep_checkpoints", "dry_run",
+    "output_dir", "resume", "replay", "log_every", "eval_every", "save_every", "keep_checkpoints", "page", "dry_run",
     "verify_resume",
 )  # fmt: skip
 METRICS = ("accuracy", "margin", "loss")
@@ -32,16 +32,16 @@ METRICS = ("accuracy", "margin", "loss")
 
 @dataclass(frozen=True)
 class Shared:
-    """The pairs that all models were evaluated on: their places in each model's report, (models, N)."""
+    """The pairs that all models were evaluated on: their indices in each model's report, (models, N)."""
 
     models: Sequence[Evaluated]
-    places: NDArray[np.int64]
+    indices: NDArray[np.int64]
     warnings: list[str] = field(default_factory=list)
 
     def values(self, model: int, metric: str) -> Floats | None:
         """A metric of a model on the N shared pairs."""
         found = self.models[model].values(metric, self.nats)
-        return None if found is None else found[self.places[model]]
+        return None if found is None else found[self.indices[model]]
 
     @property
     def nats(self) -> bool:
@@ -51,7 +51,7 @@ class Shared:
     @property
     def prompts(self) -> Clusters:
         """Which of the N pairs share a prompt."""
-        return Clusters(self.models[0].prompts[self.places[0]])
+        return Clusters(self.models[0].prompts[self.indices[0]])
 
 
 def shared_pairs(models: Sequence[Evaluated]) -> Shared:
@@ -65,17 +65,17 @@ def shared_pairs(models: Sequence[Evaluated]) -> Shared:
         if model.has_reference != first.has_reference:
             reward, other = (first, model) if model.has_reference else (model, first)
             raise CheckpointError(f"{reward.name}: is a reward model and {other.name} is not; compare one kind")
-    keys = [key for key in first.places if all(key in model.places for model in models[1:])]
+    keys = [key for key in first.indices if all(key in model.indices for model in models[1:])]
     if not keys:
         raise DataError(_nothing_shared(models))
-    places = np.array([[model.places[key] for key in keys] for model in models])
-    shared = Shared(models, places)
+    indices = np.array([[model.indices[key] for key in keys] for model in models])
+    shared = Shared(models, indices)
     if shared.prompts.prompts < 2:
         raise DataError(f"{_names(models)}: share pairs of one prompt only; score all of them on more with data.eval=")
-    for model, of_model in zip(models[1:], places[1:], strict=True):
-        _check_reference(first, places[0], model, of_model)
+    for model, of_model in zip(models[1:], indices[1:], strict=True):
+        _check_reference(first, indices[0], model, of_model)
     left_out = [
-        f"{len(model.places) - len(keys):,} of {model.name}" for model in models if len(model.places) > len(keys)
+        f"{len(model.indices) - len(keys):,} of {model.name}" for model in models if len(model.indices) > len(keys)
     ]
     if left_out:
         shared.warnings.append(f"compared on the {plural(len(keys), 'pair')} that all share; left out {_and(left_out)}")
@@ -84,10 +84,10 @@ def shared_pairs(models: Sequence[Evaluated]) -> Shared:
 
 def _nothing_shared(models: Sequence[Evaluated]) -> str:
     first = models[0]
-    texts = {key[0] for key in first.places}
+    texts = {key[0] for key in first.indices}
     for model in models[1:]:
-        if not first.places.keys() & model.places.keys():
-            if texts & {key[0] for key in model.places}:
+        if not first.indices.keys() & model.indices.keys():
+            if texts & {key[0] for key in model.indices}:
                 return (
                     f"{first.name}, {model.name}: the same texts with other labels or tokens; evaluate both with one "
                     "template, tokenizer and data.max_length"
@@ -164,7 +164,7 @@ def _best_first(shared: Shared) -> Shared:
         return -float(accuracy.mean()), 0.0 if loss is None else float(loss.mean())
 
     order = sorted(range(len(shared.models)), key=rank)
-    return Shared([shared.models[index] for index in order], shared.places[order], shared.warnings)
+    return Shared([shared.models[index] for index in order], shared.indices[order], shared.warnings)
 
 
 def _differences(shared: Shared) -> list[dict[str, Difference]]:

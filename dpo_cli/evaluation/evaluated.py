@@ -28,7 +28,7 @@ class Evaluated:
     name: str
     path: Path  # of report.json
     facts: dict[str, Any]
-    places: dict[tuple[Any, ...], int]  # a pair's key, soft label and tokens -> its place
+    indices: dict[tuple[Any, ...], int]  # a pair's key, soft label and tokens -> its index
     prompts: NDArray[np.uint64]  # (pairs,)
     accuracy: Floats  # (pairs,) 1 where the pair is ranked right, 0.5 for a tie
     margin: Floats  # (pairs,)
@@ -72,15 +72,15 @@ def read_report(path: Path, name: str, run: Path | None = None) -> Evaluated:
     rows = [_row(text, f"{shown} line {number}") for number, text in enumerate(texts, start=1)]
     if len(rows) != facts["pairs"] or not rows:
         raise DataError(f"{shown}: has {plural(len(rows), 'line')}, and report.json counts {facts['pairs']:,} pairs")
-    places, times = dict[tuple[Any, ...], int](), Counter[tuple[Any, ...]]()
-    for place, row in enumerate(rows):
-        places[(*row.key, times[row.key])] = place  # the same pair may be there again
+    indices, times = dict[tuple[Any, ...], int](), Counter[tuple[Any, ...]]()
+    for index, row in enumerate(rows):
+        indices[(*row.key, times[row.key])] = index  # the same pair may be there again
         times[row.key] += 1
     columns = np.array([row.values for row in rows], dtype=float)
     right, label = (columns[:, 0] > 0) + 0.5 * (columns[:, 0] == 0), columns[:, 4]
     known = np.isfinite(columns).all(axis=0)
     return Evaluated(
-        name, path, facts, places, np.array([row.prompt for row in rows], dtype=np.uint64),
+        name, path, facts, indices, np.array([row.prompt for row in rows], dtype=np.uint64),
         label * right + (1 - label) * (1 - right), columns[:, 0], columns[:, 1] if known[1] else None,
         columns[:, 2:4] if known[2] and known[3] else None, run,
     )  # fmt: skip

@@ -57,18 +57,18 @@ def pieces_of(
     `before` is the token before the response; `unscored` has start and stop of each part that carries no log-prob.
     Tokens that are parts of one character form one piece.
     """
-    skipped = {place for start, stop in zip(unscored[::2], unscored[1::2], strict=True) for place in range(start, stop)}
+    skipped = {index for start, stop in zip(unscored[::2], unscored[1::2], strict=True) for index in range(start, stop)}
     scored = iter(ratios)
     pieces: list[Piece] = []
     waiting: list[int] = []
     total: float | None = None
-    for place, token in enumerate(ids.tolist()):
+    for index, token in enumerate(ids.tolist()):
         waiting.append(token)
-        if place not in skipped:
+        if index not in skipped:
             total = (total or 0.0) + next(scored)
         # With the token before it, since some tokenizers drop a space at the start of a text.
         text = decode([before, *waiting])[len(decode([before])) :]
-        if text.endswith("\ufffd") and len(waiting) < LONGEST_PIECE and place + 1 < len(ids):
+        if text.endswith("\ufffd") and len(waiting) < LONGEST_PIECE and index + 1 < len(ids):
             continue
         pieces.append([text, total])
         before, waiting, total = token, [], None

@@ -1,6 +1,6 @@
 """Figures as SVG: matplotlib draws, colors are CSS variables of the page, and text stays text.
 
-matplotlib never sees the text of others: it draws a placeholder, which is replaced by the escaped text afterwards. A
+matplotlib never sees untrusted text: it draws a placeholder, which is replaced by the escaped text afterwards. A
 number that is not known is NaN and leaves a gap. An estimate is (mean, low, high).
 """
 
@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_cli.console.text import safe_text, significant
+from dpo_cli.pages.reading import Triple
 
 Values = Sequence[float] | NDArray[np.float64]
-Triple = tuple[float, float, float]
 WIDTH, HEIGHT = 380, 250  # of a figure in its own units: pixels where three stand side by side at 1,200
 FONT = 10.5  # of every text; a page 400 wide shows a figure 368 wide
 SERIES = tuple(f"series-{number}" for number in range(1, 7))

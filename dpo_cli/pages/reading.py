@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dpo_cli.theory.statistics import Clusters, Estimate
 
-Triple = tuple[float, float, float]
+Triple = tuple[float, float, float]  # mean, and the ends of its 95% interval
 
 
 def number(value: Any) -> float:
@@ -51,7 +51,7 @@ def right(pairs: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
 
 def prompts_of(pairs: Sequence[Mapping[str, Any]]) -> NDArray[np.uint64]:
     """An id for the prompt of each pair, (N,); pairs that name no prompt have one each."""
-    ids = [int(str(pair["prompt"]), 16) if "prompt" in pair else place for place, pair in enumerate(pairs)]
+    ids = [int(str(pair["prompt"]), 16) if "prompt" in pair else index for index, pair in enumerate(pairs)]
     return np.asarray(ids, dtype=np.uint64)
 
 
