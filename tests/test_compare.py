@@ -337,8 +337,12 @@ def test_a_report_without_losses_says_to_evaluate_again(command: Command, tmp_pa
     found, _ = compared(
         command, tmp_path / "out", write_report(tmp_path / "a", lines), write_report(tmp_path / "b", bare)
     )
-    assert "the loss of b is not compared: evaluate again: pairs.jsonl has no losses" in found["warnings"]
-    assert found["models"][1]["metrics"]["loss"] is None
+    says = "the loss of b is not compared: pairs.jsonl of b has not every loss; evaluate it again"
+    assert says in found["warnings"] and found["models"][1]["metrics"]["loss"] is None
+    # A report of an earlier version has no loss_options either: whether its loss is another one is not known.
+    c = write_report(tmp_path / "c", lines, loss_options={"label_smoothing": 0.2})
+    found, _ = compared(command, tmp_path / "out2", tmp_path / "b", c)
+    assert says.replace("loss of b", "loss of c") in found["warnings"]
 
 
 def refused(command: Command, *words: object) -> tuple[int, str]:
@@ -397,7 +401,7 @@ def test_what_cannot_be_compared_is_refused_by_name(
     assert not Path("outputs").exists()
 
 
-@pytest.mark.parametrize("value", ["NaN", '"x"', "[1]", "{}", "1e999", '"-1"', f'"{"f" * 40}"', "true" * 3])
+@pytest.mark.parametrize("value", ["NaN", "1e300", '"x"', "[1]", "{}", "1e999", '"-1"', f'"{"f" * 40}"', "true" * 3])
 @pytest.mark.parametrize("name", ["margin", "key", "prompt", "probability", "loss", "chosen_tokens"])
 def test_no_damage_of_a_line_is_more_than_one_line_of_error(
     command: Command, tmp_path: Path, name: str, value: str
@@ -414,7 +418,8 @@ def test_no_damage_of_a_line_is_more_than_one_line_of_error(
 
 @pytest.mark.parametrize("facts", [
     {"beta": 0}, {"beta": "0.1"}, {"beta": True}, {"loss_name": None}, {"reference": 3}, {"intervals95": []},
-    {"intervals95": {"samples/kl": 3}}, {"data": "x"}, {"pairs": "3"}, {"checkpoint": None},
+    {"intervals95": {"samples/kl": 3}}, {"data": "x"}, {"pairs": "3"}, {"checkpoint": None}, {"beta": 10**400},
+    {"beta": 1e-320},
 ])  # fmt: skip
 def test_a_report_json_of_another_form_is_refused(command: Command, tmp_path: Path, facts: dict[str, Any]) -> None:
     a, b = report_of(tmp_path / "a", [0.1] * 3), report_of(tmp_path / "b", [0.1] * 3, **facts)
@@ -423,10 +428,12 @@ def test_a_report_json_of_another_form_is_refused(command: Command, tmp_path: Pa
 
 
 def test_a_number_that_is_not_finite_in_a_report_is_null_in_the_comparison(command: Command, tmp_path: Path) -> None:
-    facts = {"samples/kl": math.nan, "samples/length_ratio": 1.5, "intervals95": {"samples/length_ratio": [None, "x"]}}
-    a, b = report_of(tmp_path / "a", [0.1] * 3), report_of(tmp_path / "b", [0.1] * 3, **facts)
+    facts = {"samples/kl": 10**400, "samples/length_ratio": 1.5, "intervals95": {"samples/length_ratio": [None, "x"]}}
+    of_a = report_of(tmp_path / "a", [0.1] * 3, **{"samples/kl": math.nan})
+    a, b = of_a, report_of(tmp_path / "b", [0.1] * 3, **facts)
     found, _ = compared(command, tmp_path / "out", a, b)
     assert [found["models"][1]["metrics"][name] for name in ("kl", "length_ratio")] == [None, [1.5, None, None]]
+    assert found["models"][0]["metrics"]["kl"] is None
 
 
 def test_pairs_that_a_model_was_trained_on_are_told(command: Command, tmp_path: Path) -> None:

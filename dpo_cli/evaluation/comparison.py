@@ -104,7 +104,7 @@ def _check_reference(first: Evaluated, of_first: Any, model: Evaluated, of_model
     if first.reference is None or model.reference is None:
         return
     known, other = first.reference[of_first], model.reference[of_model]
-    apart = float(np.abs(other - known).mean() / np.abs(known).mean())
+    apart = float(np.abs(other - known).mean() / max(np.abs(known).mean(), 1e-9))
     if apart > SAME_REFERENCE:
         raise CheckpointError(
             f"{model.name}: its reference is not that of {first.name}: their log-probs differ by {100 * apart:.1f}% "
@@ -249,8 +249,10 @@ def _limits(shared: Shared, reported: Sequence[dict[str, Any]]) -> list[str]:
         said.append("margins are divided by beta, in nats: those of different beta do not compare")
     for one, model in zip(reported[1:], shared.models[1:], strict=True):
         if one["difference"]["loss"] is None:
-            other = model.loss_used != first.loss_used
-            why = f"{first.name} has another loss or beta" if other else "evaluate again: pairs.jsonl has no losses"
+            lacking = next((lacks.name for lacks in (first, model) if lacks.loss is None), None)
+            why = f"{first.name} has another loss or beta"
+            if lacking is not None:
+                why = f"pairs.jsonl of {lacking} has not every loss; evaluate it again"
             said.append(f"the loss of {model.name} is not compared: {why}")
     for model in shared.models:
         leaks = model.facts.get("data", {}).get("leaks")

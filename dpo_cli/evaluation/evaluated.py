@@ -18,6 +18,7 @@ from dpo_cli.console.text import plural, safe_text
 from dpo_cli.errors import CheckpointError, DataError
 
 TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
+LARGEST = 3.4e38  # of float32, in which scores are computed: a larger number is damage
 Floats = NDArray[np.float64]
 
 
@@ -78,7 +79,7 @@ def read_report(path: Path, name: str, run: Path | None = None) -> Evaluated:
         times[row.key] += 1
     columns = np.array([row.values for row in rows], dtype=float)
     right, label = (columns[:, 0] > 0) + 0.5 * (columns[:, 0] == 0), columns[:, 4]
-    known = np.isfinite(columns).all(axis=0)
+    known = (np.abs(columns) <= LARGEST).all(axis=0)
     return Evaluated(
         name, path, facts, indices, np.array([row.prompt for row in rows], dtype=np.uint64),
         label * right + (1 - label) * (1 - right), columns[:, 0], columns[:, 1] if known[1] else None,
@@ -112,7 +113,7 @@ def _facts(path: Path) -> dict[str, Any]:
         and isinstance(found.get("checkpoint"), str)
         and (reference is None or isinstance(reference, str))
         and type(beta) in (int, float)
-        and 0 < float(beta or 0) < math.inf
+        and 1 / LARGEST <= beta <= LARGEST
         and isinstance(intervals, dict)
         and all(isinstance(ends, list) and len(ends) == 2 for ends in intervals.values())
         and isinstance(found.get("data", {}), dict)
@@ -148,7 +149,7 @@ def _row(line: bytes, shown: str) -> _Row:
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         raise DataError(f"{shown}: is not a line of pairs.jsonl; evaluate again") from None
-    if not math.isfinite(row.values[0]):
+    if not abs(row.values[0]) <= LARGEST:
         raise DataError(f"{shown}: the margin is not finite, so nothing can be compared: the weights are damaged, or "
                         "their dtype is too narrow")  # fmt: skip
     return row
@@ -172,7 +173,7 @@ def sampled_metric(facts: dict[str, Any], run: Path | None, name: str) -> list[f
 
 
 def _finite(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and math.isfinite(value) else None
+    return float(value) if type(value) in (int, float) and abs(value) <= LARGEST else None
 
 
 def _evaluations(run: Path) -> list[dict[str, Any]]:
