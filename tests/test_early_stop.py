@@ -78,6 +78,7 @@ def test_the_best_is_the_first_with_the_best_metric_within_the_budget() -> None:
     assert accuracy.step == 20
     limited = choose(config("keep_best=true", "budget.kl=1"), lines(loss=[0.6, 0.5, 0.4], kl=[0.1, 0.5, 2.0]))
     assert limited.step == 20
+    assert limited.reason.startswith("the best held-out loss of 2 evaluations within the budget; at step 30 samples/kl")
     assert choose(config("keep_best=true"), lines(loss=[math.nan, 0.7])).step == 20
     # An evaluation of before a resume, without answers, is neither within nor beyond.
     assert choose(config("budget.kl=1"), {1: {"loss": 0.6}, **lines(kl=[0.5])}) == Choice(10, "the last step", None)
@@ -97,6 +98,7 @@ def test_the_best_is_the_first_with_the_best_metric_within_the_budget() -> None:
         (["budget.length=2", "samples.n=0"], "budget.length=2.0: is measured on generated answers; leave samples.n=0"),
         (["keep_best=true", "data.eval_fraction=0"], "keep_best=true: no pair is held out to decide by; set data.eval"),
         (["budget.kl=5", "data.eval_fraction=0"], "budget.kl=5.0: no pair is held out to decide by; set data.eval or"),
+        (["early_stop.metric=margin"], "early_stop.metric=margin: decides with early_stop.patience or keep_best=true"),
         (["objective=reward", "samples.n=4"], "samples.n=4: a reward model gives no answers"),
         (["objective=reward", "budget.kl=4"], "budget.kl=4.0: a reward model gives no answers"),
     ],
@@ -227,6 +229,24 @@ def test_a_killed_run_chooses_what_the_straight_one_chose(
         ended = command("dpo-train", *words(home, copy.name, f"budget.kl={limit[0]}", "resume=auto"))
         assert ended.code == 0, ended.err
         same_end(stopped, copy)
+
+
+def test_a_resume_that_chooses_a_step_that_was_not_kept_says_so(
+    home: Path, free: Path, limit: tuple[float, int, int], command: Command
+) -> None:
+    """Without a budget the run did not save the step that the budget of the resumed run chooses."""
+    last = checkpoints(free / "checkpoints")[-1]
+    copy = home / "tightened"
+    shutil.copytree(free, copy, ignore=shutil.ignore_patterns("final", "step-????????"))
+    shutil.copytree(last, copy / "checkpoints" / last.name)
+    ended = command("dpo-train", *words(home, "tightened", f"budget.kl={limit[0]}", "resume=auto"))
+    assert ended.code == 4 and not (copy / "final").exists()
+    error = ended.err.splitlines()[-1]
+    missing = copy / "checkpoints" / checkpoint_name(limit[1])
+    assert error.startswith(f"error: {missing}: is not there, and final/ would be of it (the last evaluation within")
+    assert error.endswith("; resume as the run began, or without budget.kl"), error
+    assert command("dpo-train", *words(home, "tightened", "resume=auto")).code == 0
+    same_end(free, copy)
 
 
 def test_where_nothing_is_within_the_run_fails_and_leaves_no_final(

@@ -70,7 +70,9 @@ def test_the_scales_go_from_the_reference_to_the_policy(trained: Trained, comman
     assert "0 is the reference, 1 the policy as trained" in ended.out
 
 
-@pytest.mark.parametrize("words", [["scales=[-1]"], ["scales=[.nan]"], ["scales=0.5"], ["scales=[a]"]])
+@pytest.mark.parametrize(
+    "words", [["scales=[-1]"], ["scales=[1e300]"], ["scales=[.nan]"], ["scales=0.5"], ["scales=[a]"]]
+)
 def test_a_scale_that_is_no_scale_is_refused(command: Command, words: list[str]) -> None:
     ended = command("dpo-eval", "checkpoint=anything", *words)
     assert ended.code == 2 and "must be a list" in ended.err

@@ -529,8 +529,8 @@ class RunConfig:
 
     def to_the_end(self) -> "RunConfig":
         """The config of a run that goes to its last step, whatever its evaluations say."""
-        early_stop = replace(self.early_stop, patience=None)
-        return replace(self, budget=BudgetConfig(kl=None, length=None), early_stop=early_stop, keep_best=False)
+        never = EarlyStopConfig(patience=None, metric="loss")
+        return replace(self, budget=BudgetConfig(kl=None, length=None), early_stop=never, keep_best=False)
 
     def _check_choosing(self) -> None:
         """Whether there are evaluations, and answers, by which what final/ is can be chosen."""
@@ -539,6 +539,9 @@ class RunConfig:
             _require(self.eval_every > 0, key, value, why)
             why = "is measured on generated answers; leave samples.n=0 out"
             _require(not key.startswith("budget.") or self.samples.n > 0, key, value, why)
+        used = self.early_stop.patience is not None or self.keep_best or self.early_stop.metric == "loss"
+        why = "decides with early_stop.patience or keep_best=true; set one of them"
+        _require(used, "early_stop.metric", self.early_stop.metric, why)
 
     def _check_plan(self) -> None:
         """Whether what a plan is made for is given with plan=true, and nothing is to run besides."""
@@ -562,8 +565,8 @@ class EvalConfig:
     samples: int = Field(ge=0)
     max_new_tokens: int = Field(ge=1)
     kl_samples: int = Field(ge=0)
-    scales: list[Annotated[float, Field(ge=0)]] = Field(
-        description="must be a list of numbers from 0, such as [0,0.5,1]"
+    scales: list[Annotated[float, Field(ge=0, le=1000)]] = Field(
+        description="must be a list of numbers from 0 to 1000, such as [0,0.5,1]"
     )
     micro_batch_size: WholeOrAuto = Field(description=WHOLE_OR_AUTO)
     layout: Layout

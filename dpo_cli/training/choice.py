@@ -32,7 +32,7 @@ def choose(config: RunConfig, evaluations: Mapping[int, Line]) -> Choice:
     chosen: int | None = None
     end, best, best_at, last = None, -float("inf"), None, None
     kept = -float("inf")  # the score of `chosen`
-    waited = 0
+    waited, within = 0, 0
     for step, line in sorted(evaluations.items()):
         last, score = step, _score(config, line)
         beyond = next(_beyond(config, line), None)
@@ -43,8 +43,10 @@ def choose(config: RunConfig, evaluations: Mapping[int, Line]) -> Choice:
             best, best_at, waited = score, step, 0
         else:
             waited += 1
-        if _is_known(config, line) and (chosen is None or not config.keep_best or score > kept):
-            chosen, kept = step, score
+        if _is_known(config, line):
+            within += 1
+            if chosen is None or not config.keep_best or score > kept:
+                chosen, kept = step, score
         if config.early_stop.patience is not None and waited >= config.early_stop.patience:
             since = "" if best_at is None else f" since step {best_at}"
             end = (
@@ -52,7 +54,7 @@ def choose(config: RunConfig, evaluations: Mapping[int, Line]) -> Choice:
                 f"(early_stop.patience={config.early_stop.patience})"
             )
             break
-    return Choice(chosen, _reason(config, chosen, last, end, len(evaluations)), end)
+    return Choice(chosen, _reason(config, chosen, last, end, within), end)
 
 
 def _reason(config: RunConfig, chosen: int | None, last: int | None, end: str | None, evaluations: int) -> str:
