@@ -652,8 +652,10 @@ def test_untrusted_text_has_no_effect_on_markdown() -> None:
 def test_the_printed_commands_fit_what_was_exported_and_are_quoted() -> None:
     whole = dict(serving_commands(Served("out/my model", "my model", False)))
     assert whole["vLLM"] == ["vllm serve 'out/my model'"]
-    assert whole["llama.cpp"][0] == "python convert_hf_to_gguf.py 'out/my model' --outfile 'my model.gguf'"
-    assert whole["Ollama"][0] == "echo 'FROM ./my model.gguf' > Modelfile"
+    assert whole["llama.cpp"][0] == "python convert_hf_to_gguf.py 'out/my model' --outfile my-model.gguf"
+    assert whole["Ollama"][0] == "echo 'FROM ./my-model.gguf' > Modelfile"
+    dashed = [line for _, lines in serving_commands(Served("/out/-a", "-a", False)) for line in lines]
+    assert dashed[1].endswith("--outfile a.gguf") and dashed[4] == "ollama create a -f Modelfile", dashed
     lora = dict(serving_commands(Served("out/a", "a", True, SMOLLM2, 19)))
     assert lora["vLLM"] == [f"vllm serve {SMOLLM2} --enable-lora --max-lora-rank 32 --lora-modules a=out/a"]
     assert any("convert_lora_to_gguf.py out/a" in line for line in lora["llama.cpp"])

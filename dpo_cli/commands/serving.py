@@ -1,5 +1,6 @@
 """The commands that serve an exported folder, to copy: only those that are right for what was exported."""
 
+import re
 import shlex
 from dataclasses import dataclass
 
@@ -18,11 +19,11 @@ class Served:
 
 
 def serving_commands(served: Served) -> list[tuple[str, list[str]]]:
-    """For each program the commands, quoted for a shell."""
-    place, name = shlex.quote(served.place), shlex.quote(served.name)
-    gguf = shlex.quote(f"{served.name}.gguf")
+    """For each program the commands, quoted for a shell; files and models are named so that every program takes it."""
+    place, name = shlex.quote(served.place), re.sub(r"[^A-Za-z0-9._-]+", "-", served.name).strip("._-") or "model"
+    gguf = f"{name}.gguf"
     if not served.adapter:
-        model = shlex.quote(f"FROM ./{served.name}.gguf")
+        model = shlex.quote(f"FROM ./{gguf}")
         return [
             ("vLLM", [f"vllm serve {place}"]),
             ("llama.cpp", [f"python convert_hf_to_gguf.py {place} --outfile {gguf}", f"llama-server -m {gguf}"]),
@@ -32,8 +33,8 @@ def serving_commands(served: Served) -> list[tuple[str, list[str]]]:
         return []
     base = shlex.quote(served.base)
     rank = next((rank for rank in VLLM_RANKS if rank >= served.rank), served.rank)
-    module = shlex.quote(f"{served.name}={served.place}")
-    lora, from_base = shlex.quote(f"{served.name}-lora.gguf"), "printf 'FROM ./base.gguf\\nADAPTER ./%s\\n'"
+    module = shlex.quote(f"{name}={served.place}")
+    lora, from_base = f"{name}-lora.gguf", "printf 'FROM ./base.gguf\\nADAPTER ./%s\\n'"
     return [
         ("vLLM", [f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {module}"]),
         (
