@@ -177,7 +177,7 @@ def _score(
     from dpo_cli.config.composition import composed
     from dpo_cli.config.schema import EvalConfig, config_of
 
-    options = ("reference_model", "layout", "trust_remote_code", "device")
+    options = ("reference_model", "kl_samples", "layout", "trust_remote_code", "device")
     given = {"checkpoint": word} | {option: getattr(config, option) for option in options}
     wanted = config_of({**composed("eval", [], EvalConfig).container, **given}, EvalConfig)
     in_run = ref.directory is not None

@@ -356,7 +356,8 @@ def _at_scale(scale: float, subject: Subject, scorer: Scorer, as_trained: Measur
     with adapter_scale(subject.policy, scale):
         scores = score_pairs(scorer, subject.data.held_out, subject.signals.poll)
         found = summarize(scores, subject.objective, prompts_of(subject.data.held_out))
-        found |= _measure(subject, as_trained.of_reference).estimates
+        measured = as_trained if scale == 1 else _measure(subject, as_trained.of_reference)
+        found |= measured.estimates
         answers = _greedy(subject, subject.policy)
     return {
         "scale": scale,

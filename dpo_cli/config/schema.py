@@ -710,6 +710,7 @@ class CompareConfig:
     data: DataConfig | None  # null: what each run held out
     reference_model: Text | None
     name: Text | None = Field(pattern=r"^[^/\\\x00.][^/\\\x00]*$", description="must be a plain folder name")
+    kl_samples: int = Field(ge=0)
     layout: Layout
     trust_remote_code: bool
     device: Text
