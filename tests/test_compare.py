@@ -428,9 +428,13 @@ def test_a_report_json_of_another_form_is_refused(command: Command, tmp_path: Pa
 
 
 def test_a_number_that_is_not_finite_in_a_report_is_null_in_the_comparison(command: Command, tmp_path: Path) -> None:
-    facts = {"samples/kl": 10**400, "samples/length_ratio": 1.5, "intervals95": {"samples/length_ratio": [None, "x"]}}
-    of_a = report_of(tmp_path / "a", [0.1] * 3, **{"samples/kl": math.nan})
-    a, b = of_a, report_of(tmp_path / "b", [0.1] * 3, **facts)
+    facts: dict[str, Any] = {
+        "samples/kl": 10**400,
+        "samples/length_ratio": 1.5,
+        "intervals95": {"samples/length_ratio": [None, "x"]},
+    }
+    a = report_of(tmp_path / "a", [0.1] * 3, **{**facts, "samples/kl": math.nan})
+    b = report_of(tmp_path / "b", [0.1] * 3, **facts)
     found, _ = compared(command, tmp_path / "out", a, b)
     assert [found["models"][1]["metrics"][name] for name in ("kl", "length_ratio")] == [None, [1.5, None, None]]
     assert found["models"][0]["metrics"]["kl"] is None
@@ -521,6 +525,18 @@ def test_the_same_comparison_replaces_the_earlier_one_and_another_does_not(
     assert sorted(path.name for path in Path("outputs/compare").iterdir()) == ["a_vs_b", "a_vs_b_2", "b_vs_a"]
     page = Path("outputs/compare/a_vs_b/report.html").read_text()
     assert page.startswith("<!doctype html>") and "<script" not in page
+
+
+def test_a_full_disk_leaves_no_empty_folder(
+    command: Command, tmp_path: Path, two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dpo_cli.commands.compare.write_together", full)
+    code, says = refused(command, *two, f"output_dir={tmp_path / 'out'}")
+    assert code == 7 and says.endswith("the comparison cannot be written (No space left on device)")
+    assert [*(tmp_path / "out").iterdir()] == []
 
 
 def test_a_comparison_is_not_written_through_a_link(command: Command, tmp_path: Path, two: tuple[Path, Path]) -> None:

@@ -35,10 +35,31 @@ def test_a_page_that_cannot_be_written_leaves_the_run_whole(command: Command, pa
     assert (tmp_path / "run" / "final" / "adapter_model.safetensors").is_file() and "\npage " not in ended.out
 
 
+def test_the_page_is_there_before_the_run_is_complete(
+    command: Command, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed in between is resumed; a complete one is not, and would never get its page."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dpo_cli.training.records.write_folder", full)
+    ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "run"), "page=true")
+    assert ended.code == 7 and not (tmp_path / "run" / "final").exists()
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_a_run_without_a_step_within_its_budget_has_its_page(
     command: Command, pairs_file: Path, tmp_path: Path
 ) -> None:
-    words = ["page=true", "eval_every=1", "budget.kl=1e-9", "optimizer.lr=1e-2"]
+    words = [
+        "page=true",
+        "eval_every=1",
+        "budget.kl=1e-9",
+        "optimizer.lr=0.3",
+        "optimizer.warmup_steps=0",
+        "monitor=off",
+    ]  # far at once
     ended = command("dpo-train", *tiny_words(pairs_file, tmp_path / "run"), *words)
     assert ended.code == 5 and "so there is no final/" in ended.err, ended.out
     assert '<div class="verdict' in (tmp_path / "run" / "report.html").read_text()

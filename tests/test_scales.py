@@ -192,3 +192,17 @@ def test_what_is_said_of_sampled_answers_follows_from_their_lines(trained: Train
     none = command("dpo-eval", f"checkpoint={run}", "kl_samples=0")
     assert none.code == 0 and "sampled answers" not in none.out
     assert "samples/kl" not in json.loads((folder / "report.json").read_text())
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_said(
+    trained: Trained, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpo_cli.commands import evaluate
+
+    run = trained()
+    monkeypatch.setattr(evaluate, "position_limit", lambda model: 30)
+    ended = command("dpo-eval", f"checkpoint={run}", "max_new_tokens=29")
+    said = (
+        "warning: max_new_tokens=29: no held-out prompt leaves room for so many within the 30 positions of this model"
+    )
+    assert ended.code == 0 and said in ended.out

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -283,5 +284,7 @@ def _write(folder: Path, comparison: dict[str, Any], page: str) -> None:
         files = {folder / "report.html": page.encode(), folder / "report.json": text.encode()}
         write_together(files, shared=True)
     except OSError as error:
+        with suppress(OSError):  # it holds an earlier comparison
+            folder.rmdir()
         reason = error.strerror or "cannot be written"
         raise StorageError(f"{safe_text(folder)}: the comparison cannot be written ({reason})") from None

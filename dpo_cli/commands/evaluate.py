@@ -339,6 +339,11 @@ def _measure(subject: Subject, of_reference: Sequence[Answer] | None = None) -> 
     asked = config.kl_samples if subject.objective.generates else 0
     prompts = asked_prompts(subject.data, subject.encoder, asked, longest)
     if not prompts:
+        if asked and of_reference is None:
+            reporter.warn(
+                f"max_new_tokens={config.max_new_tokens}: no held-out prompt leaves room for so many within the "
+                f"{limit:,} positions of this model, so kl_samples={asked} answers none"
+            )
         return MeasuredAnswers({})
     scorer = Scorer(subject.policy, subject.objective, subject.reference, subject.batcher, subject.engine)
     seed = subject.ref.run.seed if subject.ref.run else 0

@@ -730,7 +730,7 @@ class ExportConfig:
     checkpoint: Text | None
     to: Directory | None = Field(description=EMPTY)
     what: Literal["merged", "adapter"]
-    scale: float
+    scale: float = Field(ge=-1000, le=1000)
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     max_shard_size: Text = Field(
         pattern=r"^[1-9]\d*(\.\d+)?(KB|MB|GB|TB)$", description="must be a size, for instance 5GB or 500MB"

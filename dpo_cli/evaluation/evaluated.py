@@ -112,8 +112,8 @@ def _facts(path: Path) -> dict[str, Any]:
         and isinstance(found.get("loss_name"), str)
         and isinstance(found.get("checkpoint"), str)
         and (reference is None or isinstance(reference, str))
-        and isinstance(beta, int | float)
-        and 1 / LARGEST <= beta <= LARGEST
+        and type(beta) in (int, float)
+        and 1 / LARGEST <= (beta or 0) <= LARGEST
         and isinstance(intervals, dict)
         and all(isinstance(ends, list) and len(ends) == 2 for ends in intervals.values())
         and isinstance(found.get("data", {}), dict)

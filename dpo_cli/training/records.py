@@ -14,7 +14,7 @@ from dpo_cli.console.text import duration, plural, safe_text, significant
 from dpo_cli.data.leaks import NO_LEAKS
 from dpo_cli.data.tokens import TokenizedPair
 from dpo_cli.engine.engine import SINGLE
-from dpo_cli.errors import DivergedError, DpoError, StorageError
+from dpo_cli.errors import CheckpointError, DivergedError, DpoError, StorageError
 from dpo_cli.evaluation.scores import ScoredPairs, Scorer, by_source, prompts_of, score_pairs, summarize, with_sources
 from dpo_cli.generation.answers import MeasuredAnswers
 from dpo_cli.models.adapters import START_FILE
@@ -272,7 +272,7 @@ class Recorder:
         final = self._final()
         checkpoint = self.directory.checkpoints / checkpoint_name(final.step)
         if final.step != progress.step:
-            self.engine.same(lambda: validate(checkpoint))
+            self.engine.same(lambda: self._check_kept(checkpoint, final))
             restore_weights(checkpoint, learner.policy, learner.objective)
         if final.step != total:
             self._finish_objective()
@@ -282,8 +282,8 @@ class Recorder:
         self.engine.same(self.directory.metrics.flush)
         verdict = self._assess(weights, final)
         tensors = trained_weights(learner.policy, self.engine)
+        self._write_page()  # before final/, which says that nothing is left to do
         self.engine.same(lambda: self._write_final(tensors, means, final))
-        self._write_page()
         self.reporter.say()
         memory = f"peak memory {describe_peak_memory(learner.batcher.device)}"
         skipped = (
@@ -294,7 +294,7 @@ class Recorder:
                 ("done", f"{plural(progress.step, 'step')} in {duration(progress.seconds)}, {memory}{skipped}"),
                 ("adapter" if config.lora.enabled else "model", str(self.directory.final)),
                 *([("final", f"step {final.step} of {total}: {final.reason}")] if config.choosing() else []),
-                *self._best(final.step),
+                *([] if config.choosing() else self._best(final.step)),
                 *describe_replay(config, weights),
                 *([("page", str(self.directory.page))] if config.page and self.directory.page.is_file() else []),
                 ("next", learner.objective.next_command(context.directory.path)),
@@ -331,6 +331,15 @@ class Recorder:
             f"step {step}: {choice.reason}; so there is no final/. Start again with a smaller optimizer.lr "
             f"({config.optimizer.lr / 10:g}), or with a smaller eval_every, which stops earlier"
         )
+
+    def _check_kept(self, checkpoint: Path, final: "Final") -> None:
+        """CheckpointError where the step that final/ is to hold was not kept, or its checkpoint is damaged."""
+        if not checkpoint.exists():
+            raise CheckpointError(
+                f"{checkpoint}: is not there, and final/ would be of it ({final.reason}); resume as the run began, or "
+                f"without {', '.join(self.context.config.choosing())}"
+            )
+        validate(checkpoint)
 
     def _first_scores(self, number: int) -> ResponseScores:
         return self._score("scoring pair", self.material.data.train[:number]).policy
