@@ -103,6 +103,7 @@ def _figure(
         )  # fmt: skip
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
+        axes.yaxis.set_label_coords((14 - left) / (WIDTH - left - 10), 0.5)  # at the edge, however wide its ticks are
         draw(axes, placeholder)
         for axis in (axes.xaxis, axes.yaxis) if labels[1] else (axes.xaxis,):  # else it has names
             if axis.get_scale() == "linear":

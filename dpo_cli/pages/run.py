@@ -76,7 +76,7 @@ def drawings(config: Mapping[str, Any], records: Records) -> list[Drawing]:
         if len(lines[0].steps):
             limited = number(budget.get(limit)) if limit else math.nan
             known = limited if math.isfinite(limited) else None
-            caption = says + (" Red: the budget." if known is not None else "") + " Shaded: 95% interval."
+            caption = says + (" Red: the budget." if known is not None else "") + " With 95% intervals."
             shown = [line for line in lines if len(line.steps)]
             found.append(figures.curves(title, caption, unit, shown, level, known, numbers))
     return [drawing for drawing in found if drawing is not None]
@@ -144,7 +144,7 @@ def _held_out(records: Records, name: str, label: str, color: str = "", joined: 
     estimates: list[Triple] = [estimate_in(record, name) for record in logged]
     means, low, high = np.asarray(estimates, dtype=float).reshape(-1, 3).T
     shade = color or figures.SERIES[0 if joined else 1]
-    return Series(label, column(logged, "step"), means, low, high, shade, joined)
+    return Series(label, column(logged, "step"), means, low, high, shade, joined and len(logged) > 1)
 
 
 def _alarmed(records: Records) -> list[Mapping[str, Any]]:
