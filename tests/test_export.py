@@ -414,7 +414,7 @@ def test_mistakes_end_as_one_line_and_nothing_is_written(trained: Trained, comma
         (2, [here], "to=null: name a new folder, or hub:owner/name"),
         (2, [here, "to=hub:owner"], "to=hub:owner: must be hub:owner/name"),
         (2, [here, new, "yes=true"], "yes=true: is for to=hub:owner/name; leave it out"),
-        (2, [here, new, "scale=1e300"], "scale=1e+300: must be "),
+        (2, [here, new, "scale=1e300"], "scale=1e+300: must be in [-1000, 1000]"),
         (2, [here, new, "scale=inf"], "scale=inf: must be a finite number"),
         (2, [here, new, "max_shard_size=5"], "max_shard_size=5: must be a size, for instance 5GB or 500MB"),
         (2, [here, new, "what=adapter", "dtype=float32"],

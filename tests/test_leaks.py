@@ -251,7 +251,7 @@ def test_an_evaluation_on_the_training_file_says_so(trained: Trained, command: C
     assert f"warning: held-out pairs are also in training ({kept} pairs): " in ended.out
     folder = run / "eval" / "copy"
     assert json.loads((folder / "report.json").read_text())["data"]["leaks"] == {"pairs": kept, "prompts": 0}
-    assert f"also in training: {kept} pairs" in (folder / "report.html").read_text()
+    assert f"<th>also in training</th><td>{kept} pairs: on them accuracy says" in (folder / "report.html").read_text()
     ended = command("dpo-eval", f"checkpoint={run}", "data=jsonl", f"data.eval={copy}", "data.eval_leaks=drop")
     assert ended.code == 0 and f"kept {20 - kept} pairs of 20 rows" in ended.out
     ended = command("dpo-eval", f"checkpoint={run}", "data=jsonl", f"data.eval={copy}", "data.eval_leaks=error")

@@ -74,6 +74,8 @@ MIXTURE = ("sources", "stop")
 # The name of a source or held-out set is put behind a metric's name: rewards/margins/hh. These names end so already.
 METRIC_ENDINGS = (
     "chosen", "rejected", "margins", "accuracies", "improvement", "policy", "reference", "heaviest_10_share",
+    "n", "kl", "length", "length_ratio", "ends", "repetition", "distinct_2", "reference_length", "reference_ends",
+    "reference_repetition", "reference_distinct_2",
 )  # fmt: skip
 PROMPTS_NEEDED = "name a file of prompts, for instance prompts=prompts.jsonl"
 

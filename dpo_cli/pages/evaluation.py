@@ -34,6 +34,12 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
     lost = [f"{reason} {count:,}" for reason, count in (data.get("dropped") or {}).items()]
     kept = [f"{data['kept']:,} of {data['rows']:,} rows kept"] if "kept" in data and "rows" in data else []
     found += [("data", "; ".join([str(data.get("source", "")), *kept, *lost]))] if data else []
+    leaks = data.get("leaks")
+    if data and leaks is None:
+        found.append(("also in training", "not known: the checkpoint keeps no record of its training pairs"))
+    shared = [("{:,} pairs", "pairs"), ("the first human turn of {:,} pairs", "prompts")]
+    if also := [words.format(leaks[key]) for words, key in shared if leaks and leaks.get(key)]:
+        found.append(("also in training", f"{', '.join(also)}: on them accuracy says nothing about new prompts"))
     pairs = f"{report['pairs']:,}" if "pairs" in report else ""
     prompts, effective = report.get("prompts"), report.get("prompts_effective")
     if prompts is not None and effective is not None:
