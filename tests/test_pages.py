@@ -306,7 +306,11 @@ def test_the_numbers_of_a_comparison_are_those_of_its_report() -> None:
     other = next(row for row in found.rows if row[:2] == ["beta-2", "not told apart"])
     assert other[8:] == ["–", "", "–", "1,900"]
     assert ["beta", "0.1", "0.2", "0.4"] in found.rows and ["beta-2", "outputs/beta-2/eval/held-out"] in found.rows
-    assert "best: beta-1" in found.words and "beta-2: another dtype" in found.words
+    assert "beta-1 has the highest accuracy, but is not told apart from beta-2" in found.words
+    assert '<div class="verdict yellow">' in page and "beta-2: another dtype" in found.words
+    report["models"][2]["verdict"] = "worse"
+    alone = comparison_page(report, margins)
+    assert '<div class="verdict green">' in alone and "best: beta-1" in alone
     assert found.words.index("better by 0.04 (0.01 to 0.07)") < found.words.index("Models")
     titles = re.findall(r"<figure><h3>(.*?)</h3>", page)
     assert titles == ["Difference in accuracy", "Difference in margin", "Difference in loss", "Margins",
@@ -495,3 +499,7 @@ def test_the_reference_stands_above_the_policy_with_its_own_length() -> None:
 def test_the_margin_against_kl_is_in_nats() -> None:
     heights = [y for _, y in dots(figure(comparison_page(*page_data.comparison()), "Margin against KL"))]
     assert heights == sorted(heights, reverse=True)  # 0.54/0.4 at KL 4, 0.54/0.2 at 6, 0.5/0.1 at 12
+    report, margins = page_data.comparison()
+    report |= {"margin": "margin/beta"}  # divided already: 0.54, 0.54, 0.5
+    first, second, third = (y for _, y in dots(figure(comparison_page(report, margins), "Margin against KL")))
+    assert first == second < third

@@ -19,6 +19,17 @@ def short_names(comparison: Mapping[str, Any]) -> list[str]:
     return cut_apart([str(model["name"]) for model in comparison["models"]], NAME)
 
 
+def headline(comparison: Mapping[str, Any]) -> tuple[str, str]:
+    """The outcome in a line, and its color: green only where one model is better than every other beyond chance."""
+    models, best = comparison["models"], comparison["best"]
+    close = [model["name"] for model in models if model["verdict"] == "not told apart" and model["name"] != best]
+    if best is None:
+        return f"compared with {models[0]['name']}", ""
+    if close:
+        return f"{best} has the highest accuracy, but is not told apart from {', '.join(map(str, close))}", "yellow"
+    return f"best: {best}", "green"
+
+
 def drawings(comparison: Mapping[str, Any], margins: Sequence[Sequence[float]]) -> list[Drawing]:
     """The figures, as many as there is data for."""
     models, names = comparison["models"], short_names(comparison)
@@ -71,7 +82,8 @@ def _frontiers(comparison: Mapping[str, Any], names: Sequence[str]) -> list[Draw
     accuracy = [(name, kl, triple(model["metrics"]["accuracy"])) for name, model, kl in priced]
     nats = []
     for name, model, kl in priced:
-        beta = number(model.get("beta")) or math.nan
+        of_beta = comparison.get("margin") == "margin/beta"  # where betas differ it is in nats already
+        beta = 1.0 if of_beta else number(model.get("beta")) or math.nan
         mean, low, high = triple(model["metrics"]["margin"])
         nats.append((name, kl, (mean / beta, low / beta, high / beta)))
     unit = "KL, nats a response"

@@ -82,6 +82,8 @@ def comparison_page(comparison: dict[str, Any], margins: Sequence[Sequence[float
         "comparison",
         title=f"{what} of {len(comparison['models'])} models",
         comparison=comparison,
+        headline=of_comparison.headline(comparison),
+        margin=comparison.get("margin", "margin"),
         figures=of_comparison.drawings(comparison, margins),
         colors=of_comparison.WORDS,
         places=[(model["name"], model["source"]) for model in comparison["models"]],
