@@ -533,7 +533,7 @@ def test_a_full_disk_leaves_no_empty_folder(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dpo_cli.commands.compare.write_together", full)
+    monkeypatch.setattr("dpo_cli.storage.report_files.write_together", full)
     code, says = refused(command, *two, f"output_dir={tmp_path / 'out'}")
     assert code == 7 and says.endswith("the comparison cannot be written (No space left on device)")
     assert [*(tmp_path / "out").iterdir()] == []

@@ -24,7 +24,7 @@ from dpo_cli.evaluation.comparison import sentences
 from dpo_cli.evaluation.evaluated import Evaluated, read_report
 from dpo_cli.pages.pages import comparison_page
 from dpo_cli.paths import user_path
-from dpo_cli.storage.durable import write_together
+from dpo_cli.storage.report_files import write_files
 
 if TYPE_CHECKING:
     from dpo_cli.runs.model_ref import ModelRef
@@ -275,16 +275,10 @@ def _sources(folder: Path) -> list[str] | None:
 
 def _write(folder: Path, comparison: dict[str, Any], page: str) -> None:
     """Write `report.html` and `report.json`, both or neither; StorageError where that is not possible."""
-    text = json.dumps(comparison, indent=1, allow_nan=False) + "\n"
-    for path in (folder, folder / "report.html", folder / "report.json"):
-        if path.is_symlink():
-            raise StorageError(f"{safe_text(path)}: is a symbolic link, and is not written through")
+    files = {"report.html": page, "report.json": json.dumps(comparison, indent=1, allow_nan=False) + "\n"}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files = {folder / "report.html": page.encode(), folder / "report.json": text.encode()}
-        write_together(files, shared=True)
-    except OSError as error:
+        write_files(folder, files, "comparison")
+    except StorageError:
         with suppress(OSError):  # it holds an earlier comparison
             folder.rmdir()
-        reason = error.strerror or "cannot be written"
-        raise StorageError(f"{safe_text(folder)}: the comparison cannot be written ({reason})") from None
+        raise

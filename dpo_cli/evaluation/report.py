@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.console.text import safe_text
 from dpo_cli.data.tokens import TokenizedPair
-from dpo_cli.errors import StorageError
 from dpo_cli.evaluation.scores import ScoredPairs
 from dpo_cli.objectives.objective import Objective
-from dpo_cli.storage.durable import write_together
+from dpo_cli.storage.report_files import write_files
 from dpo_cli.theory.calibration import Bin, calibration_error
 from dpo_cli.theory.losses import implicit_rewards
 from dpo_cli.theory.statistics import Estimate
@@ -71,17 +69,8 @@ def write_report(
     `report.json` comes last: it makes the report complete. StorageError where a file cannot be written; then an
     earlier report is as it was.
     """
-    for path in (folder, *(folder / name for name in FILES)):
-        if path.is_symlink():  # in an untrusted run directory it could make us write anywhere
-            raise StorageError(f"{safe_text(path)}: is a symbolic link, and is not written through")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        whole = json.dumps(report, indent=1, allow_nan=False) + "\n"
-        files = dict(zip(FILES, (_jsonl(lines), _jsonl(answers), page, whole), strict=True))
-        write_together({folder / name: text.encode("utf-8") for name, text in files.items()}, shared=True)
-    except OSError as error:
-        reason = error.strerror or "cannot be written"
-        raise StorageError(f"{safe_text(folder)}: the report cannot be written ({reason})") from None
+    whole = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    write_files(folder, dict(zip(FILES, (_jsonl(lines), _jsonl(answers), page, whole), strict=True)), "report")
 
 
 def _jsonl(lines: Sequence[dict[str, Any]]) -> str:
